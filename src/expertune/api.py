@@ -1,0 +1,201 @@
+"""The verbs: `load`, `add_lora`, `optimize`, `restore`, `explain`."""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from rich.console import Console
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from expertune.hosts import attach, report
+from expertune.hosts.coverage import Coverage, coverage
+from expertune.hosts.targets import Targets, resolve
+
+_BACKEND_VARIABLE = "EXPERTUNE_MOE_BACKEND"
+_MEMORY = ("auto", "fast", "lean")
+_Model = TypeVar("_Model", bound=nn.Module)
+
+
+def load(
+    name_or_path: str,
+    *,
+    max_seq_length: int | None = None,
+    load_in_4bit: bool = False,
+    dtype: torch.dtype | str | None = None,
+    backend: str | None = None,
+    memory: str = "auto",
+    full_finetuning: bool = False,
+    **from_pretrained: Any,
+) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """A model whose experts run through the walk, and its tokenizer.
+
+    Args:
+        name_or_path: a hub id or folder, as `from_pretrained` takes it; or a folder with a PEFT adapter, which is then
+            loaded onto its base model, trainable.
+        max_seq_length: tokens in the longest sequence; the tokenizer truncates there. None: the model's own limit.
+        load_in_4bit: not supported yet.
+        dtype: of the weights; None takes the checkpoint's.
+        backend: "auto", "grouped_mm" or "native_torch". None: `EXPERTUNE_MOE_BACKEND` if set, else "auto".
+        memory: "auto" and "lean" turn gradient checkpointing on, with the routing replayed; "fast" turns it off.
+        full_finetuning: train all base weights. Otherwise they are frozen, until `add_lora` adds what is trained.
+        from_pretrained: more arguments for `AutoModelForCausalLM.from_pretrained` (`revision`, `trust_remote_code`, …).
+
+    Raises:
+        ValueError: a setting is unknown or cannot be honoured for this model.
+    """
+    if load_in_4bit:
+        raise ValueError(
+            "load_in_4bit=True is not supported yet: bitsandbytes leaves fused experts in 16 bits, so it would save "
+            "next to nothing on this model. Load without it."
+        )
+    adapter = Path(name_or_path) / "adapter_config.json"
+    if adapter.is_file():
+        if full_finetuning:
+            raise ValueError(f"{name_or_path} is an adapter; full_finetuning=True needs a whole model. Merge it first.")
+        base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    else:
+        base = name_or_path
+    shared = {key: from_pretrained[key] for key in ("revision", "trust_remote_code", "token") if key in from_pretrained}
+    _check_length(max_seq_length, AutoConfig.from_pretrained(base, **shared))
+    if torch.cuda.is_available():
+        from_pretrained.setdefault("device_map", {"": torch.cuda.current_device()})
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype or "auto", **from_pretrained)
+    tokenizer = AutoTokenizer.from_pretrained(base, **shared)
+    if max_seq_length is not None:
+        tokenizer.model_max_length = max_seq_length
+    model.requires_grad_(full_finetuning)
+    if base != name_or_path:
+        model = PeftModel.from_pretrained(model, name_or_path, is_trainable=True)
+    return optimize(model, backend=backend, memory=memory), tokenizer
+
+
+def add_lora(
+    model: nn.Module,
+    *,
+    r: int = 16,
+    lora_alpha: float = 32,
+    target_modules: Sequence[str] | str = "all-linear",
+    **lora_config: Any,
+) -> PeftModel:
+    """Wrap the model with a stock PEFT adapter, run it through the walk, and print what it trains.
+
+    Args:
+        model: from `load`, or any Transformers model; it is optimized if it was not.
+        r: rank, per expert. Gate and up are one fused projection and share it.
+        lora_alpha: the adapter's output is scaled by `lora_alpha / r`.
+        target_modules: names such as "q_proj" or "gate_proj", which reach routed experts, shared experts and dense
+            layers alike, or "all-linear": all of them and the attention. The router is trained only by its own name.
+        lora_config: more fields of `peft.LoraConfig` (`use_rslora`, `rank_pattern`, `init_lora_weights`, …).
+
+    Raises:
+        ValueError: the model has adapters already, a target matches nothing, or a setting cannot be honoured.
+    """
+    if isinstance(model, PeftModel):
+        raise ValueError(
+            "this model has adapters already. To train another one call model.add_adapter(name, config), or start from "
+            "the base model: model.unload()."
+        )
+    assert isinstance(model, PreTrainedModel), f"expected a Transformers model, got {type(model).__name__}"
+    targets = resolve(model, target_modules)
+    _check_lora_settings(targets, lora_config)
+    parameters = dict.fromkeys((*targets.parameters, *lora_config.pop("target_parameters", ())))
+    config = LoraConfig(
+        r=r,
+        lora_alpha=lora_alpha,
+        target_modules=list(targets.modules),
+        target_parameters=list(parameters) or None,
+        **{"lora_dropout": 0.0, "bias": "none", "task_type": "CAUSAL_LM"} | lora_config,
+    )
+    if attach.attached(model) is None:
+        optimize(model)
+    wrapped = get_peft_model(model, config)
+    assert isinstance(wrapped, PeftModel)
+    attach.bind_all(model)
+    _check_adapted(wrapped, targets)
+    Console().print(coverage(wrapped))
+    return wrapped
+
+
+def optimize(model: _Model, *, backend: str | None = None, memory: str | None = None) -> _Model:
+    """Run the experts of this one model through the walk, in place. Undone by `restore`.
+
+    Args:
+        model: a Transformers or PEFT model. Adapters that are attached later are taken in too.
+        backend: as for `load`.
+        memory: as for `load`; None leaves gradient checkpointing as it is.
+
+    Raises:
+        ValueError: a layer, an adapter or a setting cannot be honoured; the model is then as it was.
+    """
+    inner = _transformers_model(model)
+    requested = backend if backend is not None else os.environ.get(_BACKEND_VARIABLE, "auto")
+    if memory is not None and memory not in _MEMORY:
+        raise ValueError(f"unknown memory {memory!r}; choose one of {list(_MEMORY)}")
+    attach.detach(inner)
+    attach.attach(inner, requested)
+    if memory is not None:
+        _set_checkpointing(inner, enabled=memory != "fast")
+    return model
+
+
+def restore(model: _Model) -> _Model:
+    """Undo `optimize`: the model runs as stock Transformers and PEFT again. Gradient checkpointing stays as it is."""
+    attach.detach(_transformers_model(model))
+    return model
+
+
+def explain(model: nn.Module) -> report.Explanation:
+    """Per layer: backend, weights, adapters, and why better backends were passed over."""
+    return report.explain(_transformers_model(model))
+
+
+def trained(model: nn.Module) -> Coverage:
+    """What the model trains, by part: the table that `add_lora` prints."""
+    return coverage(model)
+
+
+def _transformers_model(model: nn.Module) -> PreTrainedModel:
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    if not isinstance(inner, PreTrainedModel):
+        raise ValueError(f"expected a Transformers or PEFT model, got {type(model).__name__}.")
+    return inner
+
+
+def _check_length(max_seq_length: int | None, config: Any) -> None:
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if max_seq_length is not None and limit is not None and max_seq_length > limit:
+        raise ValueError(f"max_seq_length={max_seq_length} is beyond the {limit} positions of this model.")
+
+
+def _check_lora_settings(targets: Targets, settings: dict[str, Any]) -> None:
+    """Refuse before PEFT changes the model what PEFT cannot do on parameters."""
+    refused = [key for key in ("lora_dropout", "use_dora", "lora_bias") if settings.get(key)]
+    if targets.parameters and refused:
+        raise ValueError(
+            f"{', '.join(f'{key}={settings[key]}' for key in refused)} cannot be used on experts: there is no module "
+            "to apply it to, only their weights. Leave it out, or target the attention alone."
+        )
+
+
+def _check_adapted(model: PeftModel, targets: Targets) -> None:
+    if missing := sorted(targets.paths - coverage(model).adapted):
+        raise ValueError(
+            f"PEFT attached no adapter to {missing[:5]} ({len(missing)} in all), though they were asked for."
+        )
+
+
+def _set_checkpointing(model: PreTrainedModel, *, enabled: bool) -> None:
+    if not model.supports_gradient_checkpointing:
+        return
+    if enabled:
+        # renamed in transformers 5.2x; the old name warns there and ends with version 6
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    else:
+        disable = getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable
+        disable()

@@ -1,0 +1,34 @@
+"""Backends: the grouped products of the walk, each behind the same few functions.
+
+To add one: write the file, add its name to `PREFERRED`, run the op tests (they loop over all backends).
+"""
+
+from expertune.backends import grouped_mm, native_torch
+from expertune.backends.protocol import Backend
+from expertune.shapes import Problem
+
+# Best first.
+PREFERRED: tuple[Backend, ...] = (grouped_mm.BACKEND, native_torch.BACKEND)
+
+
+def choose(problem: Problem, requested: str = "auto") -> tuple[Backend, list[str]]:
+    """The backend to use and, for the report, why better ones were passed over.
+
+    Raises:
+        ValueError: `requested` is unknown, or cannot run `problem`. What is asked for by name is never replaced.
+    """
+    known = {backend.name: backend for backend in PREFERRED}
+    if requested != "auto":
+        if requested not in known:
+            raise ValueError(f"unknown backend {requested!r}; choose one of {sorted(known)} or 'auto'")
+        if reason := known[requested].why_not(problem):
+            raise ValueError(
+                f"backend {requested!r} cannot run here: it {reason}. Choose another of {sorted(known)}, or 'auto'."
+            )
+        return known[requested], []
+    passed_over: list[str] = []
+    for backend in PREFERRED:
+        if (reason := backend.why_not(problem)) is None:
+            return backend, passed_over
+        passed_over.append(f"{backend.name}: {reason}")
+    raise RuntimeError("no backend can run this model:\n  " + "\n  ".join(passed_over))

@@ -1,0 +1,141 @@
+"""PEFT: its adapters on the experts, handed to the walk as factors instead of folded into the weights.
+
+`target_parameters` puts a `ParamWrapper` around the experts, one a parameter, nested. Its own forward forms `W + s·BA`
+for every expert. We give the outermost wrapper of one model a forward that collects the active factors of the nest and
+calls the experts with them. Parameters, names, state dict, merging and saving stay PEFT's.
+"""
+
+from functools import partial
+from typing import Any, cast
+
+import torch.nn.functional as F
+from packaging.version import Version
+from peft.tuners.lora.layer import ParamWrapper
+from torch import Tensor, nn
+
+from expertune.hosts.transformers import first_name, is_experts, plan_of
+from expertune.shapes import LoraFactors
+
+# Before this version, PEFT wrote the factors of weights that lie as (E, O, I) with input and output swapped.
+_LAYOUT_SINCE = Version("0.19.0.dev0")
+
+
+def wrappers_of(module: nn.Module) -> tuple[list[ParamWrapper], nn.Module]:
+    """PEFT's nest of parameter wrappers, outermost first, and the module inside."""
+    nest = []
+    while isinstance(module, ParamWrapper):
+        nest.append(module)
+        module = module.base_layer
+    return nest, module
+
+
+def is_bound(wrapper: nn.Module) -> bool:
+    """Whether `bind` has given this wrapper our forward."""
+    return "forward" in vars(wrapper)
+
+
+def bind(wrapper: ParamWrapper) -> bool:
+    """Give the outermost wrapper around experts, or around the weight of a linear, a split forward. True if it did.
+
+    Raises:
+        ValueError: the nest holds an adapter that the walk cannot use.
+    """
+    nest, base = wrappers_of(wrapper)
+    if is_experts(base):
+        for inner in nest:
+            _check(inner, base)
+        wrapper.forward = partial(_experts_forward, wrapper)
+    elif isinstance(base, nn.Linear) and [inner.parameter_name for inner in nest] == ["weight"]:
+        wrapper.forward = partial(_linear_forward, wrapper)
+    else:
+        return False
+    return True
+
+
+def unbind(wrapper: ParamWrapper) -> None:
+    """Undo `bind`."""
+    vars(wrapper).pop("forward", None)
+
+
+def _check(wrapper: ParamWrapper, base: nn.Module) -> None:
+    """Refuse what the walk would read wrongly."""
+    plan = plan_of(base)
+    known = (first_name(base), "down_proj")
+    if wrapper.parameter_name not in known:
+        raise ValueError(
+            f"an adapter targets {plan.name}.{wrapper.parameter_name}, which the walk cannot adapt; "
+            f"target {' or '.join(known)} instead."
+        )
+    layout = plan.layout
+    widths = (layout.model_width, layout.first_width)
+    if wrapper.parameter_name == "down_proj":
+        widths = (layout.expert_width, layout.model_width)
+    for name, a in wrapper.lora_A.items():
+        expected = (layout.num_experts * wrapper.r[name], widths[0]), (widths[1], wrapper.r[name] * layout.num_experts)
+        came = tuple(a.weight.shape), tuple(wrapper.lora_B[name].weight.shape)
+        if came != expected:
+            raise ValueError(
+                f"adapter {name!r} on {plan.name}.{wrapper.parameter_name} has factors of shapes {came}, expected "
+                f"{expected}, the layout of PEFT 0.19 and later. Train it again, or convert it with the PEFT that "
+                "wrote it."
+            )
+
+
+def check_versions(model: nn.Module) -> None:
+    """Refuse adapters on the experts that were written in PEFT 0.18's layout, which square shapes would hide.
+
+    Args:
+        model: a Transformers model; PEFT leaves the configs of its adapters on it.
+    """
+    for name, config in getattr(model, "peft_config", {}).items():
+        is_old = config.peft_version and Version(config.peft_version.split("@")[0]) < _LAYOUT_SINCE
+        if not is_old or not getattr(config, "target_parameters", None):
+            continue
+        for module in model.modules():
+            nest, base = wrappers_of(module)
+            if nest and is_experts(base) and not base.is_transposed and name in nest[0].lora_A:
+                raise ValueError(
+                    f"adapter {name!r} was written by PEFT {config.peft_version}, which lays out the factors of "
+                    f"{type(base).__name__} with input and output swapped. Loaded by PEFT 0.19 or later it is another "
+                    "function. Merge it with the PEFT that wrote it, or train it again."
+                )
+
+
+def _active_factors(wrapper: ParamWrapper) -> tuple[LoraFactors, ...]:
+    """The factors that count now, as PEFT's own forward decides it."""
+    if wrapper.disable_adapters:
+        if wrapper.merged:
+            wrapper.unmerge()
+        return ()
+    if wrapper.merged:
+        return ()
+    return tuple(
+        LoraFactors(a=wrapper.lora_A[name].weight, b=wrapper.lora_B[name].weight, scale=wrapper.scaling[name])
+        for name in wrapper.active_adapters
+        if name in wrapper.lora_A
+    )
+
+
+def _refuse_mixed_batches(kwargs: dict[str, Any]) -> None:
+    if kwargs.pop("adapter_names", None) is not None:
+        raise ValueError("adapters on experts cannot be mixed within a batch; call the model once an adapter.")
+
+
+def _experts_forward(wrapper: ParamWrapper, *args: Any, **kwargs: Any) -> Any:
+    """Instead of `ParamWrapper.forward`: call the experts with the active factors of the whole nest."""
+    _refuse_mixed_batches(kwargs)
+    nest, base = wrappers_of(wrapper)
+    factors = {inner.parameter_name: _active_factors(inner) for inner in nest}
+    adapters = factors.get(first_name(base), ()), factors.get("down_proj", ())
+    return base(*args, **kwargs, adapters=adapters)
+
+
+def _linear_forward(wrapper: ParamWrapper, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """`xW + s(xA)B` for a plain linear whose weight is targeted, with the dtypes of PEFT's own LoRA linear."""
+    _refuse_mixed_batches(kwargs)
+    result = cast(Tensor, wrapper.base_layer(x, *args, **kwargs))
+    dtype = result.dtype
+    for factors in _active_factors(wrapper):
+        mid = F.linear(x.to(factors.a.dtype), factors.a)
+        result = result + F.linear(mid, factors.b) * factors.scale
+    return result.to(dtype)

@@ -1,0 +1,89 @@
+"""The report of `explain`: per layer the backend, the weights, the adapters, and why better backends were passed over."""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from expertune.hosts.attach import attached, blocks
+from expertune.hosts.peft import wrappers_of
+from expertune.hosts.transformers import first_name, is_experts, plan_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerReport:
+    """How the experts of one layer run.
+
+    Args:
+        name: path of the experts.
+        backend: name of the backend.
+        weights: shape, dtype and layout, in words.
+        gate: name of the gate function.
+        adapters: active adapters with rank, a line a projection.
+        passed_over: why each better backend was not chosen.
+    """
+
+    name: str
+    backend: str
+    weights: str
+    gate: str
+    adapters: tuple[str, ...]
+    passed_over: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explanation:
+    """What `explain` found; `str()` gives it in words."""
+
+    requested: str | None
+    layers: tuple[LayerReport, ...]
+
+    def __str__(self) -> str:
+        if self.requested is None:
+            return "not optimized: this model runs as stock Transformers. Call expertune.optimize(model)."
+        if not self.layers:
+            return "no experts: this model runs as stock Transformers; there is nothing for expertune to speed up."
+        lines = [f"{len(self.layers)} layers with experts, backend asked for: {self.requested}"]
+        for layer in self.layers:
+            lines.append(f"{layer.name}: {layer.backend} · {layer.weights} · gate {layer.gate}")
+            lines += [f"    adapter  {adapter}" for adapter in layer.adapters] or ["    adapter  none"]
+            lines += [f"    passed over  {reason}" for reason in layer.passed_over]
+        return "\n".join(lines)
+
+
+def explain(model: nn.Module) -> Explanation:
+    """Report on a Transformers model, with or without adapters."""
+    state = attached(model)
+    if state is None:
+        return Explanation(requested=None, layers=())
+    names = {id(module): path.replace(".base_layer", "") for path, module in model.named_modules()}
+    children = (child for block in blocks(model) for child in block.children())
+    layers = [_layer(child, names) for child in children if is_experts(wrappers_of(child)[1])]
+    return Explanation(requested=state.requested, layers=tuple(layers))
+
+
+def _layer(outermost: nn.Module, names: dict[int, str]) -> LayerReport:
+    nest, experts = wrappers_of(outermost)
+    plan = plan_of(experts)
+    weight = experts.get_parameter(first_name(experts))
+    step, passed_over = plan.step(weight.device, weight.dtype)
+    adapters = []
+    for wrapper in reversed(nest):
+        active = [f"{name} (r={wrapper.r[name]})" for name in wrapper.active_adapters if name in wrapper.lora_A]
+        state = (
+            "disabled"
+            if wrapper.disable_adapters
+            else "merged"
+            if wrapper.merged
+            else ", ".join(active) or "none active"
+        )
+        adapters.append(f"{wrapper.parameter_name}: {state}")
+    layout = plan.layout
+    rows = "(E, I, O)" if layout.is_transposed else "(E, O, I)"
+    return LayerReport(
+        name=names[id(outermost)],
+        backend=step.backend.name,
+        weights=f"{layout.num_experts} experts {layout.model_width}→{layout.expert_width}, {rows}, {weight.dtype}",
+        gate=plan.gate.name,
+        adapters=tuple(adapters),
+        passed_over=tuple(passed_over),
+    )

@@ -1,0 +1,136 @@
+"""Targets: the names a user trains, resolved to what stock PEFT must be told so that every part of the model hears it.
+
+In a model with experts, PEFT (0.19 to 0.21) reads `gate_proj`, `up_proj`, `down_proj` and a few more names in
+`target_modules` as the routed experts alone, and drops the shared experts and dense layers of the same name without a
+word. A linear of such a name is therefore targeted by its weight, as a parameter: the same keys and shapes on disk.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from expertune.hosts.attach import blocks
+from expertune.hosts.transformers import first_name, is_experts, named_experts
+
+# Rewritten by PEFT's _convert_peft_config_moe (peft/utils/transformers_weight_conversion.py, 0.21.2).
+_REWRITTEN_BY_PEFT = frozenset({"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"})
+# The halves of a fused first projection, by the names of Qwen and of Mixtral checkpoints.
+_HALVES = ({"gate_proj", "up_proj"}, {"w1", "w3"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Targets:
+    """What to pass to `LoraConfig`, and the paths that it must then adapt.
+
+    Args:
+        modules: for `target_modules`.
+        parameters: for `target_parameters`.
+        paths: every linear and every experts parameter meant, by its full path.
+    """
+
+    modules: tuple[str, ...]
+    parameters: tuple[str, ...]
+    paths: frozenset[str]
+
+
+def resolve(model: PreTrainedModel, requested: Sequence[str] | str) -> Targets:
+    """Find every linear, experts parameter and (only by its own name) router that the names mean.
+
+    Args:
+        model: a Transformers model without adapters.
+        requested: names or dotted endings of paths, or "all-linear": every linear and all experts, without the router
+            and the output head.
+
+    Raises:
+        ValueError: a name matches nothing, or half of a fused projection.
+    """
+    linears = {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
+    routers = _routers(model)
+    experts = _experts_parameters(model)
+    if requested == "all-linear":
+        head = model.get_output_embeddings()
+        paths = [path for path, module in linears.items() if module is not head and path not in routers]
+        return _targets(paths, list(experts), has_experts=bool(experts))
+    if isinstance(requested, str):
+        raise ValueError(
+            f"target_modules takes a list of names or 'all-linear', got the string {requested!r}. For a regular "
+            "expression build a peft.LoraConfig, call peft.get_peft_model, then expertune.optimize(model)."
+        )
+    names = list(dict.fromkeys(requested))
+    _refuse_halves(names, experts)
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found[name] = [path for path in (*linears, *routers) if _ends(path, name)]
+        found[name] += [path for path, aliases in experts.items() if name in aliases or _ends(path, name)]
+    if missing := [name for name in names if not found[name]]:
+        leaves = sorted({path.rpartition(".")[2] for path in (*linears, *experts)})
+        raise ValueError(f"target_modules {missing} match nothing in this model. It has {leaves}.")
+    hits = list(dict.fromkeys(path for name in names for path in found[name]))
+    plain = [path for path in hits if path not in experts]
+    return _targets(plain, [path for path in hits if path in experts], has_experts=bool(experts), routers=routers)
+
+
+def _targets(
+    plain: Sequence[str], experts: Sequence[str], *, has_experts: bool, routers: frozenset[str] = frozenset()
+) -> Targets:
+    modules, parameters = [], [_below_layer(path) for path in experts]
+    for path in plain:
+        name = _below_layer(path)
+        if path in routers or (has_experts and path.rpartition(".")[2] in _REWRITTEN_BY_PEFT):
+            parameters.append(f"{name}.weight")
+        else:
+            modules.append(name)
+    return Targets(
+        modules=tuple(dict.fromkeys(modules)),
+        parameters=tuple(dict.fromkeys(parameters)),
+        paths=frozenset((*plain, *experts)),
+    )
+
+
+def _routers(model: PreTrainedModel) -> frozenset[str]:
+    """Children of MoE blocks that hold one row of weights an expert."""
+    found = set()
+    names = {id(module): path for path, module in model.named_modules()}
+    for block in blocks(model):
+        num_experts = next(m.get_parameter(first_name(m)).shape[0] for m in block.children() if is_experts(m))
+        for child in block.children():
+            weight = getattr(child, "weight", None)
+            if isinstance(weight, nn.Parameter) and weight.ndim == 2 and weight.shape[0] == num_experts:
+                found.add(names[id(child)])
+    return frozenset(found)
+
+
+def _experts_parameters(model: PreTrainedModel) -> dict[str, set[str]]:
+    """The path of each experts weight, with the other names it goes by."""
+    parameters: dict[str, set[str]] = {}
+    for path, module in named_experts(model):
+        first = first_name(module)
+        parameters[f"{path}.{first}"] = set().union(*_HALVES) if first == "gate_up_proj" else set()
+        parameters[f"{path}.down_proj"] = {"w2"}
+    return parameters
+
+
+def _refuse_halves(names: Sequence[str], experts: dict[str, set[str]]) -> None:
+    if not any(path.endswith(".gate_up_proj") for path in experts):
+        return
+    for half in _HALVES:
+        present = half & set(names)
+        if len(present) == 1:
+            missing = (half - present).pop()
+            raise ValueError(
+                f"target_modules names {present.pop()!r} without {missing!r}, but the experts of this model hold both "
+                "as one fused gate_up_proj. Name both."
+            )
+
+
+def _ends(path: str, name: str) -> bool:
+    return path == name or path.endswith(f".{name}")
+
+
+def _below_layer(path: str) -> str:
+    """The path below the numbered layer: the same in every layer, and never the ending of another name."""
+    parts = path.split(".")
+    numbers = [i for i, part in enumerate(parts) if part.isdigit()]
+    return ".".join(parts[numbers[-1] + 1 :]) if numbers else path

@@ -1,0 +1,193 @@
+"""Transformers: which modules are experts, how they lie, and our forward in its experts registry.
+
+Transformers 5 marks each experts class with `use_experts_implementation`: its instances state `is_transposed`,
+`has_bias` and (later than 5.2) `has_gate`, and dispatch `forward` by `config._experts_implementation`. We read the
+flags, register one function, and set that name on the config of the one model.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
+
+from expertune import families
+from expertune.activations import Gate, GeGlu, HostGate, SwiGlu
+from expertune.backends import choose
+from expertune.backends.protocol import Backend
+from expertune.experts import ExpertsStep, Projection, experts
+from expertune.shapes import ExpertsLayout, LoraFactors, Problem
+
+IMPLEMENTATION = "expertune"
+
+_FUSED_GATES: dict[str, Gate] = {
+    "silu": SwiGlu(),
+    "swish": SwiGlu(),
+    "gelu": GeGlu("none"),
+    "gelu_pytorch_tanh": GeGlu("tanh"),
+}
+_Adapters = tuple[tuple[LoraFactors, ...], tuple[LoraFactors, ...]]
+
+
+@dataclass(kw_only=True)
+class ExpertsPlan:
+    """What `optimize` decided for one experts module. Lies on the module as `_expertune`.
+
+    Args:
+        name: the module's path in its model.
+        layout: how its weights lie.
+        gate: its gate function.
+        requested: the backend asked for, or "auto".
+    """
+
+    name: str
+    layout: ExpertsLayout
+    gate: Gate
+    requested: str
+    _steps: dict[tuple[torch.device, torch.dtype], tuple[ExpertsStep, list[str]]] = field(default_factory=dict)
+
+    def step(self, device: torch.device, dtype: torch.dtype) -> tuple[ExpertsStep, list[str]]:
+        """The step for weights of this device and dtype, and why better backends were passed over."""
+        key = (device, dtype)
+        if key not in self._steps:
+            backend, passed_over = self._choose(device, dtype)
+            step = ExpertsStep(layout=self.layout, gate=self.gate, backend=backend)
+            self._steps[key] = (step, passed_over)
+        return self._steps[key]
+
+    def _choose(self, device: torch.device, dtype: torch.dtype) -> tuple[Backend, list[str]]:
+        layout = self.layout
+        problem = Problem(
+            device=device.type,
+            capability=torch.cuda.get_device_capability(device) if device.type == "cuda" else None,
+            dtype=dtype,
+            widths=(layout.model_width, layout.first_width, layout.expert_width),
+        )
+        return choose(problem, self.requested)
+
+
+def first_name(module: nn.Module) -> str:
+    """The name of the parameter of the first projection."""
+    # has_gate came after transformers 5.2; before it every such class had a gate
+    return "gate_up_proj" if getattr(module, "has_gate", True) else "up_proj"
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether Transformers' own decorator marked this module as experts."""
+    return hasattr(module, "is_transposed") and hasattr(module, "has_bias") and hasattr(module, "_apply_gate")
+
+
+def plan_of(module: nn.Module) -> ExpertsPlan:
+    """The plan that `optimize` left on an experts module.
+
+    Raises:
+        RuntimeError: there is none, because the module's config is shared with an optimized model.
+    """
+    plan = getattr(module, "_expertune", None)
+    if not isinstance(plan, ExpertsPlan):
+        raise RuntimeError(
+            "this model's config says experts_implementation='expertune', but expertune.optimize(model) was not called "
+            "on it: it shares its config object with an optimized model. Optimize it too, or build it from a copy "
+            "(copy.deepcopy(config))."
+        )
+    return plan
+
+
+def make_plan(name: str, module: nn.Module, model_type: str, requested: str) -> ExpertsPlan:
+    """Read an experts module's flags and weights.
+
+    Raises:
+        ValueError: the module does something that the walk does not, or the backend asked for cannot run it.
+    """
+    refused = {
+        "a norm after the experts (has_post_expert_norm)": getattr(module, "has_post_expert_norm", False),
+        "expert parallelism": getattr(module, "_is_expert_parallel", False),
+    }
+    if reasons := [reason for reason, present in refused.items() if present]:
+        raise ValueError(f"{name} ({type(module).__name__}) uses {' and '.join(reasons)}, which is not supported yet.")
+    first = first_name(module)
+    known = {first, "down_proj", f"{first}_bias", "down_proj_bias"}
+    held = {key for key, _ in module.named_parameters() if not key.startswith("parametrizations.")}
+    if unknown := sorted(held - known):
+        raise ValueError(
+            f"{name} ({type(module).__name__}) holds the parameters {unknown}, which the walk would not use. "
+            f"It knows {sorted(known)}. Please report the model type ({model_type})."
+        )
+    plan = ExpertsPlan(name=name, layout=_layout(module, first), gate=_gate(module, model_type), requested=requested)
+    weight = module.get_parameter(first)
+    plan.step(weight.device, weight.dtype)  # refuses now what was asked for by name and cannot run
+    return plan
+
+
+def _layout(module: nn.Module, first: str) -> ExpertsLayout:
+    num_experts, *shape = module.get_parameter(first).shape
+    model_width, first_width = shape if module.is_transposed else reversed(shape)
+    has_gate = first == "gate_up_proj"
+    return ExpertsLayout(
+        num_experts=num_experts,
+        model_width=model_width,
+        expert_width=first_width // 2 if has_gate else first_width,
+        has_gate=has_gate,
+        is_transposed=bool(module.is_transposed),
+        has_bias=bool(module.has_bias),
+    )
+
+
+def _gate(module: Any, model_type: str) -> Gate:
+    """Our own gate where we know the function, the host's otherwise."""
+    if first_name(module) == "up_proj":
+        return HostGate(module.act_fn, name=f"{type(module.act_fn).__name__}, no gate")
+    if (family := families.find(model_type)) is not None:
+        return family.fused_gate(module)
+    if type(module)._apply_gate is _default_apply_gate:
+        for name, gate in _FUSED_GATES.items():
+            if type(module.act_fn) is type(ACT2FN[name]):
+                return gate
+    return HostGate(module._apply_gate)
+
+
+def experts_forward(
+    self: nn.Module,
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    adapters: _Adapters = ((), ()),
+) -> Tensor:
+    """Our forward of an experts module, as Transformers calls it; `adapters` is added by the PEFT host.
+
+    Args:
+        self: the experts module.
+        hidden_states: `(T, D)`.
+        top_k_index: `(T, K)`, expert ids.
+        top_k_weights: `(T, K)`.
+        adapters: the active LoRA factors of the first projection and of down.
+    """
+    if hasattr(self, "parametrizations"):
+        raise RuntimeError(
+            f"an adapter reached {plan_of(self).name} folded into the weights, not through the walk. "
+            "Call expertune.optimize(model) after adapters were attached."
+        )
+    first = first_name(self)
+    weight = self.get_parameter(first)
+    step, _ = plan_of(self).step(weight.device, weight.dtype)
+    biases = (f"{first}_bias", "down_proj_bias")
+    projections = tuple(
+        Projection(weight=w, bias=self.get_parameter(b) if step.layout.has_bias else None, adapters=a)
+        for w, b, a in zip((weight, self.get_parameter("down_proj")), biases, adapters, strict=True)
+    )
+    return experts(hidden_states, top_k_index, top_k_weights, (projections[0], projections[1]), step)
+
+
+def register() -> None:
+    """Add our forward to Transformers' experts registry. Changes no model."""
+    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
+
+
+def named_experts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Each experts module with its path, as the path is without PEFT's wrappers."""
+    for name, module in model.named_modules():
+        if is_experts(module):
+            yield name.replace(".base_layer", ""), module

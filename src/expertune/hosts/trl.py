@@ -1,0 +1,38 @@
+"""TRL and Transformers trainers: the proof, after the first step's backward, that every adapter learns."""
+
+from typing import Any
+
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+def adapters_without_gradient(model: nn.Module) -> list[str]:
+    """Paths of trainable LoRA layers neither of whose factors received a gradient that is not zero."""
+    silent = []
+    for path, module in model.named_modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        for adapter in module.active_adapters:
+            factors = [layers[adapter].weight for layers in (module.lora_A, module.lora_B) if adapter in layers]
+            trained = [factor for factor in factors if factor.requires_grad]
+            if trained and not any(factor.grad is not None and factor.grad.any() for factor in trained):
+                name = f"{path}.{module.parameter_name}" if isinstance(module, ParamWrapper) else path
+                silent.append(name.replace(".base_layer", ""))
+    return silent
+
+
+class GradientProof(TrainerCallback):
+    """Stops the run at the first optimizer step if an adapter received no gradient."""
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Look at the gradients of step 1, once."""
+        if state.global_step == 0 and (silent := adapters_without_gradient(kwargs["model"])):
+            shown = ", ".join(silent[:5]) + (f" and {len(silent) - 5} more" if len(silent) > 5 else "")
+            raise RuntimeError(
+                f"{len(silent)} adapters received no gradient in the first step: {shown}. They would stay untrained. "
+                "Check that the model was passed to expertune.optimize after the adapters were attached, and that the "
+                "batch holds supervised tokens."
+            )

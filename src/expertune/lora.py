@@ -1,0 +1,65 @@
+"""LoRA factors: PEFT's layout ↔ the one that grouped products read, several active adapters joined along the rank.
+
+PEFT keeps `lora_A` as `(E·R, I)`, expert-major, and `lora_B` as `(O, R·E)`, expert-fastest. A grouped product wants
+one matrix an expert: `a_ERI` and `b_EOR`. Packing is done again in backward, so that no copy is kept between the two.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from expertune.shapes import LoraFactors
+
+# Ranks are padded with zeros to a multiple of 8, because grouped products read rows of whole 16 bytes.
+RANK_MULTIPLE = 8
+
+
+def joined_rank(adapters: Sequence[LoraFactors], num_experts: int) -> int:
+    """`R`: the ranks of all active adapters, added up and padded."""
+    rank = sum(adapter.a.shape[0] // num_experts for adapter in adapters)
+    return -(-rank // RANK_MULTIPLE) * RANK_MULTIPLE
+
+
+def pack(adapters: Sequence[LoraFactors], num_experts: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Join the adapters of one projection to `a_ERI` and `scale · b_EOR`.
+
+    The scale is folded into `b` before it is rounded to `dtype`, so that it costs no second rounding.
+    """
+    rank = joined_rank(adapters, num_experts)
+    first = adapters[0]
+    a_ERI = first.a.new_empty((num_experts, rank, first.a.shape[1]), dtype=dtype)
+    b_EOR = first.b.new_empty((num_experts, first.b.shape[0], rank), dtype=dtype)
+    start = 0
+    for adapter in adapters:
+        a = adapter.a.view(num_experts, -1, adapter.a.shape[1])
+        b = adapter.b.view(adapter.b.shape[0], -1, num_experts).permute(2, 0, 1)
+        end = start + a.shape[1]
+        a_ERI[:, start:end].copy_(a)
+        b_EOR[:, :, start:end].copy_(b if adapter.scale == 1 else b * adapter.scale)
+        start = end
+    a_ERI[:, start:].zero_()
+    b_EOR[:, :, start:].zero_()
+    return a_ERI, b_EOR
+
+
+def unpack_a_grads(da_ERI: Tensor, adapters: Sequence[LoraFactors]) -> list[Tensor]:
+    """Cut the gradient of the packed `a_ERI` back to one gradient an adapter, in PEFT's layout and dtype."""
+    grads, start = [], 0
+    for adapter in adapters:
+        rank = adapter.a.shape[0] // da_ERI.shape[0]
+        grads.append(da_ERI[:, start : start + rank].reshape(adapter.a.shape).to(adapter.a.dtype))
+        start += rank
+    return grads
+
+
+def unpack_b_grads(db_EOR: Tensor, adapters: Sequence[LoraFactors]) -> list[Tensor]:
+    """The same for `b_EOR`, whose pack had the scale folded in."""
+    grads, start = [], 0
+    for adapter in adapters:
+        rank = adapter.b.shape[1] // db_EOR.shape[0]
+        grad = torch.empty_like(adapter.b, memory_format=torch.contiguous_format)
+        grad.view(adapter.b.shape[0], rank, -1).copy_(db_EOR[:, :, start : start + rank].permute(1, 2, 0))
+        grads.append(grad if adapter.scale == 1 else grad.mul_(adapter.scale))
+        start += rank
+    return grads

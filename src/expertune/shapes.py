@@ -1,0 +1,75 @@
+"""The legend of the package, and the few frozen values that its parts hand to each other.
+
+Shape letters, used as suffixes of tensor names everywhere:
+`T` tokens · `K` experts per token · `N = T·K` routed rows, sorted by expert · `E` experts · `D` model width ·
+`F` expert width · `G` width of the first projection (`2F` with a gate, `F` without) · `R` LoRA rank ·
+`I, O` input and output width of any linear. So `x_TD`, `w_EOI`, `ends_E`.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertsLayout:
+    """How a host lays out the experts of one layer.
+
+    Args:
+        num_experts: `E`.
+        model_width: `D`.
+        expert_width: `F`.
+        has_gate: whether the first projection yields gate and up (`G = 2F`) or up alone (`G = F`).
+        is_transposed: whether weights lie as `(E, I, O)` instead of `(E, O, I)`.
+        has_bias: whether both projections add a bias of shape `(E, O)`.
+    """
+
+    num_experts: int
+    model_width: int
+    expert_width: int
+    has_gate: bool
+    is_transposed: bool
+    has_bias: bool
+
+    def __post_init__(self) -> None:
+        for name in ("num_experts", "model_width", "expert_width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    @property
+    def first_width(self) -> int:
+        """`G`, what the first projection yields."""
+        return 2 * self.expert_width if self.has_gate else self.expert_width
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraFactors:
+    """One active adapter on one projection of the experts, in PEFT's own layout (0.19 and later).
+
+    Args:
+        a: `(E·R, I)`, expert-major: read as `(E, R, I)`.
+        b: `(O, R·E)`, expert-fastest: read as `(O, R, E)`.
+        scale: `lora_alpha / r`, or `lora_alpha / sqrt(r)` with rsLoRA.
+    """
+
+    a: Tensor
+    b: Tensor
+    scale: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """What a backend needs to know to say whether it can run.
+
+    Args:
+        device: device type, "cpu" or "cuda".
+        capability: CUDA compute capability, or None elsewhere.
+        dtype: what the matrix products are computed in.
+        widths: every row width that is multiplied, in elements.
+    """
+
+    device: str
+    capability: tuple[int, int] | None
+    dtype: torch.dtype
+    widths: tuple[int, ...]
