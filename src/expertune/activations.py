@@ -122,7 +122,7 @@ class ClampedSwiGlu:
 
 @dataclass(frozen=True)
 class HostGate:
-    """Any differentiable function of the host, run and differentiated by autograd. It must hold no trained parameter."""
+    """Any differentiable function of the host, differentiated by autograd. It must hold no trained parameter."""
 
     function: Callable[[Tensor], Tensor]
     name: str = "host's own"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -137,9 +137,9 @@ def optimize(model: _Model, *, backend: str | None = None, memory: str | None = 
     if memory is not None and memory not in _MEMORY:
         raise ValueError(f"unknown memory {memory!r}; choose one of {list(_MEMORY)}")
     attach.detach(inner)
-    attach.attach(inner, requested)
+    state = attach.attach(inner, requested)
     if memory is not None:
-        _set_checkpointing(inner, enabled=memory != "fast")
+        attach.set_checkpointing(inner, state, enabled=memory != "fast")
     return model
 
 
@@ -187,15 +187,3 @@ def _check_adapted(model: PeftModel, targets: Targets) -> None:
         raise ValueError(
             f"PEFT attached no adapter to {missing[:5]} ({len(missing)} in all), though they were asked for."
         )
-
-
-def _set_checkpointing(model: PreTrainedModel, *, enabled: bool) -> None:
-    if not model.supports_gradient_checkpointing:
-        return
-    if enabled:
-        # renamed in transformers 5.2x; the old name warns there and ends with version 6
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
-    else:
-        disable = getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable
-        disable()

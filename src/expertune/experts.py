@@ -70,9 +70,12 @@ def experts(
         routing=dispatch(expert_TK, step.layout.num_experts),
         scales=tuple(tuple(adapter.scale for adapter in p.adapters) for p in projections),
     )
-    out_TD = _ExpertsFunction.apply(  # type: ignore[no-untyped-call]
-        walk, x_TD.to(first.weight.dtype), weight_TK, first.weight, first.bias, second.weight, second.bias, *factors
-    )
+    base = (first.weight, first.bias, second.weight, second.bias)
+    # autocast would cast some products and not others; the dtype of the base weights is the one that counts
+    with torch.autocast(x_TD.device.type, enabled=False):
+        out_TD = _ExpertsFunction.apply(  # type: ignore[no-untyped-call]
+            walk, x_TD.to(first.weight.dtype), weight_TK, *base, *factors
+        )
     return cast(Tensor, out_TD).to(x_TD.dtype)
 
 
@@ -156,9 +159,7 @@ class _ExpertsFunction(torch.autograd.Function):
     """Arguments: walk, x, weight, w1, b1, w2, b2, then `a, b` of every adapter of the first and second projection."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, walk: _Walk, x_TD: Tensor, weight_TK: Tensor, *tensors: Tensor | None
-    ) -> Tensor:
+    def forward(ctx: Any, walk: _Walk, x_TD: Tensor, weight_TK: Tensor, *tensors: Tensor | None) -> Tensor:
         routing, (first, second) = walk.routing, walk.projections(tensors)
         h_NG, mid1_NR = first.forward(x_TD.index_select(0, routing.row_token_N))
         y_ND, mid2_NR = second.forward(walk.step.gate.forward(h_NG))
@@ -184,7 +185,7 @@ class _ExpertsFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dout_TD: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dout_TD: Tensor) -> tuple[Tensor | None, ...]:
         x_TD, h_NG, mid1_NR, mid2_NR, weight_TK, row_token_N, row_expert_N, token_row_TK, ends_E, *tensors = (
             ctx.saved_tensors
         )

@@ -36,10 +36,11 @@ def pack(adapters: Sequence[LoraFactors], num_experts: int, dtype: torch.dtype) 
         b = adapter.b.view(adapter.b.shape[0], -1, num_experts).permute(2, 0, 1)
         end = start + a.shape[1]
         a_ERI[:, start:end].copy_(a)
-        b_EOR[:, :, start:end].copy_(b if adapter.scale == 1 else b * adapter.scale)
+        torch.mul(b, adapter.scale, out=b_EOR[:, :, start:end])
         start = end
-    a_ERI[:, start:].zero_()
-    b_EOR[:, :, start:].zero_()
+    if start < rank:
+        a_ERI[:, start:].zero_()
+        b_EOR[:, :, start:].zero_()
     return a_ERI, b_EOR
 
 

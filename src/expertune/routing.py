@@ -53,12 +53,12 @@ def combine(y_ND: Tensor, weight_TK: Tensor, token_row_TK: Tensor) -> Tensor:
     A batched product, because it accumulates in float32 and writes no `(T, K, D)` product.
     """
     num_tokens, top_k = token_row_TK.shape
-    y_TKD = y_ND.index_select(0, token_row_TK.reshape(-1)).view(num_tokens, top_k, -1)
+    y_TKD = y_ND.index_select(0, token_row_TK.reshape(-1)).view(num_tokens, top_k, y_ND.shape[1])
     return torch.bmm(weight_TK.unsqueeze(1).to(y_ND.dtype), y_TKD).squeeze(1)
 
 
 def sum_rows(dx_ND: Tensor, token_row_TK: Tensor) -> Tensor:
     """The backward of copying tokens to rows: sum each token's rows, `(T, D)`, accumulated in float32 or better."""
     num_tokens, top_k = token_row_TK.shape
-    dx_TKD = dx_ND.index_select(0, token_row_TK.reshape(-1)).view(num_tokens, top_k, -1)
+    dx_TKD = dx_ND.index_select(0, token_row_TK.reshape(-1)).view(num_tokens, top_k, dx_ND.shape[1])
     return dx_TKD.sum(1)

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from expertune.hosts import peft, transformers
+from expertune.memory.checkpoint import checkpoint_layer
 from expertune.memory.replay import ReplayingCheckpoint, RoutingReplay
 
 
@@ -29,6 +30,8 @@ class Attached:
         replay: its routing replay.
         handles: its hooks.
         previous: each experts config with the implementation that it named before.
+        blocks: its MoE blocks.
+        layers: its layers that can be checkpointed.
         adapters: the names of PEFT's adapters when wrappers were last bound.
     """
 
@@ -36,6 +39,8 @@ class Attached:
     replay: RoutingReplay = field(default_factory=RoutingReplay)
     handles: list[RemovableHandle] = field(default_factory=list)
     previous: list[tuple[Any, str | None]] = field(default_factory=list)
+    blocks: list[nn.Module] = field(default_factory=list)
+    layers: list[GradientCheckpointingLayer] = field(default_factory=list)
     adapters: tuple[str, ...] = ()
 
 
@@ -66,16 +71,19 @@ def attach(model: PreTrainedModel, requested: str) -> Attached:
     except ValueError:
         _forget(model)
         raise
-    for config in {id(module.config): module.config for module, _ in plans}.values():
-        state.previous.append((config, config._experts_implementation))  # type: ignore[union-attr]
-        config._experts_implementation = transformers.IMPLEMENTATION  # type: ignore[union-attr]
-    for block in blocks(model):
+    configs: dict[int, Any] = {id(module.config): module.config for module, _ in plans}
+    for config in configs.values():
+        state.previous.append((config, config._experts_implementation))
+        config._experts_implementation = transformers.IMPLEMENTATION
+    state.blocks = list(blocks(model))
+    state.layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    for block in state.blocks:
         state.handles.append(block.register_forward_pre_hook(partial(_before_block, state.replay)))
         state.handles.append(block.register_forward_hook(partial(_after_block, state.replay), always_call=True))
     for decoder in _decoders(model):
         state.handles.append(decoder.register_forward_pre_hook(partial(_before_decoder, model, state)))
     state.adapters = _adapters_of(model)
-    model._expertune = state  # type: ignore[assignment]
+    model._expertune = state
     return state
 
 
@@ -91,7 +99,7 @@ def detach(model: PreTrainedModel) -> None:
     for layer in model.modules():
         checkpoint = getattr(layer, "_gradient_checkpointing_func", None)
         if isinstance(checkpoint, ReplayingCheckpoint):
-            layer._gradient_checkpointing_func = checkpoint.checkpoint  # type: ignore[assignment]
+            layer._gradient_checkpointing_func = checkpoint.checkpoint
     _forget(model)
     del model._expertune
 
@@ -146,16 +154,30 @@ def _after_block(replay: RoutingReplay, _block: nn.Module, _args: Any, _output: 
     replay.leave_block()
 
 
-def _before_decoder(model: PreTrainedModel, state: Attached, decoder: PreTrainedModel, _args: Any) -> None:
-    """Take in what changed since the last batch: new adapters, or gradient checkpointing turned on."""
-    children = (child for block in blocks(model) for child in block.children())
+def _before_decoder(model: PreTrainedModel, state: Attached, _decoder: nn.Module, _args: Any) -> None:
+    """Take in what changed since the last batch: new adapters, or gradient checkpointing turned on by a trainer."""
     if state.adapters != _adapters_of(model) or any(
-        isinstance(c, ParamWrapper) and not peft.is_bound(c) for c in children
+        isinstance(child, ParamWrapper) and not peft.is_bound(child)
+        for block in state.blocks
+        for child in block._modules.values()
     ):
         bind_all(model)
         state.adapters = _adapters_of(model)
-    for layer in decoder.modules():
-        if isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing:
-            checkpoint = layer._gradient_checkpointing_func
-            if not isinstance(checkpoint, ReplayingCheckpoint):
-                layer._gradient_checkpointing_func = state.replay.wrap(checkpoint)  # type: ignore[assignment]
+    for layer in state.layers:
+        if layer.gradient_checkpointing and not isinstance(layer._gradient_checkpointing_func, ReplayingCheckpoint):
+            layer._gradient_checkpointing_func = state.replay.wrap(layer._gradient_checkpointing_func)
+
+
+def set_checkpointing(model: PreTrainedModel, state: Attached, *, enabled: bool) -> None:
+    """Turn gradient checkpointing on, with our own choice of torch's two ways and the routing replayed, or off."""
+    if not model.supports_gradient_checkpointing:
+        return
+    if not enabled:
+        # renamed in transformers 5.2x; the old name warns there and ends with version 6
+        disable = getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable
+        disable()
+        return
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    for layer in state.layers:
+        layer._gradient_checkpointing_func = state.replay.wrap(checkpoint_layer)

@@ -1,4 +1,4 @@
-"""The report of `explain`: per layer the backend, the weights, the adapters, and why better backends were passed over."""
+"""The report of `explain`: per layer backend, weights, adapters, and why better backends were passed over."""
 
 from dataclasses import dataclass
 

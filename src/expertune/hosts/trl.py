@@ -26,7 +26,7 @@ class GradientProof(TrainerCallback):
     """Stops the run at the first optimizer step if an adapter received no gradient."""
 
     def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, _args: TrainingArguments, state: TrainerState, _control: TrainerControl, **kwargs: Any
     ) -> None:
         """Look at the gradients of step 1, once."""
         if state.global_step == 0 and (silent := adapters_without_gradient(kwargs["model"])):

@@ -9,6 +9,7 @@ operations, so what autograd saves matches too.
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -89,13 +90,13 @@ class RoutingReplay:
         thread = threading.get_ident()
         if (tape := self._tapes.get(thread)) is not None:
             mode = _TopKMode(tape)
-            mode.__enter__()
+            mode.__enter__()  # type: ignore[no-untyped-call]
             self._modes[thread] = mode
 
     def leave_block(self) -> None:
         """At the end of a MoE block, also when it raised."""
         if (mode := self._modes.pop(threading.get_ident(), None)) is not None:
-            mode.__exit__(None, None, None)
+            mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
 
 class ReplayingCheckpoint:
@@ -108,9 +109,12 @@ class ReplayingCheckpoint:
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run `function` under the host's checkpoint."""
         tape = Tape()
+        keywords: dict[str, Any] = {}
+        if isinstance(function, partial):  # hosts bind a layer's keywords this way; the checkpoint may look at them
+            function, keywords = partial(function.func, *function.args), function.keywords
 
         def run(*run_args: Any, **run_kwargs: Any) -> Any:
             with self._replay.using(tape):
                 return function(*run_args, **run_kwargs)
 
-        return self.checkpoint(run, *args, **kwargs)
+        return self.checkpoint(partial(run, **keywords), *args, **kwargs)

@@ -1,0 +1,40 @@
+"""Gradient checkpointing of one layer: keep its input, compute the rest again in backward.
+
+torch has two ways. The reentrant one runs the first forward without autograd and saves through no hook, which costs the
+CPU far less; but it carries gradient through positional tensors alone, and none where no such tensor requires it. The
+other is right everywhere. A layer takes the first where it is right.
+"""
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+
+def checkpoint_layer(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call `function(*args, **kwargs)` and keep nothing but its inputs until backward.
+
+    Args:
+        function: the layer's forward; keywords bound to it by `functools.partial` count as keywords.
+        args: its positional inputs, tensors or not.
+        kwargs: its keyword inputs.
+    """
+    keywords = kwargs | (function.keywords if isinstance(function, partial) else {})
+    use_reentrant = _any_requires_grad(args) and not _any_requires_grad(keywords.values())
+    return checkpoint(partial(function, **kwargs), *args, use_reentrant=use_reentrant)
+
+
+def _any_requires_grad(values: Iterable[Any]) -> bool:
+    """Whether a tensor that requires a gradient is among the values, or in a tuple, list or dict among them."""
+    for value in values:
+        if isinstance(value, Tensor):
+            if value.requires_grad:
+                return True
+        elif isinstance(value, dict):
+            if _any_requires_grad(value.values()):
+                return True
+        elif isinstance(value, tuple | list) and _any_requires_grad(value):
+            return True
+    return False

@@ -1,0 +1,72 @@
+"""Every backend's products against their definition, in every dtype that it takes."""
+
+import pytest
+import torch
+
+from expertune.backends import PREFERRED, choose
+from expertune.backends.protocol import Backend
+from expertune.routing import dispatch
+from expertune.shapes import Problem
+from tests.cases import NUM_EXPERTS, ROUTINGS
+from tests.numerics import assert_no_worse
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+def problem(dtype: torch.dtype = torch.float32, device: str = "cpu", widths: tuple[int, ...] = (32,), **kw) -> Problem:  # type: ignore[no-untyped-def]
+    return Problem(device=device, capability=kw.get("capability"), dtype=dtype, widths=widths)
+
+
+@pytest.mark.parametrize("expert_TK", ROUTINGS.values(), ids=ROUTINGS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("is_transposed", [False, True])
+@pytest.mark.parametrize("backend", PREFERRED, ids=lambda b: b.name)
+def test_products_match_their_definition(
+    backend: Backend, is_transposed: bool, dtype: torch.dtype, expert_TK: torch.Tensor
+) -> None:
+    if reason := backend.why_not(problem(dtype, widths=(16, 24))):
+        assert backend.name == "grouped_mm" and dtype == torch.float64, reason
+        return
+    torch.manual_seed(0)
+    routing = dispatch(expert_TK, NUM_EXPERTS)
+    experts = routing.row_expert_N.long()
+    x_NI = torch.randn(len(experts), 16).to(dtype)
+    u_NO = torch.randn(len(experts), 24).to(dtype)
+    w_EIO = (torch.randn(NUM_EXPERTS, 24, 16).mT if is_transposed else torch.randn(NUM_EXPERTS, 16, 24)).to(dtype)
+
+    def define_matmul(x, w):  # type: ignore[no-untyped-def]
+        return torch.einsum("ni,nio->no", x, w[experts])
+
+    def define_outer(u, v):  # type: ignore[no-untyped-def]
+        one_hot = torch.nn.functional.one_hot(experts, NUM_EXPERTS).to(u.dtype)
+        return torch.einsum("ne,no,ni->eoi", one_hot, u, v)
+
+    y_NO = backend.matmul(x_NI, w_EIO, routing.ends_E)
+    assert_no_worse(y_NO, define_matmul(x_NI, w_EIO), define_matmul(x_NI.double(), w_EIO.double()), "matmul")
+    o_EOI = backend.outer(u_NO, x_NI, routing.ends_E)
+    assert_no_worse(o_EOI, define_outer(u_NO, x_NI), define_outer(u_NO.double(), x_NI.double()), "outer")
+    absent = sorted(set(range(NUM_EXPERTS)) - set(experts.tolist()))
+    assert not o_EOI[absent].any(), "an expert without rows has a gradient"
+
+
+def test_auto_takes_the_best_that_runs_and_says_why_others_do_not() -> None:
+    assert choose(problem())[0].name == "grouped_mm"
+    backend, passed_over = choose(problem(widths=(30,)))
+    assert backend.name == "native_torch"
+    assert passed_over == ["grouped_mm: needs rows that are multiples of 16 bytes, got widths [30] in torch.float32"]
+    assert "got torch.float64" in choose(problem(torch.float64))[1][0]
+
+
+def test_a_name_is_done_or_refused() -> None:
+    assert choose(problem(), "native_torch") == (PREFERRED[-1], [])
+    with pytest.raises(ValueError, match=r"unknown backend 'tritn'; choose one of .*grouped_mm.* or 'auto'"):
+        choose(problem(), "tritn")
+    with pytest.raises(ValueError, match=r"'grouped_mm' cannot run here: it needs .* got torch.float64"):
+        choose(problem(torch.float64), "grouped_mm")
+    with pytest.raises(ValueError, match=r"compute capability 8.0 or later, got 7.5"):
+        choose(problem(torch.float16, device="cuda", capability=(7, 5)), "grouped_mm")
+
+
+def test_no_backend_is_an_error_with_every_reason() -> None:
+    with pytest.raises(RuntimeError, match=r"(?s)no backend can run this.*grouped_mm: needs.*native_torch: needs"):
+        choose(problem(torch.uint8))

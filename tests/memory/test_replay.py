@@ -1,0 +1,109 @@
+"""Routing replay: the second run of a checkpointed layer chooses as the first, whatever its numbers say."""
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from expertune.memory.checkpoint import checkpoint_layer
+from expertune.memory.replay import RoutingReplay
+
+CHECKPOINTS = {
+    "non-reentrant": partial(checkpoint, use_reentrant=False),
+    "reentrant": partial(checkpoint, use_reentrant=True),
+    "ours": checkpoint_layer,
+}
+
+
+class _Layer(nn.Module):
+    """Routes by `topk` of scores that drift from run to run, as rounding does at near ties."""
+
+    def __init__(self, replay: RoutingReplay, drift: float = 100.0) -> None:
+        super().__init__()
+        self.drift = drift
+        self.weight = nn.Parameter(torch.randn(4, 6, dtype=torch.float64))
+        self.replay = replay
+        self.chosen: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        drift = torch.zeros(6, dtype=torch.float64)
+        drift[len(self.chosen)] = self.drift  # the run's own number decides the choice
+        self.replay.enter_block()
+        values, index = torch.topk(x @ self.weight + drift, 2, dim=-1)
+        self.replay.leave_block()
+        self.chosen.append(index)
+        return x * values.sum(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("host_checkpoint", CHECKPOINTS.values(), ids=CHECKPOINTS)
+def test_recompute_routes_as_forward_did(host_checkpoint: Any) -> None:
+    torch.manual_seed(0)
+    replay = RoutingReplay()
+    layer = _Layer(replay)
+    x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    replay.wrap(host_checkpoint)(layer.forward, x).sum().backward()
+    first, second = layer.chosen
+    assert torch.equal(first, second)
+    # without replay the second run chooses otherwise, so the test can fail
+    layer.chosen = []
+    host_checkpoint(layer.forward, x).sum().backward()
+    assert not torch.equal(*layer.chosen)
+
+
+@pytest.mark.parametrize("host_checkpoint", CHECKPOINTS.values(), ids=CHECKPOINTS)
+def test_gradients_are_those_without_checkpointing(host_checkpoint: Any) -> None:
+    torch.manual_seed(0)
+    replay = RoutingReplay()
+    layer = _Layer(replay, drift=0.0)
+    x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    layer(x).sum().backward()
+    expected = x.grad.clone(), layer.weight.grad.clone()  # type: ignore[union-attr]
+    layer.chosen, x.grad, layer.weight.grad = [], None, None
+    replay.wrap(host_checkpoint)(layer.forward, x).sum().backward()
+    torch.testing.assert_close((x.grad, layer.weight.grad), expected)
+
+
+def test_a_block_that_raises_leaves_nothing_behind() -> None:
+    replay = RoutingReplay()
+
+    def broken(x: Tensor) -> Tensor:
+        replay.enter_block()
+        try:
+            raise RuntimeError("inside")
+        finally:
+            replay.leave_block()
+
+    with pytest.raises(RuntimeError, match="inside"):
+        replay.wrap(CHECKPOINTS["non-reentrant"])(broken, torch.ones(2, requires_grad=True))
+    assert not replay._tapes
+    assert not replay._modes
+
+
+class TestCheckpointLayer:
+    """Which of torch's two ways a layer takes shows in whether its first run builds a graph."""
+
+    def _ran_with_grad(self, *args: Tensor, **keywords: Tensor) -> bool:
+        modes = []
+
+        def layer(x: Tensor, **kw: Tensor) -> Tensor:
+            modes.append(torch.is_grad_enabled())
+            return x * 2 + sum(kw.values())  # type: ignore[no-any-return]
+
+        out = checkpoint_layer(partial(layer, **keywords), *args)
+        if out.requires_grad:
+            out.sum().backward()
+        return modes[0]
+
+    def test_takes_the_cheap_way_where_it_is_right(self) -> None:
+        assert not self._ran_with_grad(torch.ones(2, requires_grad=True), bias=torch.ones(2))
+
+    def test_a_keyword_with_gradient_takes_the_other(self) -> None:
+        bias = torch.ones(2, requires_grad=True)
+        assert self._ran_with_grad(torch.ones(2, requires_grad=True), bias=bias)
+        torch.testing.assert_close(bias.grad, torch.ones(2))
+
+    def test_an_input_without_gradient_takes_the_other(self) -> None:
+        assert self._ran_with_grad(torch.ones(2), bias=torch.ones(2))

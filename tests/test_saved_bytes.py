@@ -1,0 +1,88 @@
+"""What the walk keeps for backward, counted in bytes: DESIGN's formula, the same on every backend."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from expertune.activations import Gate, SwiGlu
+from expertune.backends import PREFERRED
+from expertune.backends.protocol import Backend
+from expertune.experts import ExpertsStep, Projection, experts
+from expertune.shapes import ExpertsLayout, LoraFactors
+
+T, K, E, D, F, R = 50, 4, 8, 64, 32, 16
+
+
+def _inputs(*, is_transposed: bool, trains_base: bool) -> tuple[Tensor, Tensor, Tensor, tuple[Projection, Projection]]:
+    torch.manual_seed(0)
+
+    def projection(width_in: int, width_out: int) -> Projection:
+        shape = (E, width_in, width_out) if is_transposed else (E, width_out, width_in)
+        adapter = LoraFactors(
+            a=torch.randn(E * R, width_in).requires_grad_(), b=torch.randn(width_out, R * E).requires_grad_(), scale=2.0
+        )
+        return Projection(weight=torch.randn(shape).bfloat16().requires_grad_(trains_base), adapters=(adapter,))
+
+    x_TD = torch.randn(T, D).bfloat16().requires_grad_()
+    weight_TK, expert_TK = torch.randn(T, E).bfloat16().softmax(-1).topk(K, dim=-1)
+    return x_TD, expert_TK, weight_TK.requires_grad_(), (projection(D, 2 * F), projection(F, D))
+
+
+def _step(backend: Backend, gate: Gate, *, is_transposed: bool) -> ExpertsStep:
+    layout = ExpertsLayout(
+        num_experts=E, model_width=D, expert_width=F, has_gate=True, is_transposed=is_transposed, has_bias=False
+    )
+    return ExpertsStep(layout=layout, gate=gate, backend=backend)
+
+
+@pytest.mark.parametrize("backend", PREFERRED, ids=lambda b: b.name)
+@pytest.mark.parametrize(("gate", "is_transposed"), [(SwiGlu(), False), (SwiGlu(is_concatenated=False), True)])
+def test_saved_bytes_are_the_formula(backend: Backend, gate: Gate, is_transposed: bool) -> None:
+    x_TD, expert_TK, weight_TK, projections = _inputs(is_transposed=is_transposed, trains_base=False)
+    parameters = {p.weight.untyped_storage().data_ptr() for p in projections}
+    parameters |= {f.untyped_storage().data_ptr() for p in projections for a in p.adapters for f in (a.a, a.b)}
+    saved: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        experts(x_TD, expert_TK, weight_TK, projections, _step(backend, gate, is_transposed=is_transposed))
+    ends_bytes = 4 * E
+    assert sum(saved.values()) == T * (2 * D + K * (4 * F + 4 * R + 16)) + ends_bytes
+
+
+@pytest.mark.parametrize("trains_base", [False, True])
+def test_dw_is_computed_only_for_a_trained_weight(trains_base: bool) -> None:
+    x_TD, expert_TK, weight_TK, projections = _inputs(is_transposed=False, trains_base=trains_base)
+    shapes = []
+
+    def outer(u_NO: Tensor, v_NI: Tensor, ends_E: Tensor) -> Tensor:
+        out_EOI = PREFERRED[-1].outer(u_NO, v_NI, ends_E)
+        shapes.append(tuple(out_EOI.shape))
+        return out_EOI
+
+    backend = Backend(name="spy", matmul=PREFERRED[-1].matmul, outer=outer, why_not=lambda problem: None)
+    out_TD = experts(x_TD, expert_TK, weight_TK, projections, _step(backend, SwiGlu(), is_transposed=False))
+    out_TD.sum().backward()
+    weights = {tuple(p.weight.shape) for p in projections}
+    assert (weights <= set(shapes)) is trains_base
+    assert len(shapes) == (6 if trains_base else 4)
+
+
+def test_an_experts_layer_without_adapters_keeps_no_input() -> None:
+    """Frozen, not adapted: only what the gate and the router need."""
+    x_TD, expert_TK, weight_TK, projections = _inputs(is_transposed=False, trains_base=False)
+    plain = tuple(Projection(weight=p.weight) for p in projections)
+    kept = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.append(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        experts(x_TD, expert_TK, weight_TK, (plain[0], plain[1]), _step(PREFERRED[-1], SwiGlu(), is_transposed=False))
+    assert x_TD.untyped_storage().data_ptr() not in kept
