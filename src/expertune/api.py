@@ -136,7 +136,8 @@ def optimize(model: _Model, *, backend: str | None = None, memory: str | None = 
     requested = backend if backend is not None else os.environ.get(_BACKEND_VARIABLE, "auto")
     if memory is not None and memory not in _MEMORY:
         raise ValueError(f"unknown memory {memory!r}; choose one of {list(_MEMORY)}")
-    attach.detach(inner)
+    if memory == "lean" and not inner.supports_gradient_checkpointing:
+        raise ValueError(f"memory='lean' needs gradient checkpointing, which {type(inner).__name__} does not support.")
     state = attach.attach(inner, requested)
     if memory is not None:
         attach.set_checkpointing(inner, state, enabled=memory != "fast")

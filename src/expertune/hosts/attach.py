@@ -5,7 +5,8 @@ A hook before the decoder gives PEFT wrappers that came later (`get_peft_model`,
 switch that replay on for the router.
 """
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -29,7 +30,7 @@ class Attached:
         requested: the backend asked for.
         replay: its routing replay.
         handles: its hooks.
-        previous: each experts config with the implementation that it named before.
+        configs: each experts module with the config that it had before.
         blocks: its MoE blocks.
         layers: its layers that can be checkpointed.
         adapters: the names of PEFT's adapters when wrappers were last bound.
@@ -38,7 +39,7 @@ class Attached:
     requested: str
     replay: RoutingReplay = field(default_factory=RoutingReplay)
     handles: list[RemovableHandle] = field(default_factory=list)
-    previous: list[tuple[Any, str | None]] = field(default_factory=list)
+    configs: list[tuple[nn.Module, Any]] = field(default_factory=list)
     blocks: list[nn.Module] = field(default_factory=list)
     layers: list[GradientCheckpointingLayer] = field(default_factory=list)
     adapters: tuple[str, ...] = ()
@@ -51,39 +52,43 @@ def attached(model: nn.Module) -> Attached | None:
 
 
 def attach(model: PreTrainedModel, requested: str) -> Attached:
-    """Hand the experts of this model to the walk. All plans are made before anything is changed.
+    """Hand the experts of this model to the walk, instead of what an earlier `attach` did.
+
+    All plans are made and all adapters are checked before anything is changed.
 
     Raises:
         ValueError: an experts module, an adapter or the backend asked for cannot be honoured.
     """
-    state = Attached(requested=requested)
     plans = [
         (module, transformers.make_plan(name, module, _model_type(module, model), requested))
         for name, module in transformers.named_experts(model)
     ]
-    if not plans:
-        return state
+    peft.check(model, {id(module): plan for module, plan in plans})
+    ours = [
+        layer for layer in _checkpointed(model) if layer._gradient_checkpointing_func.checkpoint is checkpoint_layer
+    ]
+    detach(model)
+
+    state = Attached(requested=requested)
     transformers.register()
+    configs: dict[int, Any] = {}
     for module, plan in plans:
+        state.configs.append((module, module.config))
         module._expertune = plan  # type: ignore[assignment]
-    try:
-        bind_all(model)
-    except ValueError:
-        _forget(model)
-        raise
-    configs: dict[int, Any] = {id(module.config): module.config for module, _ in plans}
-    for config in configs.values():
-        state.previous.append((config, config._experts_implementation))
-        config._experts_implementation = transformers.IMPLEMENTATION
+        module.config = _own_config(module.config, configs)
     state.blocks = list(blocks(model))
     state.layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     for block in state.blocks:
         state.handles.append(block.register_forward_pre_hook(partial(_before_block, state.replay)))
         state.handles.append(block.register_forward_hook(partial(_after_block, state.replay), always_call=True))
-    for decoder in _decoders(model):
-        state.handles.append(decoder.register_forward_pre_hook(partial(_before_decoder, model, state)))
-    state.adapters = _adapters_of(model)
+    if plans:
+        for decoder in _decoders(model):
+            state.handles.append(decoder.register_forward_pre_hook(partial(_before_decoder, model, state)))
+    for layer in ours:
+        _replay(layer, state, checkpoint_layer)
     model._expertune = state
+    bind_all(model)
+    state.adapters = _adapters_of(model)
     return state
 
 
@@ -94,19 +99,24 @@ def detach(model: PreTrainedModel) -> None:
         return
     for handle in state.handles:
         handle.remove()
-    for config, implementation in state.previous:
-        config._experts_implementation = implementation
-    for layer in model.modules():
-        checkpoint = getattr(layer, "_gradient_checkpointing_func", None)
-        if isinstance(checkpoint, ReplayingCheckpoint):
-            layer._gradient_checkpointing_func = checkpoint.checkpoint
-    _forget(model)
+    for module, config in state.configs:
+        module.config = config
+        del module._expertune
+    for layer in _checkpointed(model):
+        layer._gradient_checkpointing_func = layer._gradient_checkpointing_func.host
+    for module in model.modules():
+        if isinstance(module, ParamWrapper):
+            peft.unbind(module)
     del model._expertune
 
 
 def bind_all(model: PreTrainedModel) -> None:
-    """Give every PEFT wrapper that is there already our forward."""
-    peft.check_versions(model)
+    """Give every PEFT wrapper that is there already our forward.
+
+    Raises:
+        ValueError: an adapter cannot be honoured.
+    """
+    peft.check(model, {id(module): transformers.plan_of(module) for _, module in transformers.named_experts(model)})
     inner = {id(w) for module in model.modules() for w in peft.wrappers_of(module)[0][1:]}
     for module in model.modules():
         if isinstance(module, ParamWrapper) and id(module) not in inner:
@@ -126,13 +136,29 @@ def _model_type(module: nn.Module, model: PreTrainedModel) -> str:
     return str(getattr(module.config, "model_type", model.config.model_type))
 
 
-def _forget(model: nn.Module) -> None:
-    """Take plans and bound forwards off."""
-    for module in model.modules():
-        if isinstance(module, ParamWrapper):
-            peft.unbind(module)
-        elif transformers.is_experts(module):
-            vars(module).pop("_expertune", None)
+def _own_config(config: Any, copies: dict[int, Any]) -> Any:
+    """A copy of the host's config that names the walk, one for all modules that share it.
+
+    The config itself may be shared with other models, and is what the host saves, so it stays as it is.
+    """
+    if id(config) not in copies:
+        copies[id(config)] = copy.deepcopy(config)
+        copies[id(config)]._experts_implementation = transformers.IMPLEMENTATION
+    return copies[id(config)]
+
+
+def _checkpointed(model: nn.Module) -> list[Any]:
+    """The layers whose checkpoint function is ours."""
+    return [
+        module
+        for module in model.modules()
+        if isinstance(getattr(module, "_gradient_checkpointing_func", None), ReplayingCheckpoint)
+    ]
+
+
+def _replay(layer: Any, state: Attached, checkpoint: Callable[..., Any]) -> None:
+    """Give a layer `checkpoint` with the routing replayed, and keep the host's function for `detach`."""
+    layer._gradient_checkpointing_func = state.replay.wrap(checkpoint, host=layer._gradient_checkpointing_func)
 
 
 def _decoders(model: PreTrainedModel) -> list[PreTrainedModel]:
@@ -156,16 +182,21 @@ def _after_block(replay: RoutingReplay, _block: nn.Module, _args: Any, _output: 
 
 def _before_decoder(model: PreTrainedModel, state: Attached, _decoder: nn.Module, _args: Any) -> None:
     """Take in what changed since the last batch: new adapters, or gradient checkpointing turned on by a trainer."""
-    if state.adapters != _adapters_of(model) or any(
-        isinstance(child, ParamWrapper) and not peft.is_bound(child)
-        for block in state.blocks
-        for child in block._modules.values()
-    ):
+    if state.adapters != _adapters_of(model) or any(_is_unbound(c) for b in state.blocks for c in b.children()):
         bind_all(model)
         state.adapters = _adapters_of(model)
     for layer in state.layers:
         if layer.gradient_checkpointing and not isinstance(layer._gradient_checkpointing_func, ReplayingCheckpoint):
-            layer._gradient_checkpointing_func = state.replay.wrap(layer._gradient_checkpointing_func)
+            _replay(layer, state, layer._gradient_checkpointing_func)
+
+
+def _is_unbound(module: nn.Module) -> bool:
+    """Whether PEFT has wrapped these experts since wrappers were last bound."""
+    return (
+        isinstance(module, ParamWrapper)
+        and not peft.is_bound(module)
+        and transformers.is_experts(peft.wrappers_of(module)[1])
+    )
 
 
 def set_checkpointing(model: PreTrainedModel, state: Attached, *, enabled: bool) -> None:
@@ -180,4 +211,4 @@ def set_checkpointing(model: PreTrainedModel, state: Attached, *, enabled: bool)
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
     for layer in state.layers:
-        layer._gradient_checkpointing_func = state.replay.wrap(checkpoint_layer)
+        _replay(layer, state, checkpoint_layer)

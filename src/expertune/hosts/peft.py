@@ -5,6 +5,7 @@ for every expert. We give the outermost wrapper of one model a forward that coll
 calls the experts with them. Parameters, names, state dict, merging and saving stay PEFT's.
 """
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, cast
 
@@ -13,7 +14,7 @@ from packaging.version import Version
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
-from expertune.hosts.transformers import first_name, is_experts, plan_of
+from expertune.hosts.transformers import ExpertsPlan, first_name, is_experts
 from expertune.shapes import LoraFactors
 
 # Before this version, PEFT wrote the factors of weights that lie as (E, O, I) with input and output swapped.
@@ -37,13 +38,10 @@ def is_bound(wrapper: nn.Module) -> bool:
 def bind(wrapper: ParamWrapper) -> bool:
     """Give the outermost wrapper around experts, or around the weight of a linear, a split forward. True if it did.
 
-    Raises:
-        ValueError: the nest holds an adapter that the walk cannot use.
+    `check` must have passed before.
     """
     nest, base = wrappers_of(wrapper)
     if is_experts(base):
-        for inner in nest:
-            _check(inner, base)
         wrapper.forward = partial(_experts_forward, wrapper)
     elif isinstance(base, nn.Linear) and [inner.parameter_name for inner in nest] == ["weight"]:
         wrapper.forward = partial(_linear_forward, wrapper)
@@ -57,9 +55,24 @@ def unbind(wrapper: ParamWrapper) -> None:
     vars(wrapper).pop("forward", None)
 
 
-def _check(wrapper: ParamWrapper, base: nn.Module) -> None:
-    """Refuse what the walk would read wrongly."""
-    plan = plan_of(base)
+def check(model: nn.Module, plans: Mapping[int, ExpertsPlan]) -> None:
+    """Refuse adapters on experts that the walk would read wrongly or not at all.
+
+    Args:
+        model: a Transformers model; PEFT leaves the configs of its adapters on it.
+        plans: by the `id` of the experts module.
+
+    Raises:
+        ValueError: an adapter has another layout, or adapts what the walk does not.
+    """
+    _check_versions(model)
+    for module in model.modules():
+        nest, base = wrappers_of(module)
+        if nest and id(base) in plans:
+            _check(nest[0], base, plans[id(base)])
+
+
+def _check(wrapper: ParamWrapper, base: nn.Module, plan: ExpertsPlan) -> None:
     known = (first_name(base), "down_proj")
     if wrapper.parameter_name not in known:
         raise ValueError(
@@ -81,12 +94,8 @@ def _check(wrapper: ParamWrapper, base: nn.Module) -> None:
             )
 
 
-def check_versions(model: nn.Module) -> None:
-    """Refuse adapters on the experts that were written in PEFT 0.18's layout, which square shapes would hide.
-
-    Args:
-        model: a Transformers model; PEFT leaves the configs of its adapters on it.
-    """
+def _check_versions(model: nn.Module) -> None:
+    """Refuse adapters on the experts that were written in PEFT 0.18's layout, which square shapes would hide."""
     for name, config in getattr(model, "peft_config", {}).items():
         is_old = config.peft_version and Version(config.peft_version.split("@")[0]) < _LAYOUT_SINCE
         if not is_old or not getattr(config, "target_parameters", None):

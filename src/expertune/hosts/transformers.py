@@ -84,14 +84,13 @@ def plan_of(module: nn.Module) -> ExpertsPlan:
     """The plan that `optimize` left on an experts module.
 
     Raises:
-        RuntimeError: there is none, because the module's config is shared with an optimized model.
+        RuntimeError: there is none, because the model was told of the walk by another way than `optimize`.
     """
     plan = getattr(module, "_expertune", None)
     if not isinstance(plan, ExpertsPlan):
         raise RuntimeError(
             "this model's config says experts_implementation='expertune', but expertune.optimize(model) was not called "
-            "on it: it shares its config object with an optimized model. Optimize it too, or build it from a copy "
-            "(copy.deepcopy(config))."
+            "on it. Load it without that setting, and optimize it."
         )
     return plan
 

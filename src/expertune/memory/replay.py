@@ -66,9 +66,9 @@ class RoutingReplay:
         self._tapes: dict[int, Tape] = {}
         self._modes: dict[int, _TopKMode] = {}
 
-    def wrap(self, checkpoint: Callable[..., Any]) -> "ReplayingCheckpoint":
-        """The host's checkpoint function, with a tape around each layer that it runs."""
-        return ReplayingCheckpoint(self, checkpoint)
+    def wrap(self, checkpoint: Callable[..., Any], host: Callable[..., Any] | None = None) -> "ReplayingCheckpoint":
+        """A checkpoint function, with a tape around each layer that it runs; `host` is the one it stands in for."""
+        return ReplayingCheckpoint(self, checkpoint, host or checkpoint)
 
     @contextmanager
     def using(self, tape: Tape) -> Iterator[None]:
@@ -102,8 +102,9 @@ class RoutingReplay:
 class ReplayingCheckpoint:
     """Calls as `torch.utils.checkpoint.checkpoint` does, with one tape shared by a layer's first run and its reruns."""
 
-    def __init__(self, replay: RoutingReplay, checkpoint: Callable[..., Any]) -> None:
+    def __init__(self, replay: RoutingReplay, checkpoint: Callable[..., Any], host: Callable[..., Any]) -> None:
         self.checkpoint = checkpoint
+        self.host = host
         self._replay = replay
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -1,0 +1,70 @@
+"""One forward and backward of a whole model, all that comes out of it, and what routing has to do with comparing it."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+Batch = dict[str, Tensor]
+
+
+def run(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    """Logits, loss and the gradient of every trained parameter, by PEFT's and Transformers' names for them."""
+    model.zero_grad(set_to_none=True)
+    out = model(**batch)
+    out.loss.backward()
+    grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    assert grads, "nothing is trained"
+    missing = [name for name, grad in grads.items() if grad is None]
+    assert not missing, f"no gradient: {missing}"
+    return {"logits": out.logits.detach(), "loss": out.loss.detach()} | grads
+
+
+def assert_equal_within(ours: dict[str, Tensor], truth: dict[str, Tensor], tolerance: float) -> None:
+    """Every tensor, relative to the largest entry of the true one."""
+    assert ours.keys() == truth.keys()
+    for name, expected in truth.items():
+        scale = expected.abs().max().item()
+        off = (ours[name] - expected).abs().max().item()
+        assert off <= tolerance * scale, f"{name}: off by {off:.3g}, largest entry {scale:.3g}"
+
+
+class Routes(TorchFunctionMode):
+    """Records the indices of every `topk`, and gives them again to models whose numbers are less exact.
+
+    Rounded numbers can choose other experts than exact ones. That is no error of the experts, and it hides theirs: so
+    models of lower precision are compared on the routes of the float64 model.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._indices: list[Tensor] = []
+        self._replayed: Iterator[Tensor] | None = None
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func not in (torch.topk, Tensor.topk):
+            return out
+        if self._replayed is None:
+            self._indices.append(out.indices)
+            return out
+        index = next(self._replayed)
+        return torch.return_types.topk((args[0].gather(-1, index), index))
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        with self:
+            yield
+
+    @contextmanager
+    def replaying(self) -> Iterator[None]:
+        assert self._indices, "nothing was recorded"
+        self._replayed = iter(self._indices)
+        with self:
+            yield
+        assert next(self._replayed, None) is None, "a route was not replayed"

@@ -1,0 +1,279 @@
+"""Whole models, fully fine-tuned, through the walk against the host's eager code: logits, loss, every gradient."""
+
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import expertune
+from expertune.backends import PREFERRED
+from tests.hosts.conftest import Checkpoint
+from tests.hosts.models import CONFIGS, batch, load_tiny
+from tests.hosts.passes import Routes, assert_equal_within, run
+from tests.numerics import assert_no_worse
+
+# Whole models: rounding of one layer is amplified by those after it.
+ROUNDING = 1e-12
+# Top-1 without normalization: with it the only weight is 1, and the router's gradient is zero plus noise.
+ROUTING: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {"num_experts_per_tok": 3},
+    "gpt_oss": {},
+    "glm4_moe_lite": {"num_experts_per_tok": 3},
+    "deepseek_v3": {"num_experts_per_tok": 1, "norm_topk_prob": False},
+}
+BACKENDS = [backend.name for backend in PREFERRED]
+
+
+def fingerprint(model: nn.Module) -> dict[str, Any]:
+    """Everything that `optimize` may touch: attributes, hooks, configs, checkpoint functions."""
+    return {
+        path: (
+            sorted(vars(module)),
+            list(map(id, module._forward_pre_hooks.values())),
+            list(map(id, module._forward_hooks.values())),
+            id(getattr(module, "config", None)),
+            getattr(getattr(module, "config", None), "_experts_implementation", None),
+            getattr(module, "gradient_checkpointing", None),
+            id(getattr(module, "_gradient_checkpointing_func", None)),
+        )
+        for path, module in model.named_modules()
+    }
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_float64_equals_the_host_within_rounding(checkpoint: Checkpoint, walks: list[str], family: str) -> None:
+    folder = checkpoint(family, **ROUTING[family])
+    truth = run(load_tiny(folder), batch())
+    assert not walks
+    model = load_tiny(folder)
+    ours = run(expertune.optimize(model, backend="native_torch"), batch())
+    assert {name for name, _ in model.named_parameters()} <= ours.keys()
+    assert_equal_within(ours, truth, ROUNDING)
+    assert walks == ["native_torch"] * len(expertune.explain(model).layers)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", CONFIGS)
+def test_low_precision_is_no_worse_than_the_host(
+    checkpoint: Checkpoint, family: str, dtype: torch.dtype, backend: str
+) -> None:
+    folder = checkpoint(family, **ROUTING[family])
+    host = load_tiny(folder, dtype)
+    exact = copy.deepcopy(host).double()  # the same rounded weights
+    model = expertune.optimize(load_tiny(folder, dtype), backend=backend)
+    passes = []
+    for seed in range(3):
+        routes = Routes()
+        with routes.recording():
+            truth = run(exact, batch(seed))
+        with routes.replaying():
+            plain = run(host, batch(seed))
+        with routes.replaying():
+            ours = run(model, batch(seed))
+        passes.append((ours, plain, truth))
+    for name in passes[0][0]:
+        # one batch is one throw of the dice of rounding; the loss comes in float32 but is no more exact than the rest
+        result, host_result, true_result = (torch.cat([p[i][name].reshape(-1) for p in passes]) for i in range(3))
+        assert_no_worse(result.to(dtype), host_result, true_result, name)
+
+
+def test_a_model_without_experts_works_and_says_so(checkpoint: Checkpoint, walks: list[str]) -> None:
+    folder = checkpoint("qwen3")
+    truth = run(load_tiny(folder), batch())
+    model = expertune.optimize(load_tiny(folder), backend="native_torch", memory="auto")
+    assert_equal_within(run(model, batch()), truth, 0)
+    assert not walks
+    assert "no experts" in str(expertune.explain(model))
+    assert "not optimized" in str(expertune.explain(expertune.restore(model)))
+
+
+REFUSED: dict[str, tuple[dict[str, str], str]] = {
+    "unknown": ({"backend": "cuda_graphs"}, "unknown backend 'cuda_graphs'.*grouped_mm"),
+    "cannot run": ({"backend": "grouped_mm"}, "grouped_mm.*cannot run here.*float64"),
+    "memory": ({"memory": "tiny"}, "unknown memory 'tiny'.*lean"),
+}
+
+
+@pytest.mark.parametrize("was_optimized", [False, True])
+@pytest.mark.parametrize(("arguments", "words"), REFUSED.values(), ids=REFUSED)
+def test_what_cannot_be_done_is_refused_and_changes_nothing(
+    checkpoint: Checkpoint, arguments: dict[str, Any], words: str, was_optimized: bool
+) -> None:
+    model = load_tiny(checkpoint("gpt_oss"))
+    if was_optimized:
+        expertune.optimize(model, backend="native_torch", memory="lean")
+    before = fingerprint(model)
+    with pytest.raises(ValueError, match=words):
+        expertune.optimize(model, **arguments)
+    assert fingerprint(model) == before
+
+
+@pytest.mark.parametrize("trait", ["has_post_expert_norm", "_is_expert_parallel", "parameter"])
+def test_experts_that_the_walk_does_not_know_are_refused(checkpoint: Checkpoint, trait: str) -> None:
+    model = load_tiny(checkpoint("qwen3_moe"))
+    experts: Any = model.model.layers[1].mlp.experts
+    if trait == "parameter":
+        experts.gate_up_proj_scale = nn.Parameter(torch.ones(1))
+    else:
+        setattr(experts, trait, True)
+    before = fingerprint(model)
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.experts \(Qwen3MoeExperts\)"):
+        expertune.optimize(model)
+    assert fingerprint(model) == before
+
+
+def test_the_variable_names_the_backend_and_an_argument_wins(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, walks: list[str]
+) -> None:
+    model = load_tiny(checkpoint("qwen3_moe"), torch.float32)
+    monkeypatch.setenv("EXPERTUNE_MOE_BACKEND", "native_torch")
+    expertune.optimize(model)(**batch())
+    assert set(walks) == {"native_torch"}
+    walks.clear()
+    expertune.optimize(model, backend="grouped_mm")(**batch())
+    assert set(walks) == {"grouped_mm"}
+    monkeypatch.setenv("EXPERTUNE_MOE_BACKEND", "fastest")
+    with pytest.raises(ValueError, match="unknown backend 'fastest'"):
+        expertune.optimize(model)
+
+
+@pytest.mark.parametrize("memory", [None, "fast", "auto"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_restore_gives_the_stock_model_back(
+    checkpoint: Checkpoint, walks: list[str], family: str, memory: str | None
+) -> None:
+    stock, model = (load_tiny(checkpoint(family), torch.float32) for _ in range(2))
+    if memory == "fast":
+        stock.gradient_checkpointing_disable()
+    elif memory == "auto":
+        stock.gradient_checkpointing_enable({"use_reentrant": False})
+    before = fingerprint(model)
+    expertune.optimize(model, memory=memory)
+    run(model, batch())
+    walks.clear()
+    expertune.restore(model)
+    assert_equal_within(run(model, batch()), run(stock, batch()), 0)
+    assert not walks
+    after = fingerprint(model)
+    if memory is None:
+        assert after == before
+    for (path, ours), theirs in zip(model.named_modules(), stock.modules(), strict=True):
+        assert vars(ours).keys() == vars(theirs).keys(), path
+        if "_gradient_checkpointing_func" in vars(theirs):
+            assert ours.gradient_checkpointing == theirs.gradient_checkpointing
+            assert _function(ours._gradient_checkpointing_func) == _function(theirs._gradient_checkpointing_func)
+    assert expertune.restore(model) is model
+
+
+def _function(checkpoint_function: Any) -> tuple[Any, Any]:
+    """A `functools.partial` or function in a form to compare."""
+    return getattr(checkpoint_function, "func", checkpoint_function), getattr(checkpoint_function, "keywords", None)
+
+
+def test_optimizing_twice_is_optimizing_once(checkpoint: Checkpoint, walks: list[str]) -> None:
+    model = load_tiny(checkpoint("qwen3_moe"), torch.float32)
+    before = fingerprint(model)
+    expertune.optimize(model, backend="native_torch")
+    expertune.optimize(model, backend="grouped_mm")
+    model(**batch())
+    assert walks == ["grouped_mm"] * 2
+    expertune.restore(model)
+    assert fingerprint(model) == before
+
+
+def test_optimizing_again_leaves_checkpointing_as_it_is(checkpoint: Checkpoint) -> None:
+    model = expertune.optimize(load_tiny(checkpoint("qwen3_moe"), torch.float32), memory="lean")
+    layer: Any = model.model.layers[0]
+    ours = layer._gradient_checkpointing_func.checkpoint
+    expertune.optimize(model, backend="native_torch")
+    assert layer.gradient_checkpointing
+    assert layer._gradient_checkpointing_func.checkpoint is ours
+
+
+def test_models_that_share_a_config_are_each_on_their_own(checkpoint: Checkpoint, walks: list[str]) -> None:
+    first = load_tiny(checkpoint("qwen3_moe"), torch.float32)
+    second = type(first)(first.config).train()
+    second.load_state_dict(first.state_dict())
+    stock = run(second, batch())
+    expertune.optimize(first)
+    assert_equal_within(run(second, batch()), stock, 0)
+    assert not walks
+    expertune.optimize(second)
+    expertune.restore(first)
+    run(second, batch())
+    assert len(walks) == 2
+    expertune.restore(second)
+    assert_equal_within(run(first, batch()), stock, 0)
+    assert_equal_within(run(second, batch()), stock, 0)
+    assert len(walks) == 2
+
+
+def test_a_copy_of_an_optimized_model_runs_by_itself(checkpoint: Checkpoint, walks: list[str]) -> None:
+    model = expertune.optimize(load_tiny(checkpoint("gpt_oss"), torch.float32), memory="lean")
+    twin = copy.deepcopy(model)
+    assert_equal_within(run(twin, batch()), run(model, batch()), 0)
+    expertune.restore(model)
+    walks.clear()
+    run(twin, batch())
+    assert walks
+    expertune.restore(twin)
+    walks.clear()
+    assert_equal_within(run(twin, batch()), run(model, batch()), 0)
+    assert not walks
+
+
+def test_saving_an_optimized_model_writes_a_stock_one(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    model = load_tiny(checkpoint("gpt_oss"), torch.float32)
+    stock = run(model, batch())
+    expertune.optimize(model).save_pretrained(tmp_path)
+    assert "expertune" not in (tmp_path / "config.json").read_text()
+    assert_equal_within(run(load_tiny(tmp_path, torch.float32), batch()), stock, 0)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_generating_with_a_cache_equals_the_host(checkpoint: Checkpoint, walks: list[str], family: str) -> None:
+    """One token a step, greedy, from a padded prompt."""
+    stock, model = (load_tiny(checkpoint(family)).eval() for _ in range(2))
+    inputs = {key: value.flip(1) for key, value in batch().items() if key != "labels"}  # padding on the left
+    settings = {"max_new_tokens": 6, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    theirs = stock.generate(**inputs, **settings)
+    ours = expertune.optimize(model, memory="auto").generate(**inputs, **settings)
+    assert len(walks) >= 6
+    assert torch.equal(ours.sequences, theirs.sequences)
+    for ours_step, theirs_step in zip(ours.logits, theirs.logits, strict=True):
+        torch.testing.assert_close(ours_step, theirs_step, rtol=1e-10, atol=1e-10)
+
+
+def test_importing_changes_nothing_global(tmp_path: Path) -> None:
+    """In a process of its own: nothing printed, no host imported by the package, no host changed by the verbs."""
+    program = """
+import os, sys, warnings
+import torch
+import expertune
+assert not {"transformers", "peft", "trl"} & set(sys.modules)
+import peft, transformers
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.modeling_layers import GradientCheckpointingLayer
+from peft.tuners.lora.layer import ParamWrapper
+def state():
+    classes = (ParamWrapper, GradientCheckpointingLayer, peft.PeftModel, transformers.PreTrainedModel, torch.nn.Module)
+    return (
+        [dict(vars(c)) for c in classes], dict(os.environ), list(warnings.filters), sorted(ALL_EXPERTS_FUNCTIONS),
+        torch.get_num_threads(), torch.is_grad_enabled(), torch.get_default_dtype(),
+        torch.are_deterministic_algorithms_enabled(), torch.backends.cuda.matmul.allow_tf32,
+    )
+before = state()
+expertune.optimize
+assert state() == before
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=os.environ, cwd=tmp_path, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
