@@ -8,7 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from expertune.backends import PREFERRED
+from expertune.shapes import Problem
+
 Batch = dict[str, Tensor]
+_PROBLEM = Problem(device="cpu", capability=None, dtype=torch.float32, widths=(32, 48, 24))
+# float64 is not among what every one of them can run
+BACKENDS = [backend.name for backend in PREFERRED if backend.why_not(_PROBLEM) is None]
 
 
 def run(model: nn.Module, batch: Batch) -> dict[str, Tensor]:

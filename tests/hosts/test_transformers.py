@@ -12,10 +12,9 @@ import torch
 from torch import nn
 
 import expertune
-from expertune.backends import PREFERRED
 from tests.hosts.conftest import Checkpoint
 from tests.hosts.models import CONFIGS, batch, load_tiny
-from tests.hosts.passes import Routes, assert_equal_within, run
+from tests.hosts.passes import BACKENDS, Routes, assert_equal_within, run
 from tests.numerics import assert_no_worse
 
 # Whole models: rounding of one layer is amplified by those after it.
@@ -27,7 +26,6 @@ ROUTING: dict[str, dict[str, Any]] = {
     "glm4_moe_lite": {"num_experts_per_tok": 3},
     "deepseek_v3": {"num_experts_per_tok": 1, "norm_topk_prob": False},
 }
-BACKENDS = [backend.name for backend in PREFERRED]
 
 
 def fingerprint(model: nn.Module) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 from peft.tuners.lora.layer import ParamWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
@@ -30,7 +31,6 @@ class Attached:
         requested: the backend asked for.
         replay: its routing replay.
         handles: its hooks.
-        configs: each experts module with the config that it had before.
         blocks: its MoE blocks.
         layers: its layers that can be checkpointed.
         adapters: the names of PEFT's adapters when wrappers were last bound.
@@ -39,7 +39,6 @@ class Attached:
     requested: str
     replay: RoutingReplay = field(default_factory=RoutingReplay)
     handles: list[RemovableHandle] = field(default_factory=list)
-    configs: list[tuple[nn.Module, Any]] = field(default_factory=list)
     blocks: list[nn.Module] = field(default_factory=list)
     layers: list[GradientCheckpointingLayer] = field(default_factory=list)
     adapters: tuple[str, ...] = ()
@@ -73,7 +72,6 @@ def attach(model: PreTrainedModel, requested: str) -> Attached:
     transformers.register()
     configs: dict[int, Any] = {}
     for module, plan in plans:
-        state.configs.append((module, module.config))
         module._expertune = plan  # type: ignore[assignment]
         module.config = _own_config(module.config, configs)
     state.blocks = list(blocks(model))
@@ -99,8 +97,8 @@ def detach(model: PreTrainedModel) -> None:
         return
     for handle in state.handles:
         handle.remove()
-    for module, config in state.configs:
-        module.config = config
+    for _, module in transformers.named_experts(model):  # also those that PEFT copied, to save them whole
+        module.config = transformers.plan_of(module).host_config
         del module._expertune
     for layer in _checkpointed(model):
         layer._gradient_checkpointing_func = layer._gradient_checkpointing_func.host
@@ -126,9 +124,8 @@ def bind_all(model: PreTrainedModel) -> None:
 def blocks(model: nn.Module) -> Iterator[nn.Module]:
     """Each module that holds experts: the MoE blocks."""
     for module in model.modules():
-        if not isinstance(module, ParamWrapper) and any(
-            transformers.is_experts(peft.wrappers_of(child)[1]) for child in module.children()
-        ):
+        is_wrapper = isinstance(module, ParamWrapper | AuxiliaryTrainingWrapper | nn.ModuleDict)
+        if not is_wrapper and any(peft.experts_in(child) is not None for child in module.children()):
             yield module
 
 

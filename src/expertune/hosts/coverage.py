@@ -8,8 +8,7 @@ from rich.table import Table
 from torch import nn
 
 from expertune.hosts.attach import blocks
-from expertune.hosts.peft import wrappers_of
-from expertune.hosts.transformers import is_experts
+from expertune.hosts.transformers import clean, named_experts
 
 KINDS = ("routed experts", "shared experts", "dense layers", "attention", "router", "other")
 
@@ -93,7 +92,7 @@ def coverage(model: nn.Module) -> Coverage:
         seen.update(map(id, factors))
         if factors:
             name = f"{path}.{module.parameter_name}" if isinstance(module, ParamWrapper) else path
-            name = _clean(name.removesuffix(".weight"))
+            name = clean(name.removesuffix(".weight"))
             adapted.add(name)
             ranks = tuple(module.r[adapter] for adapter in module.active_adapters if adapter in module.r)
             totals.setdefault((*paths.place(name), ranks), []).append(sum(p.numel() for p in factors))
@@ -117,17 +116,13 @@ class _Paths:
     """Places a path in the model by its structure: which modules are MoE blocks, which are experts."""
 
     def __init__(self, model: nn.Module) -> None:
-        names = {id(module): _clean(path) for path, module in model.named_modules()}
+        names = {id(module): clean(path) for path, module in model.named_modules()}
         self._blocks = [names[id(block)] for block in blocks(model)]
-        self._experts = [
-            _clean(path)
-            for path, module in model.named_modules()
-            if is_experts(wrappers_of(module)[1]) and not path.endswith("base_layer")
-        ]
+        self._experts = {path for path, _ in named_experts(model)}
 
     def place(self, path: str) -> tuple[str, str]:
         """The kind of a path, and the path below its layer."""
-        path = _clean(path)
+        path = clean(path)
         parts = path.split(".")
         numbers = [i for i, part in enumerate(parts) if part.isdigit()]
         name = ".".join(parts[numbers[-1] + 1 :]) if numbers else path
@@ -145,8 +140,3 @@ class _Paths:
         if any(part in ("mlp", "feed_forward", "ffn") for part in parts):
             return "dense layers"
         return "other"
-
-
-def _clean(path: str) -> str:
-    """A path as it is without PEFT's wrappers."""
-    return path.replace(".base_layer", "").removeprefix("base_model.model.")

@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch.nn.functional as F
 from packaging.version import Version
 from peft.tuners.lora.layer import ParamWrapper
+from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from expertune.hosts.transformers import ExpertsPlan, first_name, is_experts
@@ -28,6 +29,19 @@ def wrappers_of(module: nn.Module) -> tuple[list[ParamWrapper], nn.Module]:
         nest.append(module)
         module = module.base_layer
     return nest, module
+
+
+def experts_in(module: nn.Module) -> nn.Module | None:
+    """The experts inside PEFT's wrappers, the active ones where PEFT holds a trained copy; None if there are none.
+
+    Args:
+        module: an experts module, or what PEFT put in its place.
+    """
+    _, base = wrappers_of(module)
+    if isinstance(base, ModulesToSaveWrapper):
+        active = [name for name in base.active_adapters if name in base.modules_to_save]
+        base = base.modules_to_save[active[0]] if active and not base.disable_adapters else base.original_module
+    return base if is_experts(base) else None
 
 
 def is_bound(wrapper: nn.Module) -> bool:

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from expertune.hosts.attach import attached, blocks
-from expertune.hosts.peft import wrappers_of
-from expertune.hosts.transformers import first_name, is_experts, plan_of
+from expertune.hosts.peft import experts_in, wrappers_of
+from expertune.hosts.transformers import first_name, plan_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,14 +55,13 @@ def explain(model: nn.Module) -> Explanation:
     state = attached(model)
     if state is None:
         return Explanation(requested=None, layers=())
-    names = {id(module): path.replace(".base_layer", "") for path, module in model.named_modules()}
     children = (child for block in blocks(model) for child in block.children())
-    layers = [_layer(child, names) for child in children if is_experts(wrappers_of(child)[1])]
+    layers = [_layer(child, experts) for child in children if (experts := experts_in(child)) is not None]
     return Explanation(requested=state.requested, layers=tuple(layers))
 
 
-def _layer(outermost: nn.Module, names: dict[int, str]) -> LayerReport:
-    nest, experts = wrappers_of(outermost)
+def _layer(outermost: nn.Module, experts: nn.Module) -> LayerReport:
+    nest, _ = wrappers_of(outermost)
     plan = plan_of(experts)
     weight = experts.get_parameter(first_name(experts))
     step, passed_over = plan.step(weight.device, weight.dtype)
@@ -80,7 +79,7 @@ def _layer(outermost: nn.Module, names: dict[int, str]) -> LayerReport:
     layout = plan.layout
     rows = "(E, I, O)" if layout.is_transposed else "(E, O, I)"
     return LayerReport(
-        name=names[id(outermost)],
+        name=plan.name,
         backend=step.backend.name,
         weights=f"{layout.num_experts} experts {layout.model_width}→{layout.expert_width}, {rows}, {weight.dtype}",
         gate=plan.gate.name,

@@ -5,6 +5,7 @@ Transformers 5 marks each experts class with `use_experts_implementation`: its i
 flags, register one function, and set that name on the config of the one model.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,12 +42,14 @@ class ExpertsPlan:
         layout: how its weights lie.
         gate: its gate function.
         requested: the backend asked for, or "auto".
+        host_config: the config that the module had before.
     """
 
     name: str
     layout: ExpertsLayout
     gate: Gate
     requested: str
+    host_config: Any
     _steps: dict[tuple[torch.device, torch.dtype], tuple[ExpertsStep, list[str]]] = field(default_factory=dict)
 
     def step(self, device: torch.device, dtype: torch.dtype) -> tuple[ExpertsStep, list[str]]:
@@ -77,7 +80,8 @@ def first_name(module: nn.Module) -> str:
 
 def is_experts(module: nn.Module) -> bool:
     """Whether Transformers' own decorator marked this module as experts."""
-    return hasattr(module, "is_transposed") and hasattr(module, "has_bias") and hasattr(module, "_apply_gate")
+    # not hasattr: PEFT's wrapper of a module that is saved whole answers for what it holds
+    return {"is_transposed", "has_bias"} <= vars(module).keys() and hasattr(type(module), "_apply_gate")
 
 
 def plan_of(module: nn.Module) -> ExpertsPlan:
@@ -102,6 +106,7 @@ def make_plan(name: str, module: nn.Module, model_type: str, requested: str) -> 
         ValueError: the module does something that the walk does not, or the backend asked for cannot run it.
     """
     refused = {
+        "parametrized weights": hasattr(module, "parametrizations"),
         "a norm after the experts (has_post_expert_norm)": getattr(module, "has_post_expert_norm", False),
         "expert parallelism": getattr(module, "_is_expert_parallel", False),
     }
@@ -109,13 +114,20 @@ def make_plan(name: str, module: nn.Module, model_type: str, requested: str) -> 
         raise ValueError(f"{name} ({type(module).__name__}) uses {' and '.join(reasons)}, which is not supported yet.")
     first = first_name(module)
     known = {first, "down_proj", f"{first}_bias", "down_proj_bias"}
-    held = {key for key, _ in module.named_parameters() if not key.startswith("parametrizations.")}
+    held = {key for key, _ in module.named_parameters()}
     if unknown := sorted(held - known):
         raise ValueError(
             f"{name} ({type(module).__name__}) holds the parameters {unknown}, which the walk would not use. "
             f"It knows {sorted(known)}. Please report the model type ({model_type})."
         )
-    plan = ExpertsPlan(name=name, layout=_layout(module, first), gate=_gate(module, model_type), requested=requested)
+    earlier = getattr(module, "_expertune", None)
+    plan = ExpertsPlan(
+        name=name,
+        layout=_layout(module, first),
+        gate=_gate(module, model_type),
+        requested=requested,
+        host_config=earlier.host_config if isinstance(earlier, ExpertsPlan) else module.config,
+    )
     weight = module.get_parameter(first)
     plan.step(weight.device, weight.dtype)  # refuses now what was asked for by name and cannot run
     return plan
@@ -189,4 +201,10 @@ def named_experts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Each experts module with its path, as the path is without PEFT's wrappers."""
     for name, module in model.named_modules():
         if is_experts(module):
-            yield name.replace(".base_layer", ""), module
+            yield clean(name), module
+
+
+def clean(path: str) -> str:
+    """A path as it is without PEFT's wrappers."""
+    path = path.removeprefix("base_model.model.").replace(".base_layer", "").replace(".original_module", "")
+    return re.sub(r"\.modules_to_save\.[^.]+", "", path)

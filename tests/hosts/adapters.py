@@ -1,0 +1,39 @@
+"""Stock PEFT's adapters on the experts: the truth that the walk's are compared with."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+
+from tests.hosts.models import load_tiny
+
+EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+
+
+def lora(**settings: Any) -> LoraConfig:
+    """Experts and attention, with factors that are both random, so that every product matters."""
+    defaults: dict[str, Any] = {
+        "r": 4,
+        "lora_alpha": 6,
+        "target_modules": ["o_proj"],
+        "target_parameters": list(EXPERTS),
+        "init_lora_weights": False,
+        "task_type": "CAUSAL_LM",
+    }
+    return LoraConfig(**defaults | settings)
+
+
+def wrap(model: nn.Module, config: LoraConfig, seed: int = 3) -> PeftModel:
+    """Stock `get_peft_model`, with factors by seed. The config is copied, because PEFT changes it."""
+    torch.manual_seed(seed)
+    wrapped = get_peft_model(model, copy.deepcopy(config))  # type: ignore[arg-type]
+    assert isinstance(wrapped, PeftModel)
+    return wrapped
+
+
+def stock(folder: Path, config: LoraConfig, dtype: torch.dtype = torch.float64) -> PeftModel:
+    """A host's eager model under stock PEFT."""
+    return wrap(load_tiny(folder, dtype), config)

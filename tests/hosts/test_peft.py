@@ -1,0 +1,207 @@
+"""Adapters on experts through the walk against stock PEFT on the same weights: logits, loss, every gradient."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, inject_adapter_in_model
+from torch.nn.utils import parametrize
+
+import expertune
+from tests.hosts.adapters import EXPERTS, lora, stock, wrap
+from tests.hosts.conftest import Checkpoint
+from tests.hosts.models import CONFIGS, batch, load_tiny
+from tests.hosts.passes import BACKENDS, Routes, assert_equal_within, run
+from tests.numerics import assert_no_worse
+
+ROUNDING = 1e-12
+
+
+def _wrapped_then_optimized(folder: Path, config: LoraConfig, _tmp: Path) -> PeftModel:
+    return expertune.optimize(wrap(load_tiny(folder), config))
+
+
+def _optimized_then_wrapped(folder: Path, config: LoraConfig, _tmp: Path) -> PeftModel:
+    return wrap(expertune.optimize(load_tiny(folder)), config)
+
+
+def _loaded_then_optimized(folder: Path, config: LoraConfig, tmp: Path) -> PeftModel:
+    stock(folder, config).save_pretrained(tmp)
+    return expertune.optimize(PeftModel.from_pretrained(load_tiny(folder), tmp, is_trainable=True))
+
+
+def _optimized_then_loaded(folder: Path, config: LoraConfig, tmp: Path) -> PeftModel:
+    stock(folder, config).save_pretrained(tmp)
+    return PeftModel.from_pretrained(expertune.optimize(load_tiny(folder)), tmp, is_trainable=True)
+
+
+WAYS: dict[str, Callable[[Path, LoraConfig, Path], PeftModel]] = {
+    "wrapped, then optimized": _wrapped_then_optimized,
+    "optimized, then wrapped": _optimized_then_wrapped,
+    "loaded, then optimized": _loaded_then_optimized,
+    "optimized, then loaded": _optimized_then_loaded,
+}
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize("family", CONFIGS)
+def test_an_adapter_is_consumed_however_it_came(
+    checkpoint: Checkpoint, tmp_path: Path, walks: list[str], family: str, way: Any
+) -> None:
+    folder = checkpoint(family)
+    truth = run(stock(folder, lora()), batch())
+    model = way(folder, lora(), tmp_path)
+    assert not walks
+    assert_equal_within(run(model, batch()), truth, ROUNDING)
+    assert len(walks) == len(expertune.explain(model).layers)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_add_lora_equals_stock_peft_of_the_same_config(checkpoint: Checkpoint, walks: list[str], family: str) -> None:
+    folder = checkpoint(family)
+    torch.manual_seed(0)
+    model = expertune.add_lora(load_tiny(folder), r=3, lora_alpha=5, init_lora_weights=False)
+    theirs = stock(folder, model.peft_config["default"])
+    theirs.load_state_dict(model.state_dict())
+    assert_equal_within(run(model, batch()), run(theirs, batch()), ROUNDING)
+    assert walks
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("family", CONFIGS)
+def test_bfloat16_with_float32_adapters_is_no_worse_than_stock(
+    checkpoint: Checkpoint, family: str, backend: str
+) -> None:
+    """As PEFT trains: the base in bfloat16, the factors in float32."""
+    folder = checkpoint(family)
+    plain = stock(folder, lora(), torch.bfloat16)
+    exact = stock(folder, lora(), torch.bfloat16).double()
+    model = expertune.optimize(stock(folder, lora(), torch.bfloat16), backend=backend)
+    passes = []
+    for seed in range(3):
+        routes = Routes()
+        with routes.recording():
+            truth = run(exact, batch(seed))
+        with routes.replaying():
+            theirs = run(plain, batch(seed))
+        with routes.replaying():
+            ours = run(model, batch(seed))
+        passes.append((ours, theirs, truth))
+    for name, grad in passes[0][0].items():
+        assert grad.dtype == passes[0][1][name].dtype
+        result, plain_result, expected = (torch.cat([p[i][name].reshape(-1) for p in passes]) for i in range(3))
+        assert_no_worse(result.to(torch.bfloat16), plain_result, expected, name)
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "rsLoRA": {"use_rslora": True},
+    "rank and alpha patterns": {
+        "rank_pattern": {r".*\.experts\.gate_up_proj": 2, r".*layers\.0\..*down_proj": 5},
+        "alpha_pattern": {r".*\.experts\.down_proj": 3},
+    },
+    "gate_up alone": {"target_parameters": EXPERTS[:1]},
+    "down alone": {"target_parameters": EXPERTS[1:]},
+    "the user's order is not the module's": {"target_parameters": EXPERTS[::-1]},
+    "some layers by path": {"target_parameters": ["layers.1.mlp.experts.down_proj"]},
+    "router": {"target_parameters": [*EXPERTS, "mlp.gate.weight"]},
+    "router saved whole": {"modules_to_save": ["gate"]},
+    "head and norms saved whole": {"modules_to_save": ["lm_head", "norm"]},
+    "all-linear, as PEFT reads it": {"target_modules": "all-linear", "target_parameters": None},
+    "rank 1": {"r": 1},
+    "biases": {"bias": "all"},
+}
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_settings_of_peft_mean_what_they_mean_there(
+    checkpoint: Checkpoint, walks: list[str], settings: dict[str, Any]
+) -> None:
+    folder = checkpoint("qwen3_moe")
+    theirs = stock(folder, lora(**settings))
+    ours = expertune.optimize(stock(folder, lora(**settings)))
+    assert_equal_within(run(ours, batch()), run(theirs, batch()), ROUNDING)
+    assert walks
+
+
+def test_experts_saved_whole_are_trained_by_the_walk(checkpoint: Checkpoint, walks: list[str]) -> None:
+    """`modules_to_save=["experts"]`: PEFT trains a copy of them, with the biases of gpt-oss."""
+    config = lora(target_parameters=None, modules_to_save=["experts"])
+    for way in (WAYS["wrapped, then optimized"], WAYS["optimized, then wrapped"]):
+        theirs = stock(checkpoint("gpt_oss"), config)
+        ours = way(checkpoint("gpt_oss"), config, Path())
+        walks.clear()
+        truth = run(theirs, batch())
+        assert_equal_within(run(ours, batch()), truth, ROUNDING)
+        assert len(walks) == 2
+        assert expertune.trained(ours).kinds()["routed experts"] > 0
+        assert len(expertune.explain(ours).layers) == 2
+        walks.clear()
+        assert_equal_within(run(expertune.restore(ours), batch()), truth, 0)
+        assert not walks
+
+
+def test_biases_of_experts_trained_beside_an_adapter(checkpoint: Checkpoint) -> None:
+    theirs, ours = (stock(checkpoint("gpt_oss"), lora()) for _ in range(2))
+    for model in (theirs, ours):
+        for name, parameter in model.named_parameters():
+            if name.endswith(("down_proj_bias", "gate_up_proj_bias")):
+                parameter.requires_grad_()
+    assert_equal_within(run(expertune.optimize(ours), batch()), run(theirs, batch()), ROUNDING)
+
+
+def test_restore_gives_stock_peft_back(checkpoint: Checkpoint, walks: list[str]) -> None:
+    theirs, ours = (stock(checkpoint("qwen3_moe"), lora()) for _ in range(2))
+    run(expertune.optimize(ours, memory="auto"), batch())
+    walks.clear()
+    assert_equal_within(run(expertune.restore(ours), batch()), run(theirs, batch()), 0)
+    assert not walks
+
+
+@pytest.mark.parametrize("way", ["block", "experts", "layer"])
+def test_experts_called_without_the_model_never_lose_their_adapter(checkpoint: Checkpoint, way: str) -> None:
+    """Wrapped after `optimize`, and no pass of the model yet in which the wrapper could be taken in."""
+    model = expertune.optimize(load_tiny(checkpoint("gpt_oss")))
+    wrap(model, lora())
+    block: Any = model.model.layers[0].mlp
+    x = torch.randn(1, 5, 32, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match=r"layers\.0\.mlp\.experts.*not through the walk.*expertune\.optimize"):
+        block(x) if way == "block" else block.experts(x[0], torch.zeros(5, 1, dtype=torch.long), x[0, :, :1])
+
+
+def test_a_parametrization_of_expert_weights_is_refused(checkpoint: Checkpoint) -> None:
+    class Doubled(torch.nn.Module):
+        def forward(self, weight: torch.Tensor) -> torch.Tensor:
+            return 2 * weight
+
+    model = expertune.optimize(load_tiny(checkpoint("qwen3_moe")))
+    parametrize.register_parametrization(model.model.layers[1].mlp.experts, "down_proj", Doubled())  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match=r"layers\.1\.mlp\.experts.*not through the walk"):
+        model(**batch())
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.experts"):
+        expertune.optimize(model)
+
+
+def test_an_injected_adapter_is_consumed(checkpoint: Checkpoint, walks: list[str]) -> None:
+    theirs, ours = load_tiny(checkpoint("qwen3_moe")), expertune.optimize(load_tiny(checkpoint("qwen3_moe")))
+    for model in (theirs, ours):
+        torch.manual_seed(3)
+        inject_adapter_in_model(lora(), model)
+    assert_equal_within(run(ours, batch()), run(theirs, batch()), ROUNDING)
+    assert walks
+
+
+def test_an_adapter_on_a_bias_of_experts_is_refused(checkpoint: Checkpoint) -> None:
+    config = lora(target_parameters=["mlp.experts.down_proj_bias"])
+    with pytest.raises(ValueError, match=r"mlp\.experts\.down_proj_bias.*cannot adapt.*gate_up_proj or down_proj"):
+        expertune.optimize(stock(checkpoint("gpt_oss"), config))
+    late = wrap(expertune.optimize(load_tiny(checkpoint("gpt_oss"))), config)
+    with pytest.raises(ValueError, match=r"mlp\.experts\.down_proj_bias.*cannot adapt"):
+        late(**batch())
+
+
+def test_adapters_mixed_within_a_batch_are_refused(checkpoint: Checkpoint) -> None:
+    model = expertune.optimize(stock(checkpoint("qwen3_moe"), lora())).eval()
+    with pytest.raises(ValueError, match="cannot be mixed within a batch"):
+        model(**batch(), adapter_names=["default", "__base__"])

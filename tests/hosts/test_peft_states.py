@@ -1,0 +1,184 @@
+"""What PEFT does to an adapter later: several, switched, disabled, merged, deleted, frozen. As stock PEFT does it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftMixedModel, PeftModel, get_peft_model
+from torch import nn
+
+import expertune
+from tests.hosts.adapters import EXPERTS, lora, stock
+from tests.hosts.conftest import Checkpoint
+from tests.hosts.models import batch, load_tiny
+from tests.hosts.passes import assert_equal_within, run
+
+ROUNDING = 1e-12
+Pair = tuple[PeftModel, PeftModel]
+
+
+@pytest.fixture(params=["qwen3_moe", "gpt_oss"])
+def pair(request: pytest.FixtureRequest, checkpoint: Checkpoint) -> Pair:
+    """The same adapted model twice: stock PEFT's, and ours."""
+    theirs, ours = (stock(checkpoint(request.param), lora()) for _ in range(2))
+    return theirs, expertune.optimize(ours)
+
+
+def _add_second(model: PeftModel) -> None:
+    torch.manual_seed(4)
+    model.add_adapter("second", lora(r=3, lora_alpha=7))
+
+
+def _logits(model: nn.Module) -> dict[str, torch.Tensor]:
+    with torch.no_grad():
+        return {"logits": model(**batch()).logits}
+
+
+ACTIVE: dict[str, Callable[[PeftModel], Any]] = {
+    "the first": lambda model: None,
+    "the second": lambda model: model.set_adapter("second"),
+    "both": lambda model: model.base_model.set_adapter(["default", "second"]),
+    "the second, after a pass": lambda model: (model(**batch()), model.set_adapter("second")),
+    "the second deleted": lambda model: model.delete_adapter("second"),
+    "the first deleted": lambda model: model.delete_adapter("default"),
+    "both added to a third": lambda model: (
+        model.add_weighted_adapter(["default", "default"], [0.5, 0.25], "third", combination_type="linear"),
+        model.set_adapter("third"),
+    ),
+}
+
+
+@pytest.mark.parametrize("choose", ACTIVE.values(), ids=ACTIVE)
+def test_several_adapters(pair: Pair, walks: list[str], choose: Callable[[PeftModel], Any]) -> None:
+    before = _logits(pair[1])
+    for model in pair:
+        _add_second(model)
+    refusals = []
+    for model in pair:
+        try:
+            choose(model)
+        except (ValueError, NotImplementedError, TypeError) as refusal:  # what stock PEFT refuses, so do we
+            refusals.append(str(refusal))
+    assert not refusals or len(refusals) == 2
+    walks.clear()
+    theirs, ours = (run(model, batch()) for model in pair)
+    assert_equal_within(ours, theirs, ROUNDING)
+    assert walks
+    if choose in (ACTIVE["the second"], ACTIVE["both"]):
+        assert not torch.allclose(ours["logits"], before["logits"], atol=1e-3)
+
+
+def test_an_adapter_added_after_all_were_deleted(pair: Pair, walks: list[str]) -> None:
+    """PEFT then wraps what is left of the first, and may target other parameters."""
+    for model in pair:
+        model.delete_adapter("default")
+        torch.manual_seed(4)
+        model.add_adapter("second", lora(r=3, target_parameters=EXPERTS[1:]))
+        model.set_adapter("second")
+    assert_equal_within(run(pair[1], batch()), run(pair[0], batch()), ROUNDING)
+    assert walks
+
+
+def test_a_disabled_adapter_does_nothing(pair: Pair, checkpoint: Checkpoint, walks: list[str]) -> None:
+    base = _logits(pair[0].unload())
+    with pair[1].disable_adapter():
+        assert_equal_within(_logits(pair[1]), base, ROUNDING)
+        assert "disabled" in str(expertune.explain(pair[1]))
+    assert not torch.allclose(_logits(pair[1])["logits"], base["logits"], atol=1e-3)
+    assert walks
+
+
+def test_merging_and_unmerging(pair: Pair, walks: list[str]) -> None:
+    for model in pair:
+        model.merge_adapter()
+    theirs = _logits(pair[0])
+    assert_equal_within(_logits(pair[1]), theirs, ROUNDING)
+    assert "merged" in str(expertune.explain(pair[1]))
+    for name, parameter in pair[0].named_parameters():
+        assert torch.equal(pair[1].get_parameter(name), parameter)
+    for model in pair:
+        model.unmerge_adapter()
+    unmerged = _logits(pair[1])
+    assert_equal_within(unmerged, _logits(pair[0]), ROUNDING)
+    assert_equal_within(unmerged, theirs, 1e-10)
+    assert walks
+
+
+def test_disabling_a_merged_adapter_unmerges_it(pair: Pair) -> None:
+    base = _logits(expertune.restore(pair[0]).unload())
+    pair[1].merge_adapter()
+    with pair[1].disable_adapter():
+        assert_equal_within(_logits(pair[1]), base, 1e-10)
+
+
+@pytest.mark.parametrize("names", [None, ["second"], ["default", "second"]], ids=str)
+def test_merge_and_unload_equals_stock(pair: Pair, walks: list[str], names: list[str] | None) -> None:
+    for model in pair:
+        _add_second(model)
+    adapted = _logits(pair[1])
+    theirs, ours = (model.merge_and_unload(adapter_names=names) for model in pair)
+    for (path, module), (their_path, their_module) in zip(ours.named_modules(), theirs.named_modules(), strict=True):
+        assert (path, type(module)) == (their_path, type(their_module))
+    for (name, parameter), expected in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(parameter, expected), name
+    walks.clear()
+    assert_equal_within(_logits(ours), _logits(theirs), ROUNDING)
+    assert walks
+    if names is None:
+        assert_equal_within(_logits(ours), adapted, 1e-10)
+    walks.clear()
+    assert_equal_within(_logits(expertune.restore(ours)), _logits(theirs), 0)
+    assert not walks
+
+
+def test_unloading_leaves_the_base_model_running_through_the_walk(pair: Pair, walks: list[str]) -> None:
+    theirs, ours = (model.unload() for model in pair)
+    assert_equal_within(_logits(ours), _logits(theirs), ROUNDING)
+    assert walks
+
+
+def test_a_frozen_adapter_counts_and_gets_no_gradient(pair: Pair) -> None:
+    """The router and one layer's down adapter are trained, all other factors are not."""
+    for model in pair:
+        for name, parameter in model.named_parameters():
+            trained = "layers.0.mlp.experts.lora_" in name or "mlp.gate.weight" in name or "mlp.router.weight" in name
+            parameter.requires_grad_(trained)
+    theirs, ours = (run(model, batch()) for model in pair)
+    assert_equal_within(ours, theirs, ROUNDING)
+    assert len(ours) == 2 + 2 + 2
+    silent = [name for name, p in pair[1].named_parameters() if not p.requires_grad and p.grad is not None]
+    assert not silent
+
+
+@pytest.mark.parametrize("factor", ["lora_A", "lora_B"])
+def test_one_trained_factor_of_two(pair: Pair, factor: str) -> None:
+    for model in pair:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(factor in name)
+    assert_equal_within(run(pair[1], batch()), run(pair[0], batch()), ROUNDING)
+
+
+def test_other_peft_methods_beside_the_walk(checkpoint: Checkpoint, walks: list[str]) -> None:
+    """A LoHa on the attention: nothing on the experts to consume, and `optimize` takes the model all the same."""
+    from peft import LoHaConfig, PrefixTuningConfig
+
+    for config in (
+        LoHaConfig(r=4, target_modules=["q_proj"], init_weights=False),
+        PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+    ):
+        theirs, ours = load_tiny(checkpoint("qwen3_moe")), load_tiny(checkpoint("qwen3_moe"))
+        torch.manual_seed(3)
+        theirs = get_peft_model(theirs, config)
+        torch.manual_seed(3)
+        ours = expertune.optimize(get_peft_model(ours, config))
+        walks.clear()
+        assert_equal_within(run(ours, batch()), run(theirs, batch()), ROUNDING)
+        assert walks
+
+
+def test_a_mixed_model_is_refused_in_words(checkpoint: Checkpoint) -> None:
+    model = get_peft_model(load_tiny(checkpoint("qwen3_moe")), lora(target_parameters=None), mixed=True)
+    assert isinstance(model, PeftMixedModel)
+    with pytest.raises(ValueError, match="expected a Transformers or PEFT model, got PeftMixedModel"):
+        expertune.optimize(model)
