@@ -12,7 +12,7 @@ from rich.console import Console
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from expertune.hosts import attach, report
+from expertune.hosts import attach, peft, report
 from expertune.hosts.coverage import Coverage, coverage
 from expertune.hosts.targets import Targets, resolve
 
@@ -57,9 +57,10 @@ def load(
     if adapter.is_file():
         if full_finetuning:
             raise ValueError(f"{name_or_path} is an adapter; full_finetuning=True needs a whole model. Merge it first.")
-        base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
+        saved = json.loads(adapter.read_text(encoding="utf-8"))
+        base = saved["base_model_name_or_path"]
     else:
-        base = name_or_path
+        saved, base = None, name_or_path
     shared = {key: from_pretrained[key] for key in ("revision", "trust_remote_code", "token") if key in from_pretrained}
     _check_length(max_seq_length, AutoConfig.from_pretrained(base, **shared))
     if torch.cuda.is_available():
@@ -69,7 +70,8 @@ def load(
     if max_seq_length is not None:
         tokenizer.model_max_length = max_seq_length
     model.requires_grad_(full_finetuning)
-    if base != name_or_path:
+    if saved is not None:
+        peft.check_saved(saved, model)
         model = PeftModel.from_pretrained(model, name_or_path, is_trainable=True)
     return optimize(model, backend=backend, memory=memory), tokenizer
 

@@ -15,7 +15,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from expertune.hosts.transformers import ExpertsPlan, first_name, is_experts
+from expertune.hosts.transformers import ExpertsPlan, first_name, is_experts, named_experts
 from expertune.shapes import LoraFactors
 
 # Before this version, PEFT wrote the factors of weights that lie as (E, O, I) with input and output swapped.
@@ -108,20 +108,51 @@ def _check(wrapper: ParamWrapper, base: nn.Module, plan: ExpertsPlan) -> None:
             )
 
 
+def check_saved(saved: Mapping[str, Any], model: nn.Module) -> None:
+    """Refuse an adapter on experts in PEFT 0.18's layout before PEFT reads it.
+
+    Args:
+        saved: what `adapter_config.json` says; PEFT rewrites some of it while it loads.
+        model: the base model.
+
+    Raises:
+        ValueError: the factors lie with input and output swapped.
+    """
+    # PEFT 0.17, the first with target_parameters, wrote no version
+    version = saved.get("peft_version") or "0.17"
+    targets = saved.get("target_parameters") or ()
+    if not _is_swapped(version):
+        return
+    for path, experts in named_experts(model):
+        names = [f"{path}.{first_name(experts)}", f"{path}.down_proj"]
+        if not experts.is_transposed and any(f".{name}".endswith(f".{target}") for name in names for target in targets):
+            raise _swapped("of this folder", version, experts)
+
+
 def _check_versions(model: nn.Module) -> None:
-    """Refuse adapters on the experts that were written in PEFT 0.18's layout, which square shapes would hide."""
+    """The same for adapters that PEFT has loaded already, whose square shapes hide it."""
     for name, config in getattr(model, "peft_config", {}).items():
-        is_old = config.peft_version and Version(config.peft_version.split("@")[0]) < _LAYOUT_SINCE
-        if not is_old or not getattr(config, "target_parameters", None):
+        if not getattr(config, "target_parameters", None) or not _is_swapped(config.peft_version):
             continue
         for module in model.modules():
             nest, base = wrappers_of(module)
-            if nest and is_experts(base) and not base.is_transposed and name in nest[0].lora_A:
-                raise ValueError(
-                    f"adapter {name!r} was written by PEFT {config.peft_version}, which lays out the factors of "
-                    f"{type(base).__name__} with input and output swapped. Loaded by PEFT 0.19 or later it is another "
-                    "function. Merge it with the PEFT that wrote it, or train it again."
-                )
+            if not nest or name not in nest[0].lora_A or not is_experts(base) or base.is_transposed:
+                continue
+            # PEFT writes this pattern when it fuses one adapter an expert, of Transformers 4, to today's layout
+            if rf".*\.{first_name(base)}" not in config.rank_pattern:
+                raise _swapped(repr(name), config.peft_version, base)
+
+
+def _is_swapped(version: str) -> bool:
+    return Version(version.split("@")[0]) < _LAYOUT_SINCE
+
+
+def _swapped(which: str, version: str, experts: nn.Module) -> ValueError:
+    return ValueError(
+        f"the adapter {which} was written by PEFT {version}, which lays out the factors of {type(experts).__name__} "
+        "with input and output swapped. Read by PEFT 0.19 or later it is another function. Merge it with the PEFT that "
+        "wrote it, or train it again."
+    )
 
 
 def _active_factors(wrapper: ParamWrapper) -> tuple[LoraFactors, ...]:
