@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from rich.console import Console
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -17,6 +18,8 @@ from expertune.hosts.coverage import Coverage, coverage
 from expertune.hosts.targets import Targets, resolve
 
 _BACKEND_VARIABLE = "EXPERTUNE_MOE_BACKEND"
+# Fields of LoraConfig by which PEFT chooses among modules, but not among parameters.
+_SELECTING = ("layers_to_transform", "layers_pattern", "exclude_modules", "layer_replication")
 _MEMORY = ("auto", "fast", "lean")
 _Model = TypeVar("_Model", bound=nn.Module)
 
@@ -97,20 +100,19 @@ def add_lora(
     Raises:
         ValueError: the model has adapters already, a target matches nothing, or a setting cannot be honoured.
     """
-    if isinstance(model, PeftModel):
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise ValueError(
             "this model has adapters already. To train another one call model.add_adapter(name, config), or start from "
             "the base model: model.unload()."
         )
     assert isinstance(model, PreTrainedModel), f"expected a Transformers model, got {type(model).__name__}"
-    targets = resolve(model, target_modules)
-    _check_lora_settings(targets, lora_config)
-    parameters = dict.fromkeys((*targets.parameters, *lora_config.pop("target_parameters", ())))
+    targets = resolve(model, target_modules, lora_config.pop("target_parameters", None) or ())
+    _check_lora_settings(targets, r, lora_config)
     config = LoraConfig(
         r=r,
         lora_alpha=lora_alpha,
         target_modules=list(targets.modules),
-        target_parameters=list(parameters) or None,
+        target_parameters=list(targets.parameters) or None,
         **{"lora_dropout": 0.0, "bias": "none", "task_type": "CAUSAL_LM"} | lora_config,
     )
     if attach.attached(model) is None:
@@ -175,8 +177,15 @@ def _check_length(max_seq_length: int | None, config: Any) -> None:
         raise ValueError(f"max_seq_length={max_seq_length} is beyond the {limit} positions of this model.")
 
 
-def _check_lora_settings(targets: Targets, settings: dict[str, Any]) -> None:
+def _check_lora_settings(targets: Targets, r: int, settings: dict[str, Any]) -> None:
     """Refuse before PEFT changes the model what PEFT cannot do on parameters."""
+    if r < 1:
+        raise ValueError(f"r must be at least 1, got {r}.")
+    if selecting := [key for key in _SELECTING if settings.get(key)]:
+        raise ValueError(
+            f"{', '.join(selecting)} would not reach the experts, so add_lora does not take it. Name what to train in "
+            "target_modules by dotted endings of its path, such as 'layers.0.self_attn.q_proj'."
+        )
     refused = [key for key in ("lora_dropout", "use_dora", "lora_bias") if settings.get(key)]
     if targets.parameters and refused:
         raise ValueError(
@@ -186,7 +195,9 @@ def _check_lora_settings(targets: Targets, settings: dict[str, Any]) -> None:
 
 
 def _check_adapted(model: PeftModel, targets: Targets) -> None:
-    if missing := sorted(targets.paths - coverage(model).adapted):
+    adapted = coverage(model).adapted
+    if missing := sorted(targets.paths - adapted):
         raise ValueError(
             f"PEFT attached no adapter to {missing[:5]} ({len(missing)} in all), though they were asked for."
         )
+    assert adapted == targets.paths, f"PEFT adapted also {sorted(adapted - targets.paths)}"

@@ -55,12 +55,17 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "glm4_moe_lite": {**MLA, "mlp_layer_types": ["dense", "sparse"]},
     "deepseek_v3": {**MLA, "first_k_dense_replace": 1},
 }
+# Other ways to name the parts: a gate on the shared expert, Mixtral's w1, w2, w3. For what is about names alone.
+NAMED: dict[str, dict[str, Any]] = {
+    "qwen2_moe": CONFIGS["qwen3_moe"] | {"shared_expert_intermediate_size": 40, "mlp_only_layers": [0]},
+    "mixtral": {"num_key_value_heads": 2, "intermediate_size": 24, "num_local_experts": 8, "num_experts_per_tok": 2},
+}
 DENSE = {"model_type": "qwen3", "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 48}
 
 
 def save_tiny(model_type: str, folder: Path, seed: int = 0, **overrides: Any) -> Path:
     """A checkpoint of random weights, larger than the family's own init so that every path matters."""
-    settings = DENSE if model_type == "qwen3" else CONFIGS[model_type]
+    settings = DENSE if model_type == "qwen3" else (CONFIGS | NAMED)[model_type]
     settings = {key: value for key, value in settings.items() if key != "model_type"}
     config = AutoConfig.for_model(model_type, **SHARED | settings | overrides)
     torch.manual_seed(seed)

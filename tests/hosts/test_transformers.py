@@ -13,6 +13,7 @@ from torch import nn
 
 import expertune
 from tests.hosts.conftest import Checkpoint
+from tests.hosts.fingerprints import fingerprint
 from tests.hosts.models import CONFIGS, batch, load_tiny
 from tests.hosts.passes import BACKENDS, Routes, assert_equal_within, run
 from tests.numerics import assert_no_worse
@@ -26,22 +27,6 @@ ROUTING: dict[str, dict[str, Any]] = {
     "glm4_moe_lite": {"num_experts_per_tok": 3},
     "deepseek_v3": {"num_experts_per_tok": 1, "norm_topk_prob": False},
 }
-
-
-def fingerprint(model: nn.Module) -> dict[str, Any]:
-    """Everything that `optimize` may touch: attributes, hooks, configs, checkpoint functions."""
-    return {
-        path: (
-            sorted(vars(module)),
-            list(map(id, module._forward_pre_hooks.values())),
-            list(map(id, module._forward_hooks.values())),
-            id(getattr(module, "config", None)),
-            getattr(getattr(module, "config", None), "_experts_implementation", None),
-            getattr(module, "gradient_checkpointing", None),
-            id(getattr(module, "_gradient_checkpointing_func", None)),
-        )
-        for path, module in model.named_modules()
-    }
 
 
 @pytest.mark.parametrize("family", CONFIGS)

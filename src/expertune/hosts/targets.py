@@ -5,7 +5,7 @@ In a model with experts, PEFT (0.19 to 0.21) reads `gate_proj`, `up_proj`, `down
 word. A linear of such a name is therefore targeted by its weight, as a parameter: the same keys and shapes on disk.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -35,30 +35,53 @@ class Targets:
     paths: frozenset[str]
 
 
-def resolve(model: PreTrainedModel, requested: Sequence[str] | str) -> Targets:
+def resolve(model: PreTrainedModel, requested: Sequence[str] | str, parameters: Iterable[str] = ()) -> Targets:
     """Find every linear, experts parameter and (only by its own name) router that the names mean.
 
     Args:
         model: a Transformers model without adapters.
         requested: names or dotted endings of paths, or "all-linear": every linear and all experts, without the router
-            and the output head.
+            and other gates of a MoE block and without the output head.
+        parameters: names or dotted endings of parameters, meant beside them.
 
     Raises:
         ValueError: a name matches nothing, or half of a fused projection.
     """
+    held = [path for path, _ in model.named_parameters()]
+    parameters = tuple(parameters)
+    if missing := [name for name in parameters if not any(_ends(path, name) for path in held)]:
+        raise ValueError(f"target_parameters {missing} match nothing in this model.")
+    meant = {path.removesuffix(".weight") for path in held for name in parameters if _ends(path, name)}
+    targets = _resolve_modules(model, requested)
+    return Targets(
+        modules=targets.modules,
+        parameters=tuple(dict.fromkeys((*targets.parameters, *parameters))),
+        paths=targets.paths | meant,
+    )
+
+
+def _resolve_modules(model: PreTrainedModel, requested: Sequence[str] | str) -> Targets:
     linears = {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
     routers = _routers(model)
     experts = _experts_parameters(model)
     if requested == "all-linear":
+        moe = set(blocks(model))
+        names_of_blocks = {path for path, module in model.named_modules() if module in moe}
         head = model.get_output_embeddings()
-        paths = [path for path, module in linears.items() if module is not head and path not in routers]
-        return _targets(paths, list(experts), has_experts=bool(experts))
+        paths = [
+            path
+            for path, module in linears.items()
+            if module is not head and path not in routers and path.rpartition(".")[0] not in names_of_blocks
+        ]
+        return _targets(paths, list(experts), (*linears, *routers, *experts), rewritten=bool(experts))
     if isinstance(requested, str):
         raise ValueError(
             f"target_modules takes a list of names or 'all-linear', got the string {requested!r}. For a regular "
             "expression build a peft.LoraConfig, call peft.get_peft_model, then expertune.optimize(model)."
         )
     names = list(dict.fromkeys(requested))
+    if not names:
+        raise ValueError("target_modules is empty; name what to train, or say 'all-linear'.")
     _refuse_halves(names, experts)
     found: dict[str, list[str]] = {}
     for name in names:
@@ -69,24 +92,33 @@ def resolve(model: PreTrainedModel, requested: Sequence[str] | str) -> Targets:
         raise ValueError(f"target_modules {missing} match nothing in this model. It has {leaves}.")
     hits = list(dict.fromkeys(path for name in names for path in found[name]))
     plain = [path for path in hits if path not in experts]
-    return _targets(plain, [path for path in hits if path in experts], has_experts=bool(experts), routers=routers)
+    return _targets(
+        plain,
+        [path for path in hits if path in experts],
+        (*linears, *routers, *experts),
+        rewritten=bool(experts),
+        routers=routers,
+    )
 
 
 def _targets(
-    plain: Sequence[str], experts: Sequence[str], *, has_experts: bool, routers: frozenset[str] = frozenset()
+    plain: Sequence[str],
+    experts: Sequence[str],
+    present: Sequence[str],
+    *,
+    rewritten: bool,
+    routers: frozenset[str] = frozenset(),
 ) -> Targets:
-    modules, parameters = [], [_below_layer(path) for path in experts]
+    """What PEFT must be told to adapt these paths and no other that is `present`."""
+    paths = frozenset((*plain, *experts))
+    modules, parameters = [], [_shortest(path, paths, present) for path in experts]
     for path in plain:
-        name = _below_layer(path)
-        if path in routers or (has_experts and path.rpartition(".")[2] in _REWRITTEN_BY_PEFT):
+        name = _shortest(path, paths, present)
+        if path in routers or (rewritten and path.rpartition(".")[2] in _REWRITTEN_BY_PEFT):
             parameters.append(f"{name}.weight")
         else:
             modules.append(name)
-    return Targets(
-        modules=tuple(dict.fromkeys(modules)),
-        parameters=tuple(dict.fromkeys(parameters)),
-        paths=frozenset((*plain, *experts)),
-    )
+    return Targets(modules=tuple(dict.fromkeys(modules)), parameters=tuple(dict.fromkeys(parameters)), paths=paths)
 
 
 def _routers(model: PreTrainedModel) -> frozenset[str]:
@@ -129,8 +161,9 @@ def _ends(path: str, name: str) -> bool:
     return path == name or path.endswith(f".{name}")
 
 
-def _below_layer(path: str) -> str:
-    """The path below the numbered layer: the same in every layer, and never the ending of another name."""
+def _shortest(path: str, meant: frozenset[str], present: Sequence[str]) -> str:
+    """The path below the numbered layer, the same in every layer; the full path where another layer is not meant."""
     parts = path.split(".")
     numbers = [i for i, part in enumerate(parts) if part.isdigit()]
-    return ".".join(parts[numbers[-1] + 1 :]) if numbers else path
+    short = ".".join(parts[numbers[-1] + 1 :]) if numbers else path
+    return short if all(other in meant for other in present if _ends(other, short)) else path

@@ -1,0 +1,180 @@
+"""Names of what to train: which weights they reach in each family, by hand-written lists, and what is refused."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+
+import expertune
+from tests.hosts.adapters import lora, wrap
+from tests.hosts.conftest import Checkpoint
+from tests.hosts.fingerprints import fingerprint
+from tests.hosts.models import batch, load_tiny
+from tests.hosts.passes import assert_equal_within, run
+
+MLP = ["gate_proj", "up_proj", "down_proj"]
+ROUTED = ["experts.gate_up_proj", "experts.down_proj"]
+DENSE = [f"0.mlp.{name}" for name in MLP]
+GQA = [f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
+MLA = [f"self_attn.{name}" for name in ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")]
+
+
+def _paths(*names: str, layers: tuple[int, ...] = (0, 1), below: str = "") -> list[str]:
+    return [f"{layer}.{below}{name}" for layer in layers for name in names]
+
+
+_SPARSE_SECOND = [
+    *DENSE,
+    *_paths(*ROUTED, layers=(1,), below="mlp."),
+    *_paths(*MLP, layers=(1,), below="mlp.shared_experts."),
+]
+_QWEN2 = [
+    *DENSE,
+    *_paths(*ROUTED, layers=(1,), below="mlp."),
+    *_paths(*MLP, layers=(1,), below="mlp.shared_expert."),
+]
+FEED_FORWARD: dict[str, list[str]] = {
+    "qwen3_moe": _paths(*ROUTED, below="mlp."),
+    "gpt_oss": _paths(*ROUTED, below="mlp."),
+    "glm4_moe_lite": _SPARSE_SECOND,
+    "deepseek_v3": _SPARSE_SECOND,
+    "qwen2_moe": _QWEN2,
+    "mixtral": _paths(*ROUTED, below="mlp."),
+    "qwen3": _paths(*MLP, below="mlp."),
+}
+ATTENTION = dict.fromkeys(FEED_FORWARD, GQA) | dict.fromkeys(("glm4_moe_lite", "deepseek_v3"), MLA)
+ROUTER = {"gpt_oss": "router"}
+
+
+def _adapted(model: torch.nn.Module) -> list[str]:
+    return sorted(path.removeprefix("model.layers.") for path in expertune.trained(model).adapted)
+
+
+@pytest.mark.parametrize("family", FEED_FORWARD)
+def test_feed_forward_names_reach_every_part(checkpoint: Checkpoint, tmp_path: Path, family: str) -> None:
+    folder = checkpoint(family)
+    names = ["w1", "w2", "w3"] if family == "mixtral" else MLP
+    torch.manual_seed(0)
+    model = expertune.add_lora(load_tiny(folder), r=4, target_modules=names, init_lora_weights=False)
+    assert _adapted(model) == sorted(FEED_FORWARD[family])
+    ours = run(model, batch())
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == ours.keys() - {"logits", "loss"}
+    assert all(ours[name].any() for name in trained)
+    model.save_pretrained(tmp_path)
+    stock = PeftModel.from_pretrained(load_tiny(folder), tmp_path, is_trainable=True)
+    assert_equal_within(ours, run(stock, batch()), 1e-12)
+
+
+@pytest.mark.parametrize("family", FEED_FORWARD)
+def test_all_linear_is_all_but_router_and_head(checkpoint: Checkpoint, family: str) -> None:
+    model = expertune.add_lora(load_tiny(checkpoint(family)), target_modules="all-linear")
+    assert _adapted(model) == sorted(FEED_FORWARD[family] + _paths(*ATTENTION[family]))
+    assert expertune.trained(model).kinds()["router"] == 0
+
+
+@pytest.mark.parametrize("family", FEED_FORWARD)
+def test_attention_alone(checkpoint: Checkpoint, walks: list[str], family: str) -> None:
+    names = [path.split(".")[1] for path in ATTENTION[family]]
+    model = expertune.add_lora(load_tiny(checkpoint(family)), target_modules=names, lora_dropout=0.1)
+    assert _adapted(model) == sorted(_paths(*ATTENTION[family]))
+    model(**batch())
+    assert bool(walks) == (family != "qwen3")
+
+
+@pytest.mark.parametrize("family", [name for name in FEED_FORWARD if name != "qwen3"])
+def test_the_router_by_its_own_name(checkpoint: Checkpoint, family: str) -> None:
+    name = ROUTER.get(family, "gate")
+    model = expertune.add_lora(load_tiny(checkpoint(family)), target_modules=["o_proj", name], init_lora_weights=False)
+    layers = (0, 1) if family in ("qwen3_moe", "gpt_oss", "mixtral") else (1,)
+    assert _adapted(model) == sorted(_paths("self_attn.o_proj") + _paths(f"mlp.{name}", layers=layers))
+    assert expertune.trained(model).kinds()["router"] > 0
+    run(model, batch())
+
+
+NARROW: dict[str, tuple[list[str], list[str]]] = {
+    "fused name": (["gate_up_proj"], ["1.mlp.experts.gate_up_proj"]),
+    "routed only": (["experts.down_proj"], ["1.mlp.experts.down_proj"]),
+    "shared only": (["shared_experts.down_proj"], ["1.mlp.shared_experts.down_proj"]),
+    "dense only": (["mlp.down_proj"], ["0.mlp.down_proj"]),
+    "down everywhere": (
+        ["down_proj"],
+        ["0.mlp.down_proj", "1.mlp.experts.down_proj", "1.mlp.shared_experts.down_proj"],
+    ),
+    "one layer": (
+        ["layers.1.self_attn.o_proj", "layers.1.mlp.experts.down_proj"],
+        ["1.mlp.experts.down_proj", "1.self_attn.o_proj"],
+    ),
+    "a full path": (["model.layers.0.self_attn.o_proj"], ["0.self_attn.o_proj"]),
+    "a name twice": (["o_proj", "o_proj", "self_attn.o_proj"], ["0.self_attn.o_proj", "1.self_attn.o_proj"]),
+}
+
+
+@pytest.mark.parametrize(("names", "expected"), NARROW.values(), ids=NARROW)
+def test_dotted_names_reach_that_part_alone(checkpoint: Checkpoint, names: list[str], expected: list[str]) -> None:
+    model = expertune.add_lora(load_tiny(checkpoint("deepseek_v3")), target_modules=names)
+    assert _adapted(model) == expected
+
+
+def test_one_layer_of_experts_among_several(checkpoint: Checkpoint) -> None:
+    model = expertune.add_lora(load_tiny(checkpoint("qwen3_moe")), target_modules=["layers.1.mlp.experts.gate_up_proj"])
+    assert _adapted(model) == ["1.mlp.experts.gate_up_proj"]
+
+
+def test_parameters_beside_names(checkpoint: Checkpoint) -> None:
+    model = expertune.add_lora(
+        load_tiny(checkpoint("qwen3_moe")), target_modules=["o_proj"], target_parameters=["layers.0.mlp.gate.weight"]
+    )
+    assert _adapted(model) == ["0.mlp.gate", "0.self_attn.o_proj", "1.self_attn.o_proj"]
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "matches nothing": (
+        {"target_modules": ["o_proj", "query", "fc1"]},
+        r"\['query', 'fc1'\] match nothing in this model. It has \[.*'gate_up_proj'.*'o_proj'",
+    ),
+    "gate without up": ({"target_modules": ["gate_proj", "down_proj"]}, "'gate_proj' without 'up_proj'.*Name both"),
+    "up without gate": ({"target_modules": ["up_proj"]}, "'up_proj' without 'gate_proj'.*Name both"),
+    "w1 without w3": ({"target_modules": ["w1", "w2"]}, "'w1' without 'w3'"),
+    "no names": ({"target_modules": []}, "target_modules is empty"),
+    "regular expression": ({"target_modules": ".*_proj"}, "a list of names or 'all-linear', got the string"),
+    "dropout": ({"lora_dropout": 0.05}, "lora_dropout=0.05 cannot be used on experts"),
+    "DoRA": ({"use_dora": True}, "use_dora=True cannot be used on experts"),
+    "LoRA bias": ({"lora_bias": True}, "lora_bias=True cannot be used on experts"),
+    "layers_to_transform": ({"layers_to_transform": [1]}, r"layers_to_transform.*layers\.0\.self_attn"),
+    "exclude_modules": ({"exclude_modules": ["o_proj"]}, "exclude_modules"),
+    "rank zero": ({"r": 0}, "r must be at least 1, got 0"),
+    "parameter that is not there": ({"target_parameters": ["mlp.experts.w1"]}, r"mlp\.experts\.w1.*match nothing"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "words"), REFUSED.values(), ids=REFUSED)
+@pytest.mark.parametrize("was_optimized", [False, True])
+def test_what_cannot_be_trained_is_refused_and_changes_nothing(
+    checkpoint: Checkpoint, arguments: dict[str, Any], words: str, was_optimized: bool
+) -> None:
+    model = load_tiny(checkpoint("qwen3_moe"))
+    if was_optimized:
+        expertune.optimize(model)
+    before = fingerprint(model)
+    with pytest.raises(ValueError, match=words):
+        expertune.add_lora(model, **arguments)
+    assert fingerprint(model) == before
+
+
+def test_a_second_add_lora_is_refused(checkpoint: Checkpoint) -> None:
+    model = expertune.add_lora(load_tiny(checkpoint("qwen3_moe")))
+    with pytest.raises(ValueError, match=r"has adapters already.*model\.add_adapter"):
+        expertune.add_lora(model)
+    with pytest.raises(ValueError, match="has adapters already"):
+        expertune.add_lora(model.get_base_model())
+
+
+def test_stock_pefts_own_refusals_stand(checkpoint: Checkpoint) -> None:
+    """A user's own config with dropout or DoRA on experts never gets past PEFT."""
+    for settings in ({"lora_dropout": 0.1}, {"use_dora": True}):
+        model = expertune.optimize(load_tiny(checkpoint("qwen3_moe")))
+        with pytest.raises(ValueError, match="ParamWrapper does not work with"):
+            wrap(model, lora(**settings))
