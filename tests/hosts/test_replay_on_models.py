@@ -1,0 +1,115 @@
+"""Gradient checkpointing of whole models: the gradients are those without it, and near ties fall as they first did."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+import expertune
+from expertune.memory.replay import RoutingReplay
+from tests.hosts.adapters import lora, stock
+from tests.hosts.conftest import Checkpoint
+from tests.hosts.models import CONFIGS, batch, load_tiny
+from tests.hosts.passes import assert_equal_within, run
+
+
+def _ours(model: nn.Module) -> None:
+    expertune.optimize(model, memory="auto")
+
+
+def _hosts(use_reentrant: bool) -> Callable[[nn.Module], None]:
+    def turn_on(model: Any) -> None:
+        expertune.optimize(model)
+        model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+
+    return turn_on
+
+
+WAYS: dict[str, Callable[[nn.Module], None]] = {
+    "ours": _ours,
+    "host's, reentrant": _hosts(True),
+    "host's, not reentrant": _hosts(False),
+}
+
+
+class _Drift(TorchFunctionMode):
+    """Perturbs the scores of every `topk` by another noise each time: near ties that fall otherwise, made frequent."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_calls = 0
+
+    def start(self, *_hook: Any) -> None:
+        self.__enter__()
+
+    def stop(self, *_hook: Any) -> None:
+        self.__exit__(None, None, None)
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func not in (torch.topk, Tensor.topk):
+            return func(*args, **(kwargs or {}))
+        self.num_calls += 1
+        generator = torch.Generator().manual_seed(self.num_calls)
+        scores, *rest = args
+        noise = torch.rand(scores.shape, generator=generator, dtype=torch.float64).to(scores.dtype)
+        index = func(scores.detach() + noise, *rest, **(kwargs or {}))[1]
+        return torch.return_types.topk((scores.gather(-1, index), index))
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("trains", ["all", "adapter"])
+def test_gradients_are_those_without(
+    checkpoint: Checkpoint, walks: list[str], family: str, trains: str, way: Any
+) -> None:
+    def make() -> nn.Module:
+        return load_tiny(checkpoint(family)) if trains == "all" else stock(checkpoint(family), lora())
+
+    plain, checkpointed = expertune.optimize(make()), make()
+    way(checkpointed)
+    truth = run(plain, batch())
+    num_layers = len(walks)
+    walks.clear()
+    assert_equal_within(run(checkpointed, batch()), truth, 1e-12)
+    assert len(walks) == 2 * num_layers, "nothing was computed again"
+
+
+def _drifting(model: nn.Module) -> _Drift:
+    """The drift inside every router, in forward and again in recomputation."""
+    drift = _Drift()
+    for name, module in model.named_modules():
+        if name.endswith((".mlp.gate", ".mlp.router")):
+            module.register_forward_pre_hook(drift.start)
+            module.register_forward_hook(drift.stop)
+    assert drift.num_calls == 0
+    return drift
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize("family", CONFIGS)
+def test_near_ties_fall_as_in_forward(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, family: str, way: Any
+) -> None:
+    """Scores drift between the two runs of a layer. The truth is one run without checkpointing on the same scores."""
+    plain, replayed, chosen_again = (load_tiny(checkpoint(family)) for _ in range(3))
+    expertune.optimize(plain)
+    drift = _drifting(plain)
+    truth = run(plain, batch())
+    num_choices = drift.num_calls
+    assert num_choices > 0
+
+    way(replayed)
+    drift = _drifting(replayed)
+    assert_equal_within(run(replayed, batch()), truth, 1e-12)
+    assert drift.num_calls == 2 * num_choices
+
+    way(chosen_again)
+    _drifting(chosen_again)
+    monkeypatch.setattr(RoutingReplay, "enter_block", lambda self: None)
+    wrong = run(chosen_again, batch())
+    assert any((wrong[name] - truth[name]).abs().max() > 1e-6 for name in truth), "without replay the test cannot fail"
