@@ -1,0 +1,1 @@
+"""A whole run: recipe, data, training, and the folder that is taken home."""

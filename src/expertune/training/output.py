@@ -1,0 +1,132 @@
+"""The folder a run writes: claimed before, never half-written, and nobody else's files touched.
+
+A state file lists every file that a run wrote, so that a later one, told to overwrite, removes those and no others.
+Folders of weights are written beside their place and renamed: a killed run leaves no half adapter that looks whole.
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import expertune
+from expertune.training.errors import UserError
+
+STATE_FILE = "expertune_run.json"
+_PARTIAL = ".partial-"
+
+
+class OutputFolder:
+    """One run's folder.
+
+    Args:
+        path: of the folder.
+        overwrite: replace what an earlier run wrote there.
+
+    Raises:
+        UserError: the folder holds an earlier run and `overwrite` is false, or it holds files of somebody else.
+    """
+
+    def __init__(self, path: str | Path, *, overwrite: bool) -> None:
+        self.path = Path(path)
+        self._wrote: list[str] = []
+        self._started = ""
+        self._earlier = self._check(overwrite=overwrite)
+
+    def claim(self) -> None:
+        """Make the folder, remove what an earlier run wrote there, and mark it as a run that has not finished."""
+        for name in self._earlier:
+            (self.path / name).unlink(missing_ok=True)
+        for partial in self.path.glob(f"{_PARTIAL}*"):
+            shutil.rmtree(partial)
+        for folder in sorted({(self.path / name).parent for name in self._earlier} - {self.path}, reverse=True):
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+        self._started = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._write_state("running")
+        except OSError as error:
+            raise UserError(
+                f"output_dir {str(self.path)!r} cannot be written: {error.strerror}. Choose another."
+            ) from error
+
+    def file(self, name: str) -> Path:
+        """The path of a file to write, which then counts as this run's."""
+        self._record([name])
+        return self.path / name
+
+    def write_folder(self, name: str, write: Callable[[Path], None]) -> Path:
+        """A folder that is there whole or not at all.
+
+        Args:
+            name: of the folder, new in this run.
+            write: fills the empty folder that it is given.
+        """
+        partial = self.path / f"{_PARTIAL}{name}"
+        partial.mkdir()
+        write(partial)
+        files = [file.relative_to(partial).as_posix() for file in sorted(partial.rglob("*")) if file.is_file()]
+        self._record([f"{name}/{file}" for file in files])
+        return partial.rename(self.path / name)
+
+    def finish(self) -> None:
+        """Mark the run as finished."""
+        self._write_state("finished")
+
+    def _check(self, *, overwrite: bool) -> list[str]:
+        """The files of an earlier run that `claim` may remove."""
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"output_dir {str(self.path)!r} is a file. Choose a folder.")
+        if not self.path.is_dir() or not any(self.path.iterdir()):
+            return []
+        state = self._read_state()
+        if state is None:
+            raise UserError(
+                f"output_dir {str(self.path)!r} holds files that expertune did not write. Choose a new or empty folder."
+            )
+        if not overwrite:
+            kind = "a finished run" if state["status"] == "finished" else "a half-written run, which did not finish,"
+            raise UserError(
+                f"output_dir {str(self.path)!r} holds {kind} of {state['started']}. Choose another folder, or set "
+                "overwrite_output_dir=true to replace it."
+            )
+        earlier: list[str] = state["wrote"]
+        folders = {name.partition("/")[0] for name in earlier if "/" in name}
+        there = (file for folder in folders for file in (self.path / folder).rglob("*") if file.is_file())
+        if strange := sorted({file.relative_to(self.path).as_posix() for file in there} - set(earlier)):
+            raise UserError(
+                f"output_dir {str(self.path)!r} is not overwritten: {', '.join(strange[:3])} lie among the files of "
+                "the earlier run, but it did not write them. Move them away, or choose another folder."
+            )
+        return earlier
+
+    def _read_state(self) -> dict[str, Any] | None:
+        try:
+            state = json.loads((self.path / STATE_FILE).read_text(encoding="utf-8"))
+        except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
+            return None
+        if not isinstance(state, dict) or not {"status", "started", "wrote"} <= state.keys():
+            return None
+        # paths out of the folder are none that a run wrote
+        state["wrote"] = [
+            name for name in state["wrote"] if ".." not in Path(name).parts and not Path(name).is_absolute()
+        ]
+        return state
+
+    def _record(self, names: list[str]) -> None:
+        self._wrote = list(dict.fromkeys((*self._wrote, *names)))
+        self._write_state("running")
+
+    def _write_state(self, status: str) -> None:
+        state = {
+            "expertune": expertune.__version__,
+            "status": status,
+            "started": self._started,
+            "wrote": [STATE_FILE, *self._wrote],
+        }
+        partial = self.path / f"{STATE_FILE}.partial"
+        partial.write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+        partial.replace(self.path / STATE_FILE)

@@ -1,0 +1,104 @@
+"""Reading a recipe: a YAML file and `key=value` overrides, with errors that name the key and the way out."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from expertune.training.errors import UserError
+from expertune.training.recipe import Recipe
+
+# A run writes it into the recipe that it leaves, so that one must be readable here; it sets nothing.
+VERSIONS = "versions"
+
+
+def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in a YAML file, with `key=value` overrides laid over it.
+
+    Args:
+        path: of the file, utf-8; None takes the overrides alone. Paths in it are relative to the working directory.
+        overrides: such as "learning_rate=1e-4"; the value is read as YAML.
+
+    Raises:
+        UserError: the file or a value cannot be used.
+    """
+    values = _read(Path(path)) if path is not None else {}
+    values.pop(VERSIONS, None)
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals or not key.strip():
+            raise UserError(f"expected an override as key=value, got {override!r}.")
+        try:
+            values[key.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise UserError(f"the value of {key.strip()!r} is not YAML: {_one_line(error)}.") from error
+    return make_recipe(values, source=str(path) if path is not None else "the command line")
+
+
+def make_recipe(values: Mapping[str, Any], *, source: str = "the recipe") -> Recipe:
+    """A checked recipe from plain values.
+
+    Args:
+        values: by field name.
+        source: where they come from, for the error.
+
+    Raises:
+        UserError: a name is unknown, a value is missing or wrong, or two of them contradict.
+    """
+    known = list(Recipe.model_fields)
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join(known)}."
+            raise UserError(f"{source}: unknown key {key!r}; {hint}")
+    try:
+        return Recipe(**values)
+    except ValidationError as error:
+        raise UserError(f"{source}: {'; '.join(_in_words(error))}.") from error
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError as error:
+        raise UserError(f"there is no recipe {str(path)!r} in {Path.cwd()}. Check the path.") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"the recipe {str(path)!r} cannot be read: {_one_line(error)}.") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"the recipe {str(path)!r} is not YAML: {_one_line(error)}. Mend that line.") from error
+    if not isinstance(values, dict):
+        raise UserError(
+            f"the recipe {str(path)!r} holds {_kind(values)}, expected lines of `key: value`, such as "
+            "`model_name_or_path: Qwen/Qwen3-30B-A3B`."
+        )
+    return values
+
+
+def _in_words(error: ValidationError) -> list[str]:
+    """Each problem that pydantic found, once a field."""
+    words: dict[str, str] = {}
+    for problem in error.errors(include_url=False):
+        field = str(problem["loc"][0]) if problem["loc"] else ""
+        if problem["type"] == "missing":
+            text = f"{field} is missing; add it"
+        elif not field:
+            text = problem["msg"].removeprefix("Value error, ")
+        else:
+            text = f"{field}: {_lower(problem['msg'])}, got {problem['input']!r}"
+        words.setdefault(field, text)
+    return list(words.values())
+
+
+def _lower(message: str) -> str:
+    return message[:1].lower() + message[1:]
+
+
+def _kind(value: Any) -> str:
+    return "nothing" if value is None else f"a {type(value).__name__}"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

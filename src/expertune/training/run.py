@@ -1,0 +1,222 @@
+"""A run from end to end: its stages in order, and what it leaves in the output folder."""
+
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import transformers
+import yaml
+from rich.console import Console
+from torch import nn
+from transformers import PreTrainedTokenizerBase, PrinterCallback
+from trl import pack_dataset
+
+import expertune
+from expertune.hosts.trl import GradientProof
+from expertune.training.callbacks import FiniteGradients, PeriodicSave, Recorder, Trainer
+from expertune.training.data import Rows, read_data, to_dataset
+from expertune.training.errors import UserError
+from expertune.training.metrics import Record, plot_losses
+from expertune.training.output import OutputFolder
+from expertune.training.progress import Display
+from expertune.training.recipe import Recipe
+from expertune.training.recipe_file import VERSIONS
+from expertune.training.setup import add_adapters, load_model, make_arguments
+from expertune.training.supervision import Supervision, check_chat_template, supervise
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """What a run left.
+
+    Args:
+        output_dir: with everything that it wrote.
+        weights: the folder in it with the adapter or the model, and the tokenizer.
+        records: the numbers, as in `metrics.jsonl`.
+    """
+
+    output_dir: Path
+    weights: Path
+    records: tuple[Record, ...]
+
+    @property
+    def losses(self) -> tuple[float, ...]:
+        """The training loss of each logging step."""
+        return tuple(record.loss for record in self.records if record.loss is not None)
+
+    @property
+    def eval_losses(self) -> tuple[float, ...]:
+        """The held-out loss: before the first step, at each evaluation, after the last step."""
+        return tuple(record.eval_loss for record in self.records if record.eval_loss is not None)
+
+
+def run(recipe: Recipe, console: Console | None = None) -> RunResult:
+    """Fine-tune as a recipe says, and write the result to its output folder.
+
+    Args:
+        recipe: what to do.
+        console: where to show it; None takes the standard output.
+
+    Raises:
+        UserError: something in the recipe, the data or the model cannot be done, or the loss is no longer a number.
+        RuntimeError: an adapter received no gradient in the first step.
+    """
+    folder = OutputFolder(recipe.output_dir, overwrite=recipe.overwrite_output_dir)
+    transformers.set_seed(recipe.seed)
+    with Display(console or Console()) as display, _bars_of_hosts(shown=False):
+        with display.stage("reading the data"):
+            arguments = make_arguments(recipe, has_eval=bool(recipe.eval_size or recipe.eval_dataset_name))
+            train_rows, eval_rows = read_data(recipe)
+        # a download may take long, and its bar is the hub's own
+        shown = display.console.is_terminal
+        with display.stage("loading the model", spins=False), _bars_of_hosts(shown=shown):
+            model, tokenizer = load_model(recipe)
+        display.say(_backends(model))
+        if recipe.finetuning_type == "lora":
+            with display.stage("attaching adapters"):
+                model = add_adapters(model, recipe)
+        else:
+            display.console.print(expertune.trained(model))
+        with display.stage("tokenising"):
+            trainer, sets = _make_trainer(recipe, arguments, model, tokenizer, (train_rows, eval_rows))
+        _say_supervision(display, sets, recipe)
+        folder.claim()
+        _write_recipe(folder.file("recipe.yaml"), recipe, model)
+        recorder = Recorder(display, folder.file("metrics.jsonl"))
+        result = _train(recipe, trainer, folder, recorder, display)
+        folder.finish()
+        display.say(f"wrote {result.weights}, and recipe.yaml, metrics.jsonl and loss.png beside it", style="green")
+        return result
+
+
+def _make_trainer(
+    recipe: Recipe,
+    arguments: Any,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: tuple[Rows, Rows | None],
+) -> tuple[Trainer, list[Supervision]]:
+    """TRL's trainer, whose data is then counted, cut and packed."""
+    raw = [to_dataset(part, tokenizer) for part in rows if part is not None]
+    if "messages" in raw[0].column_names:
+        check_chat_template(tokenizer)
+        arguments.assistant_only_loss = True
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=raw[0],
+        eval_dataset=raw[1] if len(raw) > 1 else None,
+        processing_class=tokenizer,
+    )
+    trainer.remove_callback(PrinterCallback)
+    sets = [supervise(trainer.train_dataset, rows[0].where, recipe.max_length)]
+    trainer.train_dataset = sets[0].dataset
+    if recipe.packing:
+        trainer.train_dataset = pack_dataset(sets[0].dataset, recipe.max_length, "bfd")
+    if rows[1] is not None:
+        sets.append(supervise(trainer.eval_dataset, rows[1].where, recipe.max_length))
+        trainer.eval_dataset = sets[1].dataset
+    return trainer, sets
+
+
+def _train(recipe: Recipe, trainer: Trainer, folder: OutputFolder, recorder: Recorder, display: Display) -> RunResult:
+    """Evaluate, train, evaluate, save."""
+
+    def save(name: str) -> Path:
+        return folder.write_folder(name, lambda path: _save(trainer, path))
+
+    trainer.add_callback(FiniteGradients())
+    if recipe.finetuning_type == "lora":
+        trainer.add_callback(GradientProof())
+    trainer.add_callback(recorder)
+    if recipe.save_steps is not None:
+        trainer.add_callback(PeriodicSave(recipe.save_steps, save))
+    if trainer.eval_dataset is not None:
+        with display.stage("evaluating"):
+            trainer.evaluate()
+    try:
+        trainer.train()
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"out of GPU memory in step {trainer.state.global_step + 1}. Lower per_device_train_batch_size and raise "
+            "gradient_accumulation_steps as much, lower max_length, or set memory=lean."
+        ) from error
+    if trainer.eval_dataset is not None and recorder.records[-1].eval_loss is None:
+        with display.stage("evaluating"):
+            trainer.evaluate()
+    with display.stage("saving"):
+        weights = save("adapter" if recipe.finetuning_type == "lora" else "model")
+        plot_losses(folder.file("loss.png"), recorder.records)
+    return RunResult(output_dir=folder.path, weights=weights, records=tuple(recorder.records))
+
+
+def _save(trainer: Trainer, path: Path) -> None:
+    """Write the weights and the tokenizer, with the config as it was loaded."""
+    config = trainer.model.config.get_text_config()
+    # TRL sets it for the balance loss; a saved model with it does not generate
+    asked = getattr(config, "output_router_logits", None)
+    if asked is not None:
+        config.output_router_logits = False
+    trainer.model.save_pretrained(path)
+    if asked is not None:
+        config.output_router_logits = asked
+    trainer.processing_class.save_pretrained(path)
+
+
+def _backends(model: nn.Module) -> str:
+    explanation = expertune.explain(model)
+    if not explanation.layers:
+        return str(explanation)
+    names = sorted({layer.backend for layer in explanation.layers})
+    return f"{len(explanation.layers)} layers with experts, which run on {', '.join(names)}"
+
+
+def _say_supervision(display: Display, sets: list[Supervision], recipe: Recipe) -> None:
+    for name, part in zip(("training", "held out"), sets, strict=False):
+        display.say(f"{name}: {part}")
+        if part.num_cut:
+            display.say(
+                f"warning: {part.num_cut:,} answers are cut off at max_length={recipe.max_length} ({name})",
+                style="yellow",
+            )
+    if recipe.finetuning_type == "full" and recipe.dtype == "bfloat16":
+        display.say("warning: bfloat16 weights round small updates away; dtype=float32 keeps them", style="yellow")
+
+
+def _write_recipe(path: Path, recipe: Recipe, model: nn.Module) -> None:
+    """The recipe with every default written out, and the versions that it ran with."""
+    packages = ("torch", "transformers", "peft", "trl", "datasets")
+    device = next(model.parameters()).device
+    versions = {
+        "expertune": expertune.__version__,
+        "python": platform.python_version(),
+        **{package: version(package) for package in packages},
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{device.type} ({platform.machine()})",
+    }
+    text = yaml.safe_dump(recipe.resolved() | {VERSIONS: versions}, sort_keys=False, allow_unicode=True)
+    path.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def _bars_of_hosts(*, shown: bool) -> Iterator[None]:
+    """The hosts' own progress bars on or off, and afterwards as they were."""
+    before = not datasets.are_progress_bars_disabled(), transformers.utils.logging.is_progress_bar_enabled()
+    _set_bars(shown, shown)
+    try:
+        yield
+    finally:
+        _set_bars(*before)
+
+
+def _set_bars(of_datasets: bool, of_transformers: bool) -> None:
+    (datasets.enable_progress_bars if of_datasets else datasets.disable_progress_bars)()
+    bars = transformers.utils.logging
+    (bars.enable_progress_bar if of_transformers else bars.disable_progress_bar)()

@@ -1,0 +1,167 @@
+"""From a recipe to what TRL's trainer takes: the model with its adapters, the tokenizer, the arguments."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from jinja2 import TemplateError
+from peft import PeftModel
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.integrations import get_available_reporting_integrations
+from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
+from trl import SFTConfig
+
+import expertune
+from expertune.backends import PREFERRED
+from expertune.training.errors import UserError
+from expertune.training.recipe import LORA_FIELDS, Recipe
+
+
+def make_arguments(recipe: Recipe, *, has_eval: bool) -> SFTConfig:
+    """The arguments of TRL's trainer.
+
+    It neither cuts nor packs nor saves: rows are cut and packed after they were counted, folders written whole.
+
+    Args:
+        recipe: the run.
+        has_eval: whether there are rows to evaluate on.
+
+    Raises:
+        UserError: Transformers does not know a name, or more GPUs are visible than one.
+    """
+    _check_names(recipe)
+    try:
+        with warnings.catch_warnings():
+            # renamed in transformers 5.2x, but TRL's own default is True and only the old name turns it off everywhere
+            warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
+            arguments = _arguments(recipe, has_eval=has_eval)
+    except ValueError as error:  # an optimizer that Transformers does not know
+        raise UserError(f"{one_paragraph(error)} Correct the recipe.") from error
+    if arguments.n_gpu > 1:
+        raise UserError(
+            f"{arguments.n_gpu} GPUs are visible and a run uses one. Make one visible, as in CUDA_VISIBLE_DEVICES=0."
+        )
+    return arguments
+
+
+def load_model(recipe: Recipe) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """The base model through the walk, and its tokenizer.
+
+    Raises:
+        UserError: it cannot be had, or the recipe asks of it what it cannot do.
+    """
+    try:
+        model, tokenizer = expertune.load(
+            recipe.model_name_or_path,
+            max_seq_length=recipe.max_length,
+            load_in_4bit=recipe.load_in_4bit,
+            dtype=None if recipe.dtype == "auto" else getattr(torch, recipe.dtype),
+            backend=recipe.moe_backend,
+            memory=recipe.memory,
+            full_finetuning=recipe.finetuning_type == "full",
+            revision=recipe.revision,
+            trust_remote_code=recipe.trust_remote_code,
+        )
+    except (ValueError, OSError) as error:
+        raise UserError(f"model_name_or_path {recipe.model_name_or_path!r}: {one_paragraph(error)}") from error
+    # `load` lowered it to max_length; rows are cut here later, and the tokenizer is saved as it came
+    tokenizer.model_max_length = tokenizer.init_kwargs.get("model_max_length", VERY_LARGE_INTEGER)
+    if recipe.chat_template_path is not None:
+        tokenizer.chat_template = _chat_template(recipe.chat_template_path, tokenizer)
+    return model, tokenizer
+
+
+def add_adapters(model: nn.Module, recipe: Recipe) -> nn.Module:
+    """The model with the recipe's adapters; one that was loaded from an adapter keeps that one.
+
+    Raises:
+        UserError: a target matches nothing, or a setting cannot be honoured.
+    """
+    if isinstance(model, PeftModel):
+        if changed := [field for field in LORA_FIELDS if getattr(recipe, field) != _default(field)]:
+            raise UserError(
+                f"{recipe.model_name_or_path!r} is an adapter, which is trained further as it is; drop "
+                f"{', '.join(changed)}, or begin from its base model."
+            )
+        return model
+    try:
+        return expertune.add_lora(model, **{field: getattr(recipe, field) for field in LORA_FIELDS})
+    except ValueError as error:
+        raise UserError(one_paragraph(error)) from error
+
+
+def one_paragraph(error: Exception) -> str:
+    """What an error says, on one line."""
+    return " ".join(str(error).split())
+
+
+def _arguments(recipe: Recipe, *, has_eval: bool) -> SFTConfig:
+    return SFTConfig(
+        output_dir=recipe.output_dir,
+        max_length=None,
+        padding_free=recipe.packing,
+        max_steps=recipe.max_steps if recipe.max_steps is not None else -1,
+        num_train_epochs=recipe.num_train_epochs if recipe.num_train_epochs is not None else 1,
+        per_device_train_batch_size=recipe.per_device_train_batch_size,
+        per_device_eval_batch_size=recipe.per_device_train_batch_size,
+        gradient_accumulation_steps=recipe.gradient_accumulation_steps,
+        learning_rate=recipe.learning_rate,
+        lr_scheduler_type=recipe.lr_scheduler_type,
+        warmup_steps=recipe.warmup_steps,
+        weight_decay=recipe.weight_decay,
+        max_grad_norm=recipe.max_grad_norm,
+        optim=recipe.optim,
+        seed=recipe.seed,
+        logging_steps=recipe.logging_steps,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        eval_strategy="steps" if recipe.eval_steps is not None and has_eval else "no",
+        eval_steps=recipe.eval_steps,
+        save_strategy="no",
+        router_aux_loss_coef=recipe.router_aux_loss_coef,
+        report_to=recipe.report_to,
+        # the weights' own dtype is computed in; no autocast around it
+        bf16=False,
+        gradient_checkpointing=False,  # expertune's `memory` has decided it
+        disable_tqdm=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+
+
+def _default(field: str) -> Any:
+    return Recipe.model_fields[field].default
+
+
+def _check_names(recipe: Recipe) -> None:
+    """Names that would be refused only after the weights were loaded."""
+    backends = ["auto", *(backend.name for backend in PREFERRED)]
+    if recipe.moe_backend is not None and recipe.moe_backend not in backends:
+        raise UserError(f"unknown moe_backend {recipe.moe_backend!r}; choose one of {', '.join(backends)}.")
+    trackers = ["none", "all", *get_available_reporting_integrations()]
+    if recipe.report_to not in trackers:
+        raise UserError(
+            f"report_to {recipe.report_to!r} is not installed here, or not known to Transformers; there is "
+            f"{', '.join(trackers)}."
+        )
+
+
+def _chat_template(path: str, tokenizer: PreTrainedTokenizerBase) -> Any:
+    if Path(path).is_file():
+        template: Any = Path(path).read_text(encoding="utf-8")
+    else:
+        try:
+            template = AutoTokenizer.from_pretrained(path).chat_template
+        except (ValueError, OSError) as error:
+            raise UserError(
+                f"chat_template_path {path!r} is neither a file nor a tokenizer: {one_paragraph(error)}"
+            ) from error
+        if template is None:
+            raise UserError(f"the tokenizer at chat_template_path {path!r} has no chat template. Name another.")
+    if isinstance(template, str):
+        try:
+            tokenizer.apply_chat_template([{"role": "user", "content": "?"}], chat_template=template, tokenize=False)
+        except TemplateError as error:
+            raise UserError(f"the chat template of {path!r} does not work: {one_paragraph(error)}. Mend it.") from error
+    return template

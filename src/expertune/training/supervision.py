@@ -1,0 +1,109 @@
+"""What the loss is taken on: counted after TRL has tokenised and masked, before the first step.
+
+TRL drops rows whose answer `max_length` cuts off, without a word. Here such a row is an error that names it.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+from trl import get_training_chat_template
+
+from expertune.training.errors import UserError
+
+_IGNORED = -100  # the label of a token without loss, in Transformers and torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Supervision:
+    """A tokenised data set cut to length, and what is learnt from it.
+
+    Args:
+        dataset: with `input_ids` and `labels`, at most `max_length` tokens a row.
+        num_tokens: in it.
+        num_supervised: those that the loss is taken on.
+        num_cut: rows that lost supervised tokens.
+    """
+
+    dataset: Dataset
+    num_tokens: int
+    num_supervised: int
+    num_cut: int
+
+    def __str__(self) -> str:
+        share = 100 * self.num_supervised / self.num_tokens
+        return (
+            f"{len(self.dataset):,} rows, {self.num_tokens:,} tokens, "
+            f"the loss is on {self.num_supervised:,} of them ({share:.0f} %)"
+        )
+
+
+def check_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a chat template that cannot tell the assistant's tokens from the others.
+
+    Raises:
+        UserError: it has no `{% generation %}` marks, and TRL has no template for training in its place.
+    """
+    template = tokenizer.chat_template
+    text = template["default"] if isinstance(template, dict) else template
+    if re.search(r"\{%-?\s*generation\b", text):
+        return
+    try:
+        get_training_chat_template(tokenizer)
+    except ValueError as error:
+        raise UserError(
+            "the tokenizer's chat template does not mark what the assistant says, and TRL knows no training version of "
+            "it, so the loss would fall on the questions too. Set chat_template_path to a template with "
+            "{% generation %} around the assistant's words, or give the data as prompt and completion."
+        ) from error
+
+
+def supervise(dataset: Dataset, where: Sequence[str], max_length: int | None) -> Supervision:
+    """Cut rows to length and count what is left to learn.
+
+    Args:
+        dataset: as TRL tokenised it, uncut, with `input_ids` and `labels`.
+        where: each row came from, in words.
+        max_length: in tokens; None cuts nothing.
+
+    Raises:
+        UserError: a row has no supervised token, or none within `max_length`.
+    """
+    dataset = dataset.select_columns(["input_ids", "labels"])
+    num_tokens = num_supervised = num_cut = 0
+    silent, cut_off = [], []
+    for labels, place in zip(dataset["labels"], where, strict=True):
+        # no token is predicted before the first, so its label is never used
+        whole, kept = _count(labels[1:]), _count(labels[1:max_length])
+        num_tokens += len(labels[:max_length])
+        num_supervised += kept
+        num_cut += kept < whole
+        if not whole:
+            silent.append(place)
+        elif not kept:
+            cut_off.append(place)
+    if silent:
+        raise UserError(
+            f"{_places(silent)}: no token to learn from; the tokenizer and its chat template leave nothing of the "
+            "answer. Mend or remove the row, or change the template (chat_template_path)."
+        )
+    if cut_off:
+        raise UserError(
+            f"{_places(cut_off)}: the prompt alone fills max_length={max_length} tokens, so the answer is cut off and "
+            "there is nothing to learn. Raise max_length, or remove the row."
+        )
+    if max_length is not None and any(len(ids) > max_length for ids in dataset["input_ids"]):
+        dataset = dataset.map(
+            lambda row: {"input_ids": row["input_ids"][:max_length], "labels": row["labels"][:max_length]}
+        )
+    return Supervision(dataset=dataset, num_tokens=num_tokens, num_supervised=num_supervised, num_cut=num_cut)
+
+
+def _count(labels: Sequence[int]) -> int:
+    return sum(label != _IGNORED for label in labels)
+
+
+def _places(places: Sequence[str]) -> str:
+    return places[0] if len(places) == 1 else f"{places[0]} (and {len(places) - 1} more rows)"
