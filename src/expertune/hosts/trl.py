@@ -23,16 +23,32 @@ def adapters_without_gradient(model: nn.Module) -> list[str]:
 
 
 class GradientProof(TrainerCallback):
-    """Stops the run at the first optimizer step if an adapter received no gradient."""
+    """Stops the run at its first optimizer step, also after a resume, if an adapter received no gradient.
+
+    The experts of a layer count as one adapter: an expert that saw no token, or none whose output reaches a supervised
+    token, rightly receives none.
+    """
+
+    def __init__(self) -> None:
+        self._is_proven = False
+
+    def on_train_begin(
+        self, _args: TrainingArguments, _state: TrainerState, _control: TrainerControl, **_kwargs: Any
+    ) -> None:
+        """Each run is proven anew."""
+        self._is_proven = False
 
     def on_pre_optimizer_step(
-        self, _args: TrainingArguments, state: TrainerState, _control: TrainerControl, **kwargs: Any
+        self, _args: TrainingArguments, _state: TrainerState, _control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Look at the gradients of step 1, once."""
-        if state.global_step == 0 and (silent := adapters_without_gradient(kwargs["model"])):
+        """Look at the gradients of the first step, once."""
+        if self._is_proven:
+            return
+        if silent := adapters_without_gradient(kwargs["model"]):
             shown = ", ".join(silent[:5]) + (f" and {len(silent) - 5} more" if len(silent) > 5 else "")
             raise RuntimeError(
                 f"{len(silent)} adapters received no gradient in the first step: {shown}. They would stay untrained. "
                 "Check that the model was passed to expertune.optimize after the adapters were attached, and that the "
                 "batch holds supervised tokens."
             )
+        self._is_proven = True

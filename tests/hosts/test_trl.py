@@ -1,0 +1,222 @@
+"""TRL's SFTTrainer: the loss curve of a run through the walk is stock PEFT's, and no adapter stays untrained unseen."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from peft.tuners.lora.layer import ParamWrapper
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from torch import nn
+from transformers import PreTrainedTokenizerFast
+from trl import SFTConfig, SFTTrainer
+
+import expertune
+from expertune.hosts.trl import GradientProof, adapters_without_gradient
+from tests.hosts.adapters import lora, stock
+from tests.hosts.conftest import Checkpoint
+from tests.hosts.models import SHARED, batch, load_tiny
+from tests.hosts.passes import BACKENDS, run
+
+NUM_STEPS = 20
+CONFIG = lora(init_lora_weights=True, target_modules=["q_proj", "o_proj"])
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    words = {f"<{i}>": i for i in range(SHARED["vocab_size"])}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(words, unk_token="<3>")), pad_token="<0>", bos_token="<1>", eos_token="<2>"
+    )
+
+
+def _dataset() -> Dataset:
+    """Rows of different lengths, so that batches are padded; each counts upwards from a random token."""
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for length in torch.randint(4, 14, (24,), generator=generator).tolist():
+        start = int(torch.randint(3, 40, (1,), generator=generator))
+        rows.append({"input_ids": [3 + (start + i) % 60 for i in range(length)]})
+    return Dataset.from_list(rows)
+
+
+class _Recording(SFTTrainer):
+    """Keeps each step's loss unrounded."""
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        self.losses = [*getattr(self, "losses", []), loss.item()]
+        return loss
+
+
+def _trainer(model: nn.Module, folder: Path, num_steps: int = NUM_STEPS, **settings: Any) -> _Recording:
+    arguments: dict[str, Any] = {
+        "output_dir": str(folder),
+        "max_steps": num_steps,
+        "per_device_train_batch_size": 3,
+        "learning_rate": 2e-3,
+        "lr_scheduler_type": "constant",
+        "bf16": False,
+        "use_cpu": True,
+        "gradient_checkpointing": False,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "seed": 1,
+    }
+    extra = {key: settings.pop(key) for key in ("peft_config", "callbacks") if key in settings}
+    return _Recording(
+        model=model,
+        args=SFTConfig(**arguments | settings),
+        train_dataset=_dataset(),
+        processing_class=_tokenizer(),
+        **extra,
+    )
+
+
+@pytest.fixture(scope="module")
+def stock_curve(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[float]]:
+    curves: dict[str, list[float]] = {}
+
+    def make(family: str) -> list[float]:
+        if family not in curves:
+            trainer = _trainer(stock(checkpoint(family), CONFIG, torch.float32), tmp_path_factory.mktemp("stock"))
+            trainer.train()
+            curves[family] = trainer.losses
+            assert len(trainer.losses) == NUM_STEPS
+            assert trainer.losses[-1] < 0.97 * trainer.losses[0], "a curve that does not fall compares nothing"
+        return curves[family]
+
+    return make
+
+
+CHECKPOINTING: dict[str, tuple[str | None, dict[str, Any]]] = {
+    "none": (None, {}),
+    "ours": ("auto", {}),
+    "trainer's, reentrant": (
+        None,
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+    ),
+    "trainer's, not reentrant": (
+        None,
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
+    ),
+    "both": ("auto", {"gradient_checkpointing": True}),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("memory", "settings"), CHECKPOINTING.values(), ids=CHECKPOINTING)
+def test_the_loss_curve_is_stock_pefts(
+    checkpoint: Checkpoint,
+    tmp_path: Path,
+    walks: list[str],
+    stock_curve: Callable[[str], list[float]],
+    backend: str,
+    memory: str | None,
+    settings: dict[str, Any],
+) -> None:
+    model = stock(checkpoint("qwen3_moe"), CONFIG, torch.float32)
+    trainer = _trainer(expertune.optimize(model, backend=backend, memory=memory), tmp_path, **settings)
+    trainer.add_callback(GradientProof())
+    trainer.train()
+    assert trainer.losses == pytest.approx(stock_curve("qwen3_moe"), rel=1e-5)
+    passes = 2 if memory or settings else 1
+    assert walks == [backend] * (passes * 2 * NUM_STEPS)
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "deepseek_v3"])
+def test_the_loss_curve_of_other_families(
+    checkpoint: Checkpoint, tmp_path: Path, walks: list[str], stock_curve: Callable[[str], list[float]], family: str
+) -> None:
+    model = stock(checkpoint(family), CONFIG, torch.float32)
+    trainer = _trainer(expertune.optimize(model, memory="auto"), tmp_path)
+    trainer.train()
+    assert trainer.losses == pytest.approx(stock_curve(family), rel=1e-5)
+    assert walks
+
+
+@pytest.mark.parametrize("memory", [None, "auto"])
+@pytest.mark.parametrize("when", ["before the trainer", "after the trainer"])
+def test_an_adapter_made_by_the_trainer_is_consumed(
+    checkpoint: Checkpoint,
+    tmp_path: Path,
+    walks: list[str],
+    stock_curve: Callable[[str], list[float]],
+    when: str,
+    memory: str | None,
+) -> None:
+    """`SFTTrainer(peft_config=…)` wraps the model itself."""
+    same = stock(checkpoint("qwen3_moe"), CONFIG, torch.float32).state_dict()
+    model = load_tiny(checkpoint("qwen3_moe"), torch.float32)
+    if when == "before the trainer":
+        expertune.optimize(model, memory=memory)
+    trainer = _trainer(model, tmp_path, peft_config=CONFIG)
+    assert isinstance(trainer.model, PeftModel)
+    if when == "after the trainer":
+        expertune.optimize(trainer.model, memory=memory)
+    trainer.model.load_state_dict(same)
+    trainer.add_callback(GradientProof())
+    trainer.train()
+    assert trainer.losses == pytest.approx(stock_curve("qwen3_moe"), rel=1e-5)
+    assert len(walks) == (4 if memory else 2) * NUM_STEPS
+
+
+def _deaf(wrapper: ParamWrapper) -> None:
+    """Break it: a forward that goes to the experts past the adapter."""
+    experts = wrapper.get_base_layer()
+    wrapper.forward = experts.forward  # type: ignore[method-assign]
+
+
+class TestGradientProof:
+    def _break_one_layer(self, model: Any) -> None:
+        model(**batch())  # wrappers are bound
+        _deaf(model.base_model.model.model.layers[1].mlp.experts)
+
+    def test_stops_a_run_whose_adapter_gets_no_gradient(self, checkpoint: Checkpoint, tmp_path: Path) -> None:
+        model = expertune.optimize(stock(checkpoint("qwen3_moe"), CONFIG, torch.float32))
+        self._break_one_layer(model)
+        trainer = _trainer(model, tmp_path, num_steps=2, callbacks=[GradientProof()])
+        words = r"2 adapters received no gradient in the first step: .*layers\.1\.mlp\.experts\.(gate_up|down)_proj"
+        with pytest.raises(RuntimeError, match=words):
+            trainer.train()
+        assert trainer.state.global_step == 0
+
+    def test_stops_it_after_a_resume_too(self, checkpoint: Checkpoint, tmp_path: Path) -> None:
+        model = expertune.optimize(stock(checkpoint("qwen3_moe"), CONFIG, torch.float32))
+        _trainer(model, tmp_path, num_steps=2, save_strategy="steps", save_steps=1).train()
+        self._break_one_layer(model)
+        trainer = _trainer(model, tmp_path, num_steps=4, callbacks=[GradientProof()])
+        with pytest.raises(RuntimeError, match="2 adapters received no gradient"):
+            trainer.train(resume_from_checkpoint=True)
+
+    def test_waits_for_the_whole_accumulated_step(self, checkpoint: Checkpoint, tmp_path: Path) -> None:
+        model = expertune.optimize(stock(checkpoint("qwen3_moe"), CONFIG, torch.float32))
+        settings = {"gradient_accumulation_steps": 2, "callbacks": [GradientProof()]}
+        _trainer(model, tmp_path, num_steps=1, **settings).train()
+
+    def test_an_expert_without_tokens_is_no_error(self, checkpoint: Checkpoint) -> None:
+        """Two tokens reach at most four of eight experts; the adapters of the others get none, and need none."""
+        model = expertune.optimize(stock(checkpoint("qwen3_moe"), CONFIG))
+        grads = run(model, batch(num_rows=1, length=5))
+        unseen = [
+            name
+            for name, grad in grads.items()
+            if "experts" in name and "lora_B" in name and not grad.reshape(grad.shape[0], -1, 8).any(0).any(0).all()
+        ]
+        assert unseen, "every expert saw a token"
+        assert adapters_without_gradient(model) == []
+
+    def test_names_what_is_silent(self, checkpoint: Checkpoint) -> None:
+        model = expertune.optimize(stock(checkpoint("gpt_oss"), CONFIG))
+        run(model, batch())
+        attention: Any = model.base_model.model.model.layers[0].self_attn.o_proj
+        attention.lora_B["default"].weight.grad = None
+        attention.lora_A["default"].weight.grad.zero_()
+        assert adapters_without_gradient(model) == ["base_model.model.model.layers.0.self_attn.o_proj"]
+        for parameter in attention.parameters():
+            parameter.requires_grad_(False)
+        assert adapters_without_gradient(model) == []
