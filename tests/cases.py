@@ -1,7 +1,14 @@
-"""Routings that break kernels: which experts each token chooses, by name."""
+"""Routings that break kernels, by name, and the backends and dtypes that can run on this machine.
+
+Triton's kernels run on a GPU, or on a CPU in its interpreter: `TRITON_INTERPRET=1 pytest`.
+"""
 
 import torch
 from torch import Tensor
+
+from expertune.backends import PREFERRED
+from expertune.backends.protocol import Backend
+from expertune.shapes import Problem
 
 NUM_EXPERTS = 6
 
@@ -22,3 +29,21 @@ ROUTINGS: dict[str, Tensor] = {
     "top-1": _random(13, 1, list(range(NUM_EXPERTS))),
     "every expert": torch.arange(NUM_EXPERTS).repeat(5, 1),
 }
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def problem(dtype: torch.dtype, *widths: int) -> Problem:
+    """A product of these widths on this machine."""
+    capability = torch.cuda.get_device_capability() if DEVICE.type == "cuda" else None
+    return Problem(device=DEVICE.type, capability=capability, dtype=dtype, widths=widths)
+
+
+def runnable(*dtypes: torch.dtype) -> list[tuple[Backend, torch.dtype]]:
+    """Every backend with each of the dtypes in which it can run here."""
+    return [(b, dtype) for b in PREFERRED for dtype in dtypes if b.why_not(problem(dtype, 16)) is None]
+
+
+def pair_id(value: object) -> str:
+    """How pytest names a backend or a dtype."""
+    return value.name if isinstance(value, Backend) else str(value).removeprefix("torch.")

@@ -14,11 +14,12 @@ def test_rows_are_the_stable_sort_of_the_choices(expert_TK: torch.Tensor) -> Non
     expected = sorted(choices)
     routing = dispatch(expert_TK, NUM_EXPERTS)
     assert routing.row_expert_N.tolist() == [e for e, _ in expected]
+    assert routing.row_slot_N.tolist() == [slot for _, slot in expected]
     assert routing.row_token_N.tolist() == [slot // top_k for _, slot in expected]
     assert routing.ends_E.tolist() == [sum(e <= i for e, _ in expected) for i in range(NUM_EXPERTS)]
     rows = routing.token_row_TK.reshape(-1).tolist()
     assert [expected[row][1] for row in rows] == list(range(len(rows)))
-    tensors = (routing.row_expert_N, routing.row_token_N, routing.token_row_TK, routing.ends_E)
+    tensors = (routing.row_expert_N, routing.row_slot_N, routing.token_row_TK, routing.ends_E)
     assert {tensor.dtype for tensor in tensors} == {torch.int32}
 
 

@@ -1,14 +1,17 @@
 """What the walk keeps for backward, counted in bytes: DESIGN's formula, the same on every backend."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from expertune.activations import Gate, SwiGlu
-from expertune.backends import PREFERRED
+from expertune.backends import native_torch
 from expertune.backends.protocol import Backend
 from expertune.experts import ExpertsStep, Projection, experts
 from expertune.shapes import ExpertsLayout, LoraFactors
+from tests.cases import pair_id, runnable
 
 T, K, E, D, F, R = 50, 4, 8, 64, 32, 16
 
@@ -35,7 +38,7 @@ def _step(backend: Backend, gate: Gate, *, is_transposed: bool) -> ExpertsStep:
     return ExpertsStep(layout=layout, gate=gate, backend=backend)
 
 
-@pytest.mark.parametrize("backend", PREFERRED, ids=lambda b: b.name)
+@pytest.mark.parametrize("backend", [backend for backend, _ in runnable(torch.bfloat16)], ids=pair_id)
 @pytest.mark.parametrize(("gate", "is_transposed"), [(SwiGlu(), False), (SwiGlu(is_concatenated=False), True)])
 def test_saved_bytes_are_the_formula(backend: Backend, gate: Gate, is_transposed: bool) -> None:
     x_TD, expert_TK, weight_TK, projections = _inputs(is_transposed=is_transposed, trains_base=False)
@@ -61,11 +64,12 @@ def test_dw_is_computed_only_for_a_trained_weight(trains_base: bool) -> None:
     shapes = []
 
     def outer(u_NO: Tensor, v_NI: Tensor, ends_E: Tensor) -> Tensor:
-        out_EOI = PREFERRED[-1].outer(u_NO, v_NI, ends_E)
+        out_EOI = native_torch.outer(u_NO, v_NI, ends_E)
         shapes.append(tuple(out_EOI.shape))
         return out_EOI
 
-    backend = Backend(name="spy", matmul=PREFERRED[-1].matmul, outer=outer, why_not=lambda problem: None)
+    spy = replace(native_torch.STEPS, outer_product=outer)
+    backend = replace(native_torch.BACKEND, name="spy", steps=lambda: spy)
     out_TD = experts(x_TD, expert_TK, weight_TK, projections, _step(backend, SwiGlu(), is_transposed=False))
     out_TD.sum().backward()
     weights = {tuple(p.weight.shape) for p in projections}
@@ -84,5 +88,7 @@ def test_an_experts_layer_without_adapters_keeps_no_input() -> None:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        experts(x_TD, expert_TK, weight_TK, (plain[0], plain[1]), _step(PREFERRED[-1], SwiGlu(), is_transposed=False))
+        experts(
+            x_TD, expert_TK, weight_TK, (plain[0], plain[1]), _step(native_torch.BACKEND, SwiGlu(), is_transposed=False)
+        )
     assert x_TD.untyped_storage().data_ptr() not in kept

@@ -10,7 +10,8 @@ routed row: `2D + K(4F + 4R + 16)` bytes a token in bfloat16. `a` is computed ag
 `⟨dout, y⟩ = ⟨a, da⟩ + ⟨dout, b2⟩` (Guo et al. 2025, "SonicMoE"). A frozen weight gets no gradient and keeps no input.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -19,9 +20,9 @@ from torch.autograd.function import once_differentiable
 
 from expertune import lora
 from expertune.activations import Gate
-from expertune.backends.protocol import Backend
-from expertune.routing import Dispatch, combine, dispatch, sum_rows
-from expertune.shapes import ExpertsLayout, LoraFactors
+from expertune.backends.protocol import Backend, PackedFactors, Steps
+from expertune.routing import Dispatch
+from expertune.shapes import ExpertsLayout, LoraFactors, Tiles
 from expertune.weights.dense import DenseWeights
 
 
@@ -67,7 +68,7 @@ def experts(
     factors = [factor for p in projections for adapter in p.adapters for factor in (adapter.a, adapter.b)]
     walk = _Walk(
         step=step,
-        routing=dispatch(expert_TK, step.layout.num_experts),
+        routing=step.backend.steps().dispatch(expert_TK, step.layout.num_experts),
         scales=tuple(tuple(adapter.scale for adapter in p.adapters) for p in projections),
     )
     base = (first.weight, first.bias, second.weight, second.bias)
@@ -87,7 +88,7 @@ class _Walk:
     routing: Dispatch
     scales: tuple[tuple[float, ...], ...]
 
-    def projections(self, tensors: tuple[Tensor | None, ...]) -> "tuple[_Linear, _Linear]":
+    def linears(self, tensors: Sequence[Tensor | None]) -> "tuple[_Linear, _Linear]":
         """Both linears, from the flat arguments `w1, b1, w2, b2, a, b, a, b, …` of the autograd function."""
         w1, b1, w2, b2, *factors = tensors
         flat = iter(factors)
@@ -96,9 +97,10 @@ class _Walk:
             for scales in self.scales
         ]
         transposed = self.step.layout.is_transposed
+        steps, routing = self.step.backend.steps(), self.routing
         return (
-            _Linear(self, DenseWeights(cast(Tensor, w1), transposed), b1, adapters[0]),
-            _Linear(self, DenseWeights(cast(Tensor, w2), transposed), b2, adapters[1]),
+            _Linear(steps, routing, DenseWeights(cast(Tensor, w1), transposed), b1, adapters[0]),
+            _Linear(steps, routing, DenseWeights(cast(Tensor, w2), transposed), b2, adapters[1]),
         )
 
 
@@ -106,53 +108,37 @@ class _Walk:
 class _Linear:
     """A projection during one pass: the grouped linear with Split LoRA, and its gradients."""
 
-    walk: _Walk
+    steps: Steps
+    routing: Dispatch
     weights: DenseWeights
     bias_EO: Tensor | None
     adapters: tuple[LoraFactors, ...]
 
-    def forward(self, x_NI: Tensor) -> tuple[Tensor, Tensor | None]:
-        """`y_NO` and, with adapters, the mid `x Aᵀ`, `(N, R)`."""
-        matmul, routing = self.walk.step.backend.matmul, self.walk.routing
-        y_NO = matmul(x_NI, self.weights.w_EIO, routing.ends_E)
-        mid_NR = None
-        if self.adapters:
-            a_ERI, b_EOR = lora.pack(self.adapters, self.walk.step.layout.num_experts, x_NI.dtype)
-            mid_NR = matmul(x_NI, a_ERI.mT, routing.ends_E)
-            y_NO.add_(matmul(mid_NR, b_EOR.mT, routing.ends_E))
-        if self.bias_EO is not None:
-            y_NO.add_(self.bias_EO.to(y_NO.dtype).index_select(0, routing.row_expert_N))
-        return y_NO, mid_NR
+    def packed(self) -> PackedFactors | None:
+        """The adapters, joined. Done again in each pass, so that no copy is kept between them."""
+        return self.steps.pack(self.adapters, self.weights) if self.adapters else None
 
-    def input_grad(self, dy_NO: Tensor) -> tuple[Tensor, Tensor | None]:
-        """`dx_NI` and, with adapters, the gradient of the mid."""
-        matmul, ends_E = self.walk.step.backend.matmul, self.walk.routing.ends_E
-        dx_NI = matmul(dy_NO, self.weights.w_EOI, ends_E)
-        dmid_NR = None
-        if self.adapters:
-            a_ERI, b_EOR = lora.pack(self.adapters, self.walk.step.layout.num_experts, dy_NO.dtype)
-            dmid_NR = matmul(dy_NO, b_EOR, ends_E)
-            dx_NI.add_(matmul(dmid_NR, a_ERI, ends_E))
-        return dx_NI, dmid_NR
+    def forward(self, x_NI: Tensor, packed: PackedFactors | None, mid_NR: Tensor | None) -> Tensor:
+        """`y_NO`."""
+        low_rank = None if packed is None or mid_NR is None else (mid_NR, packed.b_EOR.mT)
+        return self.steps.linear(x_NI, self.weights.w_EIO, self.routing, low_rank=low_rank, bias_EO=self.bias_EO)
+
+    def input_grad(self, dy_NO: Tensor, packed: PackedFactors | None, dmid_NR: Tensor | None) -> Tensor:
+        """`dx_NI`."""
+        low_rank = None if packed is None or dmid_NR is None else (dmid_NR, packed.a_ERI)
+        return self.steps.linear(dy_NO, self.weights.w_EOI, self.routing, low_rank=low_rank)
 
     def weight_grad(self, dy_NO: Tensor, x_NI: Tensor) -> Tensor:
         """`dW` in the host's layout. Only called where the weight is trained."""
         u, v = (x_NI, dy_NO) if self.weights.is_transposed else (dy_NO, x_NI)
-        return self.walk.step.backend.outer(u, v, self.walk.routing.ends_E)
+        return self.steps.outer(u, v, self.routing)
 
     def bias_grad(self, dy_NO: Tensor, weight_N1: Tensor | None) -> Tensor:
         """`(E, O)`: each expert's rows summed, as a product with a column so that the order is fixed."""
         column_N8 = dy_NO.new_ones((dy_NO.shape[0], lora.RANK_MULTIPLE))
         if weight_N1 is not None:
             column_N8.mul_(weight_N1)
-        return self.walk.step.backend.outer(dy_NO, column_N8, self.walk.routing.ends_E)[:, :, 0]
-
-    def factor_grads(self, dy_NO: Tensor, x_NI: Tensor, mid_NR: Tensor, dmid_NR: Tensor) -> list[Tensor]:
-        """`da, db` of every adapter, in PEFT's layout, in the order of the flat arguments."""
-        outer, ends_E = self.walk.step.backend.outer, self.walk.routing.ends_E
-        das = lora.unpack_a_grads(outer(dmid_NR, x_NI, ends_E), self.adapters)
-        dbs = lora.unpack_b_grads(outer(dy_NO, mid_NR, ends_E), self.adapters)
-        return [grad for pair in zip(das, dbs, strict=True) for grad in pair]
+        return self.steps.outer(dy_NO, column_N8, self.routing)[:, :, 0]
 
 
 class _ExpertsFunction(torch.autograd.Function):
@@ -160,25 +146,30 @@ class _ExpertsFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, walk: _Walk, x_TD: Tensor, weight_TK: Tensor, *tensors: Tensor | None) -> Tensor:
-        routing, (first, second) = walk.routing, walk.projections(tensors)
-        h_NG, mid1_NR = first.forward(x_TD.index_select(0, routing.row_token_N))
-        y_ND, mid2_NR = second.forward(walk.step.gate.forward(h_NG))
-        out_TD = combine(y_ND, weight_TK, routing.token_row_TK)
+        steps, routing, gate = walk.step.backend.steps(), walk.routing, walk.step.gate
+        first, second = walk.linears(tensors)
+        packed1 = first.packed()
+        x_ND, mid1_NR = steps.gather(x_TD, None if packed1 is None else packed1.a_ERI, routing)
+        h_NG = first.forward(x_ND, packed1, mid1_NR)
+        del x_ND, packed1
+        a_NF = steps.gate_forward(gate, h_NG)
+        packed2 = second.packed()
+        mid2_NR = None if packed2 is None else steps.shrink(a_NF, packed2.a_ERI, routing)
+        y_ND = second.forward(a_NF, packed2, mid2_NR)
+        del a_NF, packed2
+        out_TD = steps.combine(y_ND, weight_TK, routing)
 
         needs_first, needs_second = _needs_factors(ctx, walk)
         ctx.walk = replace(walk, routing=cast(Dispatch, None))  # its tensors are kept by save_for_backward
         ctx.weight_dtype = weight_TK.dtype
-        ctx.num_tensors = len(tensors)
+        ctx.tile_rows = None if routing.tiles is None else routing.tiles.rows
         ctx.save_for_backward(
             x_TD if ctx.needs_input_grad[3] or needs_first else None,
             h_NG,
             mid1_NR if needs_first else None,
             mid2_NR if needs_second else None,
             weight_TK.to(torch.promote_types(weight_TK.dtype, torch.float32)),
-            routing.row_token_N,
-            routing.row_expert_N,
-            routing.token_row_TK,
-            routing.ends_E,
+            *_routing_tensors(routing),
             *tensors,
         )
         return out_TD
@@ -186,45 +177,78 @@ class _ExpertsFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout_TD: Tensor) -> tuple[Tensor | None, ...]:
-        x_TD, h_NG, mid1_NR, mid2_NR, weight_TK, row_token_N, row_expert_N, token_row_TK, ends_E, *tensors = (
-            ctx.saved_tensors
-        )
-        routing = Dispatch(row_token_N=row_token_N, row_expert_N=row_expert_N, token_row_TK=token_row_TK, ends_E=ends_E)
+        x_TD, h_NG, mid1_NR, mid2_NR, weight_TK, *rest = ctx.saved_tensors
+        routing = _routing_from(rest[:_NUM_ROUTING_TENSORS], ctx.tile_rows)
         walk: _Walk = replace(ctx.walk, routing=routing)
-        first, second = walk.projections(tuple(tensors))
+        steps, gate = walk.step.backend.steps(), walk.step.gate
+        first, second = walk.linears(rest[_NUM_ROUTING_TENSORS:])
         _, wants_x, wants_weight, wants_w1, wants_b1, wants_w2, wants_b2, *_ = ctx.needs_input_grad
         needs_first, needs_second = _needs_factors(ctx, walk)
+        grads = _Gradients(len(first.adapters), len(second.adapters))
 
         # Down. The router's weight of a row multiplies the narrow side of every product, never a (N, D) tensor.
-        weight_N1 = torch.empty_like(weight_TK).view(-1, 1)
-        weight_N1.index_copy_(0, token_row_TK.view(-1).long(), weight_TK.view(-1, 1))
-        weight_N1 = weight_N1.to(dout_TD.dtype)
-        dout_ND = dout_TD.index_select(0, row_token_N)
-        da_NF, dmid2_NR = second.input_grad(dout_ND)
-        a_NF, dh_NG = walk.step.gate.backward(h_NG, da_NF * weight_N1)
-        dweight_TK = _router_grad(walk, dout_TD, a_NF, da_NF, second.bias_EO) if wants_weight else None
-        db2 = second.bias_grad(dout_ND, weight_N1) if wants_b2 else None
-        dw2 = second.weight_grad(dout_ND, a_NF * weight_N1) if wants_w2 else None
-        grads2: list[Tensor] = []
+        dout_TD = dout_TD.contiguous()
+        packed2 = second.packed()
+        dout_ND, dmid2_NR = steps.gather(dout_TD, None if packed2 is None else packed2.b_EOR.mT, routing)
+        da_NF = second.input_grad(dout_ND, packed2, dmid2_NR)
+        del packed2
+        if not (wants_b2 or wants_w2):
+            del dout_ND
+        a_NF, dh_NG, dweight_TK = steps.gate_backward(gate, h_NG, da_NF, weight_TK, routing)
+        del da_NF, h_NG
+        if wants_weight:
+            if second.bias_EO is not None:
+                dweight_TK = dweight_TK + _bias_part(dout_TD, second.bias_EO, routing).to(dweight_TK.dtype)
+            grads.weight_TK = dweight_TK.to(ctx.weight_dtype)
+        if wants_b2 or wants_w2:
+            weight_N1 = weight_TK.reshape(-1, 1).index_select(0, routing.row_slot_N).to(dout_TD.dtype)
+            grads.b2 = second.bias_grad(dout_ND, weight_N1) if wants_b2 else None
+            grads.w2 = second.weight_grad(dout_ND, a_NF * weight_N1) if wants_w2 else None
+            del dout_ND
         if needs_second:
-            grads2 = second.factor_grads(dout_ND, a_NF, mid2_NR * weight_N1, cast(Tensor, dmid2_NR) * weight_N1)
-        del dout_ND, da_NF, a_NF
+            das = steps.a_grads(a_NF, cast(Tensor, dmid2_NR), second.adapters, routing, weight_TK)
+            dbs = steps.b_grads(dout_TD, mid2_NR, second.adapters, routing, weight_TK, by_token=True)
+            grads.second = _alternate(das, dbs)
+        del a_NF, mid2_NR, dmid2_NR
 
         # gate_up
-        dx_ND, dmid1_NR = first.input_grad(dh_NG) if wants_x or needs_first else (None, None)
-        dx_TD = sum_rows(cast(Tensor, dx_ND), token_row_TK) if wants_x else None
-        del dx_ND
-        db1 = first.bias_grad(dh_NG, None) if wants_b1 else None
-        x_ND = x_TD.index_select(0, row_token_N) if wants_w1 or needs_first else None
-        dw1 = first.weight_grad(dh_NG, cast(Tensor, x_ND)) if wants_w1 else None
-        grads1: list[Tensor] = []
+        packed1 = first.packed() if wants_x or needs_first else None
+        dmid1_NR = None if packed1 is None else steps.shrink(dh_NG, packed1.b_EOR.mT, routing)
+        if wants_x:
+            grads.x_TD = steps.combine(first.input_grad(dh_NG, packed1, dmid1_NR), None, routing)
+        grads.b1 = first.bias_grad(dh_NG, None) if wants_b1 else None
+        if wants_w1:
+            grads.w1 = first.weight_grad(dh_NG, x_TD.index_select(0, routing.row_token_N))
         if needs_first:
-            grads1 = first.factor_grads(dh_NG, cast(Tensor, x_ND), mid1_NR, cast(Tensor, dmid1_NR))
+            das = steps.a_grads(x_TD, cast(Tensor, dmid1_NR), first.adapters, routing, by_token=True)
+            dbs = steps.b_grads(dh_NG, mid1_NR, first.adapters, routing)
+            grads.first = _alternate(das, dbs)
+        return grads.in_order()
 
-        if dweight_TK is not None:
-            dweight_TK = dweight_TK.to(ctx.weight_dtype)
-        factor_grads = (grads1 or [None] * 2 * len(first.adapters)) + (grads2 or [None] * 2 * len(second.adapters))
-        return (None, dx_TD, dweight_TK, dw1, db1, dw2, db2, *factor_grads)
+
+@dataclass
+class _Gradients:
+    """What backward fills in, in the order of forward's arguments."""
+
+    num_first: int
+    num_second: int
+    x_TD: Tensor | None = None
+    weight_TK: Tensor | None = None
+    w1: Tensor | None = None
+    b1: Tensor | None = None
+    w2: Tensor | None = None
+    b2: Tensor | None = None
+    first: list[Tensor] = field(default_factory=list)
+    second: list[Tensor] = field(default_factory=list)
+
+    def in_order(self) -> tuple[Tensor | None, ...]:
+        first = self.first or [None] * 2 * self.num_first
+        second = self.second or [None] * 2 * self.num_second
+        return (None, self.x_TD, self.weight_TK, self.w1, self.b1, self.w2, self.b2, *first, *second)
+
+
+def _alternate(das: list[Tensor], dbs: list[Tensor]) -> list[Tensor]:
+    return [grad for pair in zip(das, dbs, strict=True) for grad in pair]
 
 
 def _needs_factors(ctx: Any, walk: _Walk) -> tuple[bool, bool]:
@@ -234,15 +258,27 @@ def _needs_factors(ctx: Any, walk: _Walk) -> tuple[bool, bool]:
     return any(wants[:cut]), any(wants[cut:])
 
 
-def _router_grad(walk: _Walk, dout_TD: Tensor, a_NF: Tensor, da_NF: Tensor, bias_EO: Tensor | None) -> Tensor:
-    """`⟨dout, y⟩` of every row, `(T, K)`, without `y`: `da_NF` is the gradient before the router's weight."""
-    routing = walk.routing
-    rows_TK = routing.token_row_TK.view(-1)
-    accumulate = torch.promote_types(a_NF.dtype, torch.float32)
-    dweight_N = (a_NF * da_NF).sum(-1, dtype=accumulate)
-    dweight_TK = dweight_N.index_select(0, rows_TK).view_as(routing.token_row_TK)
-    if bias_EO is not None:
-        dout_bias_TE = (dout_TD @ bias_EO.to(dout_TD.dtype).mT).to(accumulate)
-        expert_TK = routing.row_expert_N.index_select(0, rows_TK).view_as(routing.token_row_TK)
-        dweight_TK = dweight_TK + dout_bias_TE.gather(1, expert_TK.long())
-    return dweight_TK
+_NUM_ROUTING_TENSORS = 7
+
+
+def _routing_tensors(routing: Dispatch) -> tuple[Tensor | None, ...]:
+    """What `save_for_backward` keeps of a routing."""
+    tiles = routing.tiles
+    listed = (None, None, None) if tiles is None else (tiles.expert, tiles.row, tiles.count)
+    return (routing.row_slot_N, routing.row_expert_N, routing.token_row_TK, routing.ends_E, *listed)
+
+
+def _routing_from(tensors: Sequence[Tensor], tile_rows: int | None) -> Dispatch:
+    """The routing again, from what was kept."""
+    row_slot_N, row_expert_N, token_row_TK, ends_E, expert, row, count = tensors
+    tiles = None if tile_rows is None else Tiles(rows=tile_rows, expert=expert, row=row, count=count, ends_E=ends_E)
+    return Dispatch(
+        row_slot_N=row_slot_N, row_expert_N=row_expert_N, token_row_TK=token_row_TK, ends_E=ends_E, tiles=tiles
+    )
+
+
+def _bias_part(dout_TD: Tensor, bias_EO: Tensor, routing: Dispatch) -> Tensor:
+    """The bias's share of the router's gradient, `⟨dout, b2⟩` of every slot, `(T, K)`."""
+    dout_bias_TE = dout_TD @ bias_EO.to(dout_TD.dtype).mT
+    expert_TK = routing.row_expert_N.index_select(0, routing.token_row_TK.reshape(-1)).view_as(routing.token_row_TK)
+    return dout_bias_TE.gather(1, expert_TK.long())

@@ -8,22 +8,36 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from expertune.shapes import Tiles
+
 
 @dataclass(frozen=True, kw_only=True)
 class Dispatch:
     """Where each routed row comes from and where each token's rows lie. All int32.
 
     Args:
-        row_token_N: the token that a row copies.
+        row_slot_N: the slot `t·K + k` that a row copies: token `t`, its `k`-th choice.
         row_expert_N: the expert that a row goes to; ascending.
         token_row_TK: the rows of a token, in the order of its router weights.
         ends_E: expert `e` owns rows `ends_E[e-1]` to `ends_E[e]`.
+        tiles: the rows cut into tiles, for backends that need them.
     """
 
-    row_token_N: Tensor
+    row_slot_N: Tensor
     row_expert_N: Tensor
     token_row_TK: Tensor
     ends_E: Tensor
+    tiles: Tiles | None = None
+
+    @property
+    def top_k(self) -> int:
+        """`K`."""
+        return self.token_row_TK.shape[1]
+
+    @property
+    def row_token_N(self) -> Tensor:
+        """The token that a row copies."""
+        return self.row_slot_N // max(self.top_k, 1)
 
 
 def dispatch(expert_TK: Tensor, num_experts: int) -> Dispatch:
@@ -40,7 +54,7 @@ def dispatch(expert_TK: Tensor, num_experts: int) -> Dispatch:
     row_N = torch.arange(num_tokens * top_k, device=device, dtype=torch.int32)
     token_row_TK = torch.empty_like(row_N).index_copy_(0, slot_N, row_N).view(num_tokens, top_k)
     return Dispatch(
-        row_token_N=(slot_N // top_k).to(torch.int32),
+        row_slot_N=slot_N.to(torch.int32),
         row_expert_N=row_expert_N.to(torch.int32),
         token_row_TK=token_row_TK,
         ends_E=torch.searchsorted(row_expert_N, experts_E, right=True, out_int32=True),

@@ -59,6 +59,25 @@ class LoraFactors:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Tiles:
+    """Runs of rows that belong to one expert each, listed on the device. All int32.
+
+    Args:
+        rows: rows a tile, at most.
+        expert: the expert of each tile.
+        row: the first row of each tile.
+        count: how many tiles there are; one element. What lies beyond in the lists was never written.
+        ends_E: expert `e` owns rows `ends_E[e-1]` to `ends_E[e]`.
+    """
+
+    rows: int
+    expert: Tensor
+    row: Tensor
+    count: Tensor
+    ends_E: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
 class Problem:
     """What a backend needs to know to say whether it can run.
 

@@ -3,12 +3,12 @@
 To add one: write the file, add its name to `PREFERRED`, run the op tests (they loop over all backends).
 """
 
-from expertune.backends import grouped_mm, native_torch
+from expertune.backends import grouped_mm, native_torch, triton
 from expertune.backends.protocol import Backend
 from expertune.shapes import Problem
 
 # Best first.
-PREFERRED: tuple[Backend, ...] = (grouped_mm.BACKEND, native_torch.BACKEND)
+PREFERRED: tuple[Backend, ...] = (triton.BACKEND, grouped_mm.BACKEND, native_torch.BACKEND)
 
 
 def choose(problem: Problem, requested: str = "auto") -> tuple[Backend, list[str]]:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from expertune.backends.protocol import Backend
+from expertune.backends.torch_steps import TorchSteps
 from expertune.shapes import Problem
 
 _ROW_BYTES = 16  # grouped_mm refuses rows that are not whole multiples of this
@@ -36,4 +37,5 @@ def _why_not(problem: Problem) -> str | None:
     return None
 
 
-BACKEND = Backend(name="grouped_mm", matmul=matmul, outer=outer, why_not=_why_not)
+STEPS = TorchSteps(matmul=matmul, outer_product=outer)
+BACKEND = Backend(name="grouped_mm", why_not=_why_not, steps=lambda: STEPS)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from expertune.backends.protocol import Backend
+from expertune.backends.torch_steps import TorchSteps
 from expertune.shapes import Problem
 
 
@@ -37,4 +38,5 @@ def _why_not(problem: Problem) -> str | None:
     return None
 
 
-BACKEND = Backend(name="native_torch", matmul=matmul, outer=outer, why_not=_why_not)
+STEPS = TorchSteps(matmul=matmul, outer_product=outer)
+BACKEND = Backend(name="native_torch", why_not=_why_not, steps=lambda: STEPS)

@@ -1,26 +1,126 @@
-"""What a backend is: two grouped products and a reason why it cannot run."""
+"""What a backend is: the steps of the walk, and a reason why it cannot run.
 
-from collections.abc import Callable
+The walk in `experts.py` is written once over these steps. Rows lie sorted by expert, as the `Dispatch` says.
+"""
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
 
-from expertune.shapes import Problem
+from expertune.activations import Gate
+from expertune.routing import Dispatch
+from expertune.shapes import LoraFactors, Problem
+from expertune.weights.dense import DenseWeights
+
+
+@dataclass(frozen=True)
+class PackedFactors:
+    """The adapters of one projection, joined along the rank; the scale is folded into `b`. Views: any strides."""
+
+    a_ERI: Tensor
+    b_EOR: Tensor
+
+
+class Steps(Protocol):
+    """The steps of the walk that differ between backends."""
+
+    def dispatch(self, expert_TK: Tensor, num_experts: int) -> Dispatch:
+        """Sort the routed rows by expert."""
+        ...
+
+    def pack(self, adapters: Sequence[LoraFactors], weights: DenseWeights) -> PackedFactors:
+        """Join the adapters of a projection for products beside its weights, in their dtype."""
+        ...
+
+    def gather(self, x_TI: Tensor, a_ERI: Tensor | None, routing: Dispatch) -> tuple[Tensor, Tensor | None]:
+        """Tokens copied to rows, `x_NI`, and `x_NI a_ERIᵀ`, `(N, R)`."""
+        ...
+
+    def shrink(self, x_NI: Tensor, a_ERI: Tensor, routing: Dispatch) -> Tensor:
+        """`x_NI a_ERIᵀ`, `(N, R)`."""
+        ...
+
+    def linear(
+        self,
+        x_NI: Tensor,
+        w_EIO: Tensor,
+        routing: Dispatch,
+        *,
+        low_rank: tuple[Tensor, Tensor] | None = None,
+        bias_EO: Tensor | None = None,
+    ) -> Tensor:
+        """`x_NI w_EIO + mid_NR b_ERO + bias_EO`, `(N, O)`, where `low_rank` is `(mid_NR, b_ERO)`."""
+        ...
+
+    def gate_forward(self, gate: Gate, h_NG: Tensor) -> Tensor:
+        """`a_NF`."""
+        ...
+
+    def gate_backward(
+        self, gate: Gate, h_NG: Tensor, da_NF: Tensor, weight_TK: Tensor, routing: Dispatch
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`a_NF`, `dh_NG` times the router's weight of its row, and `⟨a, da⟩` of every slot, `(T, K)`.
+
+        `da_NF` is the gradient before the router's weight; it may be overwritten.
+        """
+        ...
+
+    def combine(self, y_ND: Tensor, weight_TK: Tensor | None, routing: Dispatch) -> Tensor:
+        """Each token's rows summed, in a fixed order, with the router's weights or without: `(T, D)`."""
+        ...
+
+    def a_grads(
+        self,
+        x: Tensor,
+        dmid_NR: Tensor,
+        adapters: Sequence[LoraFactors],
+        routing: Dispatch,
+        weight_TK: Tensor | None = None,
+        *,
+        by_token: bool = False,
+    ) -> list[Tensor]:
+        """The gradient of each adapter's `a`, in PEFT's layout and its own dtype: `Σ dmid[n] ⊗ x[n]`.
+
+        Args:
+            x: `(N, I)` sorted by expert, or with `by_token` `(T, I)`.
+            dmid_NR: the gradient of the low-rank products.
+            adapters: in the order in which they were joined.
+            routing: where each expert's rows lie.
+            weight_TK: multiplies each row, if given.
+            by_token: whether a row of `x` is a token.
+        """
+        ...
+
+    def b_grads(
+        self,
+        dy: Tensor,
+        mid_NR: Tensor,
+        adapters: Sequence[LoraFactors],
+        routing: Dispatch,
+        weight_TK: Tensor | None = None,
+        *,
+        by_token: bool = False,
+    ) -> list[Tensor]:
+        """The gradient of each adapter's `b`: `scale · Σ dy[n] ⊗ mid[n]`. Arguments as for `a_grads`."""
+        ...
+
+    def outer(self, u_NO: Tensor, v_NI: Tensor, routing: Dispatch) -> Tensor:
+        """`Σ u[n] ⊗ v[n]` over each expert's rows, `(E, O, I)`; zero for an expert without rows."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Backend:
-    """The steps of the walk that differ between backends. Rows lie sorted by expert, as `ends_E` says.
+    """One way to run the walk.
 
     Args:
         name: what `requested` and the report call it.
-        matmul: `(x_NI, w_EIO, ends_E) -> y_NO`, every row times the matrix of its own expert.
-        outer: `(u_NO, v_NI, ends_E) -> (E, O, I)`, the sum over each expert's rows of `u ⊗ v`; zero for an expert
-            without rows.
-        why_not: in words why the backend cannot run a problem ("needs …"), or None if it can. Never raises.
+        why_not: in words why it cannot run a problem ("needs …"), or None if it can. Never raises.
+        steps: its steps. What they need is imported by the first call.
     """
 
     name: str
-    matmul: Callable[[Tensor, Tensor, Tensor], Tensor]
-    outer: Callable[[Tensor, Tensor, Tensor], Tensor]
     why_not: Callable[[Problem], str | None]
+    steps: Callable[[], Steps]

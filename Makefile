@@ -1,0 +1,37 @@
+# `make demo` and `make test` need nothing but Python 3.10 or later and make: each makes its own .venv first.
+PYTHON ?= python3
+BIN := .venv/bin
+# A machine without a GPU takes one pinned build of torch; a machine with one takes the newest for it.
+TORCH ?= $(if $(shell command -v nvidia-smi 2>/dev/null),torch>=2.10,torch==2.13.0)
+JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+
+.PHONY: demo test lint bench format clean
+
+demo: .venv/.installed
+	$(BIN)/expertune train
+
+test: .venv/.installed
+	$(BIN)/pytest -n $(JOBS)
+
+lint: .venv/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: .venv/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: .venv/.installed
+	$(BIN)/python benchmarks/walk_memory.py
+
+clean:
+	rm -rf .venv runs build dist
+
+.venv/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=24"
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --editable ".[train,dev]"
+	touch $@

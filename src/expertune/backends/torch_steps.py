@@ -1,0 +1,123 @@
+"""The steps of the walk in plain torch, over two grouped products that the backends of this kind differ in."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from expertune import lora
+from expertune import routing as rows
+from expertune.activations import Gate
+from expertune.backends.protocol import PackedFactors
+from expertune.routing import Dispatch
+from expertune.shapes import LoraFactors
+from expertune.weights.dense import DenseWeights
+
+
+@dataclass(frozen=True, kw_only=True)
+class TorchSteps:
+    """Steps made of two products.
+
+    Args:
+        matmul: `(x_NI, w_EIO, ends_E) -> y_NO`, every row times the matrix of its own expert.
+        outer_product: `(u_NO, v_NI, ends_E) -> (E, O, I)`, the sum over each expert's rows of `u ⊗ v`; zero for an
+            expert without rows.
+    """
+
+    matmul: Callable[[Tensor, Tensor, Tensor], Tensor]
+    outer_product: Callable[[Tensor, Tensor, Tensor], Tensor]
+
+    def dispatch(self, expert_TK: Tensor, num_experts: int) -> Dispatch:
+        return rows.dispatch(expert_TK, num_experts)
+
+    def pack(self, adapters: Sequence[LoraFactors], weights: DenseWeights) -> PackedFactors:
+        return PackedFactors(*lora.pack(adapters, weights.tensor.shape[0], weights.tensor.dtype))
+
+    def gather(self, x_TI: Tensor, a_ERI: Tensor | None, routing: Dispatch) -> tuple[Tensor, Tensor | None]:
+        x_NI = x_TI.index_select(0, routing.row_token_N)
+        return x_NI, None if a_ERI is None else self.shrink(x_NI, a_ERI, routing)
+
+    def shrink(self, x_NI: Tensor, a_ERI: Tensor, routing: Dispatch) -> Tensor:
+        return self.matmul(x_NI, a_ERI.mT, routing.ends_E)
+
+    def linear(
+        self,
+        x_NI: Tensor,
+        w_EIO: Tensor,
+        routing: Dispatch,
+        *,
+        low_rank: tuple[Tensor, Tensor] | None = None,
+        bias_EO: Tensor | None = None,
+    ) -> Tensor:
+        y_NO = self.matmul(x_NI, w_EIO, routing.ends_E)
+        if low_rank is not None:
+            y_NO.add_(self.matmul(*low_rank, routing.ends_E))
+        if bias_EO is not None:
+            y_NO.add_(bias_EO.to(y_NO.dtype).index_select(0, routing.row_expert_N))
+        return y_NO
+
+    def gate_forward(self, gate: Gate, h_NG: Tensor) -> Tensor:
+        return gate.forward(h_NG)
+
+    def gate_backward(
+        self, gate: Gate, h_NG: Tensor, da_NF: Tensor, weight_TK: Tensor, routing: Dispatch
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return gate_backward(gate, h_NG, da_NF, weight_TK, routing)
+
+    def combine(self, y_ND: Tensor, weight_TK: Tensor | None, routing: Dispatch) -> Tensor:
+        if weight_TK is None:
+            return rows.sum_rows(y_ND, routing.token_row_TK)
+        return rows.combine(y_ND, weight_TK, routing.token_row_TK)
+
+    def a_grads(
+        self,
+        x: Tensor,
+        dmid_NR: Tensor,
+        adapters: Sequence[LoraFactors],
+        routing: Dispatch,
+        weight_TK: Tensor | None = None,
+        *,
+        by_token: bool = False,
+    ) -> list[Tensor]:
+        wide_NI, narrow_NR = _operands(x, dmid_NR, routing, weight_TK, by_token)
+        return lora.unpack_a_grads(self.outer_product(narrow_NR, wide_NI, routing.ends_E), adapters)
+
+    def b_grads(
+        self,
+        dy: Tensor,
+        mid_NR: Tensor,
+        adapters: Sequence[LoraFactors],
+        routing: Dispatch,
+        weight_TK: Tensor | None = None,
+        *,
+        by_token: bool = False,
+    ) -> list[Tensor]:
+        wide_NO, narrow_NR = _operands(dy, mid_NR, routing, weight_TK, by_token)
+        return lora.unpack_b_grads(self.outer_product(wide_NO, narrow_NR, routing.ends_E), adapters)
+
+    def outer(self, u_NO: Tensor, v_NI: Tensor, routing: Dispatch) -> Tensor:
+        return self.outer_product(u_NO, v_NI, routing.ends_E)
+
+
+def gate_backward(
+    gate: Gate, h_NG: Tensor, da_NF: Tensor, weight_TK: Tensor, routing: Dispatch
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The step `gate_backward`, by the gate's own torch code."""
+    a_NF, dh_NG = gate.backward(h_NG, da_NF * _by_row(weight_TK, routing).to(da_NF.dtype))
+    dweight_N = da_NF.mul_(a_NF).sum(-1, dtype=torch.promote_types(a_NF.dtype, torch.float32))
+    return a_NF, dh_NG, dweight_N.index_select(0, routing.token_row_TK.reshape(-1)).view_as(weight_TK)
+
+
+def _operands(
+    wide: Tensor, narrow_NR: Tensor, routing: Dispatch, weight_TK: Tensor | None, by_token: bool
+) -> tuple[Tensor, Tensor]:
+    """Both sides of a factor's gradient, by row. The weight multiplies the narrow one: the cheaper."""
+    if weight_TK is not None:
+        narrow_NR = narrow_NR * _by_row(weight_TK, routing).to(narrow_NR.dtype)
+    return wide.index_select(0, routing.row_token_N) if by_token else wide, narrow_NR
+
+
+def _by_row(weight_TK: Tensor, routing: Dispatch) -> Tensor:
+    """The router's weight of each row, `(N, 1)`."""
+    return weight_TK.reshape(-1).index_select(0, routing.row_slot_N).unsqueeze(1)

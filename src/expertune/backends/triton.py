@@ -1,0 +1,44 @@
+"""Our Triton kernels: a handful of launches a pass, no wait for the host, the same bits every run.
+
+In Triton's CPU interpreter (`TRITON_INTERPRET=1`) everything but the Hopper kernel runs too, slowly: that is how it is
+tested without a GPU. The interpreter computes bfloat16 wrongly (Triton 3.9), so it is refused there.
+"""
+
+import importlib.util
+import os
+
+import torch
+
+from expertune.backends.protocol import Backend, Steps
+from expertune.shapes import Problem
+
+_ROW_BYTES = 16  # loads and tensor-memory descriptors read whole multiples of this
+_OLDEST = (7, 5)
+
+
+def _why_not(problem: Problem) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "needs Triton, which is not installed"
+    is_interpreted = problem.device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    if problem.device != "cuda" and not is_interpreted:
+        return f"needs a CUDA or ROCm device, got {problem.device}"
+    dtypes = (torch.float16, torch.float32) if is_interpreted else (torch.bfloat16, torch.float16, torch.float32)
+    if problem.dtype not in dtypes:
+        return f"needs {', '.join(map(str, dtypes))}, got {problem.dtype}"
+    if problem.capability is not None:
+        if problem.capability < _OLDEST:
+            return f"needs compute capability 7.5 or later, got {'.'.join(map(str, problem.capability))}"
+        if problem.dtype == torch.bfloat16 and problem.capability < (8, 0):
+            return "needs compute capability 8.0 or later for bfloat16; load the model in float16"
+    if bad := sorted({width for width in problem.widths if width * problem.dtype.itemsize % _ROW_BYTES}):
+        return f"needs rows that are multiples of {_ROW_BYTES} bytes, got widths {bad} in {problem.dtype}"
+    return None
+
+
+def _steps() -> Steps:
+    from expertune.backends.triton_steps import STEPS  # imports Triton, which is optional
+
+    return STEPS
+
+
+BACKEND = Backend(name="triton", why_not=_why_not, steps=_steps)

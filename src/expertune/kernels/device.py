@@ -1,0 +1,29 @@
+"""What launchers ask of a device."""
+
+from functools import lru_cache
+
+import torch
+
+# In the CPU interpreter a persistent kernel gets few programs, so that each walks several tiles, and tiles are small.
+_INTERPRETER_PROGRAMS = 4
+_INTERPRETER_ROWS = 16
+_ROWS = 128
+
+
+@lru_cache(maxsize=64)
+def num_programs(device: torch.device) -> int:
+    """Programs of a persistent kernel: one a multiprocessor."""
+    if device.type != "cuda":
+        return _INTERPRETER_PROGRAMS
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@lru_cache(maxsize=64)
+def is_hopper(device: torch.device) -> bool:
+    """Whether the Hopper kernel runs there."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9
+
+
+def tile_rows(device: torch.device) -> int:
+    """Rows of a tile, the same for every grouped kernel of a layer."""
+    return _ROWS if device.type == "cuda" else _INTERPRETER_ROWS

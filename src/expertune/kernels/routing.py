@@ -1,0 +1,129 @@
+"""Routing: a stable counting sort of the routed rows by expert, and the list of row tiles that grouped products walk.
+
+Slot `s = t·K + k` holds token `t`'s k-th choice. Row `n` is where slot `s` lands after the sort. Two launches, no wait
+for the host: every block of slots counts its experts; then every block adds up all counts before its own, so that it
+knows where its rows go. Any Triton target; integers only, no atomics, so two runs are equal.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from expertune.kernels.launch import launch
+
+_SLOTS = 512  # slots a block; each block reads the counts of all blocks, so smaller blocks cost more at long context
+
+
+@triton.jit(do_not_specialize=["num_slots"])
+def _count_kernel(expert_ptr, count_ptr, num_slots, E, SLOTS: tl.constexpr, E_PAD: tl.constexpr):
+    """One program per block of slots: how many go to each expert."""
+    block = tl.program_id(0)
+    slot = block * SLOTS + tl.arange(0, SLOTS)
+    expert = tl.load(expert_ptr + slot, mask=slot < num_slots, other=E_PAD).to(tl.int32)
+    experts = tl.arange(0, E_PAD)
+    count = tl.sum((expert[:, None] == experts[None, :]).to(tl.int32), axis=0)
+    tl.store(count_ptr + block * E + experts, count, mask=experts < E)
+
+
+@triton.jit(do_not_specialize=["num_slots", "num_blocks", "tiles_a_block"])
+def _place_kernel(
+    expert_ptr,
+    count_ptr,
+    row_slot_ptr,
+    row_expert_ptr,
+    slot_row_ptr,
+    ends_ptr,
+    tile_expert_ptr,
+    tile_row_ptr,
+    num_tiles_ptr,
+    num_slots,
+    num_blocks,
+    tiles_a_block,
+    E,
+    SLOTS: tl.constexpr,
+    E_PAD: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """One program per block of slots: the rows of its slots, and its share of the tile list."""
+    block = tl.program_id(0)
+    experts = tl.arange(0, E_PAD)
+    before = tl.zeros((E_PAD,), tl.int32)
+    total = tl.zeros((E_PAD,), tl.int32)
+    for first in range(0, num_blocks, BLOCKS):
+        other = first + tl.arange(0, BLOCKS)
+        inside = (other[:, None] < num_blocks) & (experts[None, :] < E)
+        counts = tl.load(count_ptr + other[:, None] * E + experts[None, :], mask=inside, other=0)
+        total += tl.sum(counts, axis=0)
+        before += tl.sum(tl.where((other < block)[:, None], counts, 0), axis=0)
+    ends = tl.cumsum(total, axis=0)
+    starts = ends - total
+
+    slot = block * SLOTS + tl.arange(0, SLOTS)
+    inside = slot < num_slots
+    expert = tl.load(expert_ptr + slot, mask=inside, other=E_PAD).to(tl.int32)
+    lane = tl.arange(0, SLOTS)
+    is_earlier_twin = (expert[:, None] == expert[None, :]) & (lane[None, :] < lane[:, None])
+    row = tl.sum(is_earlier_twin.to(tl.int32), axis=1)
+    is_own = expert[:, None] == experts[None, :]
+    row += tl.sum(tl.where(is_own, (starts + before)[None, :], 0), axis=1)
+    tl.store(slot_row_ptr + slot, row, mask=inside)
+    tl.store(row_slot_ptr + row, slot, mask=inside)
+    tl.store(row_expert_ptr + row, expert, mask=inside)
+
+    num_tiles = (total + TILE_ROWS - 1) // TILE_ROWS
+    last_tile = tl.cumsum(num_tiles, axis=0)
+    if block == 0:
+        tl.store(ends_ptr + experts, ends, mask=experts < E)
+        tl.store(num_tiles_ptr, tl.sum(num_tiles, axis=0))
+    tile = block * tiles_a_block + tl.arange(0, TILES)
+    in_list = (tl.arange(0, TILES) < tiles_a_block) & (tile < tl.sum(num_tiles, axis=0))
+    tile_expert = tl.sum((last_tile[None, :] <= tile[:, None]).to(tl.int32), axis=1)
+    is_tile_expert = tile_expert[:, None] == experts[None, :]
+    # the first row of a tile, had its expert's tiles started at tile 0
+    offset = starts - (last_tile - num_tiles) * TILE_ROWS
+    tile_row = tile * TILE_ROWS + tl.sum(tl.where(is_tile_expert, offset[None, :], 0), axis=1)
+    tl.store(tile_expert_ptr + tile, tile_expert, mask=in_list)
+    tl.store(tile_row_ptr + tile, tile_row, mask=in_list)
+
+
+def max_tiles(num_rows: int, num_experts: int, tile_rows: int) -> int:
+    """The most tiles that any routing can need: every expert with rows may have one tile that is not full."""
+    return -(-num_rows // tile_rows) + min(num_experts, num_rows)
+
+
+def sort_by_expert(expert_TK: Tensor, num_experts: int, tile_rows: int) -> tuple[Tensor, ...]:
+    """Sort slots by expert, stably, and cut every expert's rows into tiles.
+
+    Args:
+        expert_TK: integer expert ids below `num_experts`.
+        num_experts: `E`.
+        tile_rows: rows a tile.
+
+    Returns:
+        `row_slot_N`, `row_expert_N`, `slot_row_N`, `ends_E`, `tile_expert`, `tile_row` (both as long as `max_tiles`;
+        what lies beyond the count is not written) and `num_tiles` (one element). All int32.
+    """
+    num_slots = expert_TK.numel()
+    num_blocks = max(1, -(-num_slots // _SLOTS))
+    most = max_tiles(num_slots, num_experts, tile_rows)
+    tiles_a_block = -(-most // num_blocks)
+
+    def new(length: int) -> Tensor:
+        return expert_TK.new_empty((length,), dtype=torch.int32)
+
+    count = new(num_blocks * num_experts)
+    row_slot_N, row_expert_N, slot_row_N, ends_E = new(num_slots), new(num_slots), new(num_slots), new(num_experts)
+    tile_expert, tile_row, num_tiles = new(max(most, 1)), new(max(most, 1)), new(1)
+    e_pad = triton.next_power_of_2(num_experts)
+    expert_N = expert_TK.reshape(-1)
+    grid = (num_blocks, 1, 1)
+    shape = {"SLOTS": _SLOTS, "E_PAD": e_pad}
+    launch(_count_kernel, grid, (expert_N, count), (num_slots,), (num_experts,), shape)
+    outputs = (row_slot_N, row_expert_N, slot_row_N, ends_E, tile_expert, tile_row, num_tiles)
+    shape |= {"BLOCKS": 16, "TILE_ROWS": tile_rows, "TILES": triton.next_power_of_2(max(tiles_a_block, 1))}
+    sizes = (num_slots, num_blocks, tiles_a_block)
+    launch(_place_kernel, grid, (expert_N, count, *outputs), sizes, (num_experts,), shape)
+    return outputs
