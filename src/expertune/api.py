@@ -13,6 +13,7 @@ from rich.console import Console
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from expertune.backends import PREFERRED
 from expertune.hosts import attach, peft, report
 from expertune.hosts.coverage import Coverage, coverage
 from expertune.hosts.targets import Targets, resolve
@@ -56,12 +57,18 @@ def load(
             "load_in_4bit=True is not supported yet: bitsandbytes leaves fused experts in 16 bits, so it would save "
             "next to nothing on this model. Load without it."
         )
+    requested = _requested(backend, memory)
     adapter = Path(name_or_path) / "adapter_config.json"
     if adapter.is_file():
         if full_finetuning:
             raise ValueError(f"{name_or_path} is an adapter; full_finetuning=True needs a whole model. Merge it first.")
         saved = json.loads(adapter.read_text(encoding="utf-8"))
-        base = saved["base_model_name_or_path"]
+        base = saved.get("base_model_name_or_path")
+        if not base:
+            raise ValueError(
+                f"{name_or_path} does not say which model it was trained on: write its hub id or folder as "
+                "base_model_name_or_path into adapter_config.json."
+            )
     else:
         saved, base = None, name_or_path
     shared = {key: from_pretrained[key] for key in ("revision", "trust_remote_code", "token") if key in from_pretrained}
@@ -76,7 +83,7 @@ def load(
     if saved is not None:
         peft.check_saved(saved, model)
         model = PeftModel.from_pretrained(model, name_or_path, is_trainable=True)
-    return optimize(model, backend=backend, memory=memory), tokenizer
+    return optimize(model, backend=requested, memory=memory), tokenizer
 
 
 def add_lora(
@@ -105,7 +112,7 @@ def add_lora(
             "this model has adapters already. To train another one call model.add_adapter(name, config), or start from "
             "the base model: model.unload()."
         )
-    assert isinstance(model, PreTrainedModel), f"expected a Transformers model, got {type(model).__name__}"
+    model = _transformers_model(model)
     targets = resolve(model, target_modules, lora_config.pop("target_parameters", None) or ())
     _check_lora_settings(targets, r, lora_config)
     config = LoraConfig(
@@ -137,9 +144,7 @@ def optimize(model: _Model, *, backend: str | None = None, memory: str | None = 
         ValueError: a layer, an adapter or a setting cannot be honoured; the model is then as it was.
     """
     inner = _transformers_model(model)
-    requested = backend if backend is not None else os.environ.get(_BACKEND_VARIABLE, "auto")
-    if memory is not None and memory not in _MEMORY:
-        raise ValueError(f"unknown memory {memory!r}; choose one of {list(_MEMORY)}")
+    requested = _requested(backend, memory)
     if memory == "lean" and not inner.supports_gradient_checkpointing:
         raise ValueError(f"memory='lean' needs gradient checkpointing, which {type(inner).__name__} does not support.")
     state = attach.attach(inner, requested)
@@ -164,6 +169,17 @@ def trained(model: nn.Module) -> Coverage:
     return coverage(model)
 
 
+def _requested(backend: str | None, memory: str | None) -> str:
+    """The backend asked for, by argument or else by the environment. Refuses unknown names."""
+    requested = backend if backend is not None else os.environ.get(_BACKEND_VARIABLE, "auto")
+    known = sorted(backend.name for backend in PREFERRED)
+    if requested != "auto" and requested not in known:
+        raise ValueError(f"unknown backend {requested!r}; choose one of {known} or 'auto'")
+    if memory is not None and memory not in _MEMORY:
+        raise ValueError(f"unknown memory {memory!r}; choose one of {list(_MEMORY)}")
+    return requested
+
+
 def _transformers_model(model: nn.Module) -> PreTrainedModel:
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     if not isinstance(inner, PreTrainedModel):
@@ -172,6 +188,8 @@ def _transformers_model(model: nn.Module) -> PreTrainedModel:
 
 
 def _check_length(max_seq_length: int | None, config: Any) -> None:
+    if max_seq_length is not None and max_seq_length < 1:
+        raise ValueError(f"max_seq_length must be at least 1, got {max_seq_length}.")
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     if max_seq_length is not None and limit is not None and max_seq_length > limit:
         raise ValueError(f"max_seq_length={max_seq_length} is beyond the {limit} positions of this model.")

@@ -6,8 +6,8 @@ import pytest
 
 import expertune
 from expertune.hosts.coverage import Row
+from tests.conftest import Checkpoint
 from tests.hosts.adapters import lora, stock
-from tests.hosts.conftest import Checkpoint
 from tests.hosts.models import CONFIGS, batch, load_tiny
 from tests.hosts.passes import run
 

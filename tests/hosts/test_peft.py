@@ -10,8 +10,8 @@ from peft import LoraConfig, PeftModel, inject_adapter_in_model
 from torch.nn.utils import parametrize
 
 import expertune
+from tests.conftest import Checkpoint
 from tests.hosts.adapters import EXPERTS, lora, stock, wrap
-from tests.hosts.conftest import Checkpoint
 from tests.hosts.models import CONFIGS, batch, load_tiny
 from tests.hosts.passes import BACKENDS, Routes, assert_equal_within, run
 from tests.numerics import assert_no_worse

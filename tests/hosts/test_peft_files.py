@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import expertune
+from tests.conftest import Checkpoint
 from tests.hosts.adapters import EXPERTS, lora, stock
-from tests.hosts.conftest import Checkpoint
 from tests.hosts.models import CONFIGS, batch, load_tiny
 from tests.hosts.passes import assert_equal_within
 

@@ -9,8 +9,8 @@ from peft import PeftMixedModel, PeftModel, get_peft_model
 from torch import nn
 
 import expertune
+from tests.conftest import Checkpoint
 from tests.hosts.adapters import EXPERTS, lora, stock
-from tests.hosts.conftest import Checkpoint
 from tests.hosts.models import batch, load_tiny
 from tests.hosts.passes import assert_equal_within, run
 

@@ -10,8 +10,8 @@ from torch.overrides import TorchFunctionMode
 
 import expertune
 from expertune.memory.replay import RoutingReplay
+from tests.conftest import Checkpoint
 from tests.hosts.adapters import lora, stock
-from tests.hosts.conftest import Checkpoint
 from tests.hosts.models import CONFIGS, batch, load_tiny
 from tests.hosts.passes import assert_equal_within, run
 

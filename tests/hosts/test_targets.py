@@ -8,8 +8,8 @@ import torch
 from peft import PeftModel
 
 import expertune
+from tests.conftest import Checkpoint
 from tests.hosts.adapters import lora, wrap
-from tests.hosts.conftest import Checkpoint
 from tests.hosts.fingerprints import fingerprint
 from tests.hosts.models import batch, load_tiny
 from tests.hosts.passes import assert_equal_within, run

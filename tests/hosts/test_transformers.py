@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import expertune
-from tests.hosts.conftest import Checkpoint
+from tests.conftest import Checkpoint
 from tests.hosts.fingerprints import fingerprint
 from tests.hosts.models import CONFIGS, batch, load_tiny
 from tests.hosts.passes import BACKENDS, Routes, assert_equal_within, run

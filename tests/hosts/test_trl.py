@@ -17,8 +17,8 @@ from trl import SFTConfig, SFTTrainer
 
 import expertune
 from expertune.hosts.trl import GradientProof, adapters_without_gradient
+from tests.conftest import Checkpoint
 from tests.hosts.adapters import lora, stock
-from tests.hosts.conftest import Checkpoint
 from tests.hosts.models import SHARED, batch, load_tiny
 from tests.hosts.passes import BACKENDS, run
 

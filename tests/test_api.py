@@ -1,0 +1,138 @@
+"""The verbs as a user calls them: `load`, `explain`, `restore`, and what they refuse."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from torch import nn
+from transformers import PreTrainedTokenizerFast
+
+import expertune
+from tests.conftest import Checkpoint
+from tests.hosts.adapters import lora, stock
+from tests.hosts.models import SHARED, batch, load_tiny, save_tiny
+from tests.hosts.passes import assert_equal_within, run
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A tiny model in bfloat16 with its tokenizer, as a user finds it on the hub."""
+    path = save_tiny("qwen3_moe", tmp_path / "model")
+    load_tiny(path, torch.bfloat16).save_pretrained(path)
+    words = {f"<{i}>": i for i in range(SHARED["vocab_size"])}
+    PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(words, unk_token="<3>")), eos_token="<2>"
+    ).save_pretrained(path)
+    return path
+
+
+def test_load(folder: Path) -> None:
+    model, tokenizer = expertune.load(str(folder), max_seq_length=100)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert not any(p.requires_grad for p in model.parameters())
+    assert tokenizer.model_max_length == 100
+    assert tokenizer("<7>")["input_ids"] == [7]
+    assert "grouped_mm" in str(expertune.explain(model))
+    assert model.is_gradient_checkpointing
+    stock_model = load_tiny(folder, torch.float32).eval()
+    model, _ = expertune.load(str(folder), dtype="float32", backend="native_torch", memory="fast")
+    assert not model.is_gradient_checkpointing
+    with torch.no_grad():
+        logits, expected = model.eval()(**batch()).logits, stock_model(**batch()).logits
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_load_for_full_fine_tuning(folder: Path) -> None:
+    model, _ = expertune.load(str(folder), dtype=torch.float64, full_finetuning=True, memory="lean")
+    truth = run(load_tiny(folder), batch())
+    assert_equal_within(run(model.train(), batch()), truth, 1e-12)
+
+
+def test_load_an_adapter(folder: Path, tmp_path: Path) -> None:
+    theirs = stock(folder, lora())
+    theirs.save_pretrained(tmp_path / "adapter")
+    model, tokenizer = expertune.load(str(tmp_path / "adapter"), dtype=torch.float64)
+    assert isinstance(model, PeftModel)
+    assert tokenizer("<7>")["input_ids"] == [7]
+    assert_equal_within(run(model.train(), batch()), run(theirs, batch()), 1e-12)
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "4 bit": ({"load_in_4bit": True}, "load_in_4bit=True is not supported yet.*Load without it"),
+    "too long": ({"max_seq_length": 129}, "max_seq_length=129 is beyond the 128 positions"),
+    "no length": ({"max_seq_length": 0}, "max_seq_length must be at least 1, got 0"),
+    "backend": ({"backend": "cuda"}, "unknown backend 'cuda'.*'grouped_mm'"),
+    "backend that cannot run": ({"backend": "grouped_mm", "dtype": torch.float64}, "grouped_mm.*float64"),
+    "memory": ({"memory": "little"}, "unknown memory 'little'"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "words"), REFUSED.values(), ids=REFUSED)
+def test_load_refuses_in_words(folder: Path, arguments: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        expertune.load(str(folder), **arguments)
+
+
+@pytest.mark.parametrize("key", ["4 bit", "too long", "no length", "backend", "memory"])
+def test_load_refuses_before_the_weights_are_read(folder: Path, key: str) -> None:
+    (folder / "model.safetensors").unlink()
+    arguments, words = REFUSED[key]
+    with pytest.raises(ValueError, match=words):
+        expertune.load(str(folder), **arguments)
+
+
+def test_load_refuses_an_adapter_that_it_cannot_honour(folder: Path, tmp_path: Path) -> None:
+    stock(folder, lora()).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="is an adapter; full_finetuning=True needs a whole model"):
+        expertune.load(str(tmp_path / "adapter"), full_finetuning=True)
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": None}))
+    with pytest.raises(ValueError, match=r"does not say which model it was trained on.*base_model_name_or_path"):
+        expertune.load(str(tmp_path / "adapter"))
+
+
+@pytest.mark.parametrize("verb", [expertune.optimize, expertune.restore, expertune.explain, expertune.add_lora])
+def test_what_is_no_transformers_model_is_refused(verb: Any) -> None:
+    with pytest.raises(ValueError, match="expected a Transformers or PEFT model, got Linear"):
+        verb(nn.Linear(2, 2))
+
+
+def test_a_name_that_there_is_not() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'fit'"):
+        expertune.fit  # noqa: B018
+    assert all(callable(getattr(expertune, name)) for name in expertune.__all__)
+
+
+def test_explain_tells_backend_weights_adapters_and_what_was_passed_over(checkpoint: Checkpoint) -> None:
+    model = load_tiny(checkpoint("qwen3_moe"))
+    assert str(expertune.explain(model)).startswith("not optimized")
+    text = str(expertune.explain(expertune.optimize(model))).splitlines()
+    assert text[0] == "2 layers with experts, backend asked for: auto"
+    assert text[1] == (
+        "model.layers.0.mlp.experts: native_torch · 8 experts 32→24, (E, O, I), torch.float64 · gate silu"
+    )
+    assert text[2] == "    adapter  none"
+    assert "    passed over  grouped_mm: needs bfloat16, float16 or float32, got torch.float64" in text
+    adapted = expertune.add_lora(model, r=3)
+    adapted.add_adapter("other", lora(r=2, target_parameters=adapted.peft_config["default"].target_parameters))
+    text = str(expertune.explain(adapted)).splitlines()
+    assert "    adapter  down_proj: default (r=3)" in text
+    assert "    adapter  gate_up_proj: default (r=3)" in text
+    adapted.set_adapter("other")
+    assert "    adapter  gate_up_proj: other (r=2)" in str(expertune.explain(adapted)).splitlines()
+    assert str(expertune.explain(expertune.restore(adapted))).startswith("not optimized")
+
+
+def test_explain_after_the_model_moved_to_another_dtype(checkpoint: Checkpoint, walks: list[str]) -> None:
+    """The backend is chosen for the weights as they are, also when they are cast later."""
+    model = expertune.optimize(load_tiny(checkpoint("gpt_oss")))
+    model.to(torch.bfloat16)(**batch())
+    assert "layers.0.mlp.experts: grouped_mm · 8 experts 32→24, (E, I, O), torch.bfloat16 · gate clamped silu" in str(
+        expertune.explain(model)
+    )
+    assert set(walks) == {"grouped_mm"}
