@@ -1,0 +1,84 @@
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from expertune.training.data import Rows, read_data, to_dataset
+from expertune.training.errors import UserError
+from expertune.training.recipe_file import make_recipe
+from tests.training.conftest import CHAT, make_tokenizer
+
+TEXTS = [{"text": str(i)} for i in range(20)]
+
+
+def read(path: Path, **fields: Any) -> tuple[Rows, Rows | None]:
+    return read_data(make_recipe({"model_name_or_path": "m", "output_dir": "o", "dataset_name": str(path)} | fields))
+
+
+def test_renames_columns(write_rows: Callable[..., Path]) -> None:
+    path = write_rows([{"question": "q", "answer": "a"}])
+    rows, _ = read(path, columns={"question": "prompt", "answer": "completion"})
+    assert (rows.shape, rows.values, rows.where) == (
+        "prompt_completion",
+        ({"prompt": "q", "completion": "a"},),
+        (f"{path}, line 1",),
+    )
+
+
+@pytest.mark.parametrize(("eval_size", "num_eval"), [(5, 5), (0.25, 5), (0.01, 1)])
+def test_holds_out_rows(eval_size: float, num_eval: int, write_rows: Callable[..., Path]) -> None:
+    path = write_rows(TEXTS)
+    train, held_out = read(path, eval_size=eval_size)
+    assert held_out is not None
+    assert (len(train), len(held_out)) == (20 - num_eval, num_eval)
+    assert sorted(map(str, (*train.values, *held_out.values))) == sorted(map(str, TEXTS))
+    for rows in (train, held_out):
+        for value, where in zip(rows.values, rows.where, strict=True):
+            assert where == f"{path}, line {int(value['text']) + 1}"
+    assert read(path, eval_size=eval_size) == (train, held_out)
+    assert read(path, eval_size=eval_size, seed=1) != (train, held_out)
+
+
+def test_evaluates_on_other_data(write_rows: Callable[..., Path]) -> None:
+    train, held_out = read(write_rows(TEXTS), eval_dataset_name=str(write_rows(TEXTS[:3], "test.jsonl")))
+    assert held_out is not None
+    assert (len(train), len(held_out)) == (20, 3)
+
+
+def test_refuses(write_rows: Callable[..., Path]) -> None:
+    with pytest.raises(UserError, match="holds no rows"):
+        read(write_rows([]))
+    with pytest.raises(UserError, match="hold out 20 of 20 rows"):
+        read(write_rows(TEXTS), eval_size=20)
+    with pytest.raises(UserError, match="columns names question, but the data has the columns text"):
+        read(write_rows(TEXTS), columns={"question": "text"})
+    with pytest.raises(UserError, match="two columns of the data are called text"):
+        read(write_rows([{"a": "1", "text": "2"}]), columns={"a": "text"})
+    strings, messages = {"prompt": "q", "completion": "a"}, [{"role": "assistant", "content": "a"}]
+    with pytest.raises(UserError, match="line 2: field 'prompt' holds a list, but the rows before it a str"):
+        read(write_rows([strings, {"prompt": messages, "completion": messages}]))
+
+
+def rows(shape: str, value: dict[str, Any]) -> Rows:
+    return Rows(shape=shape, values=(value,), where=("here",))
+
+
+def test_alpaca_needs_no_chat_template() -> None:
+    alpaca = rows("alpaca", {"instruction": "i", "input": "", "output": "o"})
+    assert to_dataset(alpaca, make_tokenizer())[0]["completion"] == "o"
+    assert to_dataset(alpaca, make_tokenizer(CHAT))[0]["completion"] == [{"role": "assistant", "content": "o"}]
+
+
+def test_conversations_need_a_chat_template() -> None:
+    talk = rows("messages", {"messages": [{"role": "assistant", "content": "a"}]})
+    assert to_dataset(talk, make_tokenizer(CHAT)).column_names == ["messages"]
+    with pytest.raises(UserError, match="no chat template. Set chat_template_path"):
+        to_dataset(talk, make_tokenizer())
+
+
+def test_strings_need_an_end() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.eos_token = None
+    with pytest.raises(UserError, match="no end-of-sequence token"):
+        to_dataset(rows("text", {"text": "a"}), tokenizer)

@@ -1,0 +1,92 @@
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
+import pytest
+from datasets import Dataset
+from datasets.exceptions import DatasetNotFoundError
+
+from expertune.training import files
+from expertune.training.errors import UserError
+
+ROWS = [{"prompt": "one, two\n", "completion": '"three"'}, {"prompt": "ä", "completion": "b"}]
+WRITERS: dict[str, Callable[[Path], object]] = {
+    ".jsonl": lambda path: path.write_text("\n\n".join(map(json.dumps, ROWS)), encoding="utf-8"),
+    ".json": lambda path: path.write_text(json.dumps(ROWS), encoding="utf-8-sig"),
+    ".csv": lambda path: pa.csv.write_csv(pa.Table.from_pylist(ROWS), path),
+    ".parquet": lambda path: pa.parquet.write_table(pa.Table.from_pylist(ROWS), path),
+}
+
+
+def read(path: Path | str, split: str | None = None, config: str | None = None) -> list[files.Row]:
+    return list(files.read_rows(str(path), split=split, default_split="train", config=config))
+
+
+@pytest.mark.parametrize("suffix", WRITERS)
+def test_reads(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"data{suffix}"
+    WRITERS[suffix](path)
+    rows = read(path)
+    assert [row for _, row in rows] == ROWS
+    assert all(re.fullmatch(re.escape(str(path)) + r", (line|row) \d+", where) for where, _ in rows)
+
+
+def test_reads_the_files_of_a_split(tmp_path: Path) -> None:
+    for name, value in {"train-2.jsonl": 2, "train-1.jsonl": 1, "test.jsonl": 3, "train.txt": 4}.items():
+        (tmp_path / name).write_text(json.dumps({"text": value}))
+    assert [row["text"] for _, row in read(tmp_path)] == [1, 2]
+    assert [row["text"] for _, row in read(tmp_path, "test")] == [3]
+    with pytest.raises(UserError, match=r"begins with 'dev'; it has test.jsonl, train-1.jsonl, train-2.jsonl"):
+        read(tmp_path, "dev")
+
+
+BROKEN: dict[str, tuple[str, bytes, str]] = {
+    "jsonl": ("d.jsonl", b'{"text": "a"}\n{"text": "b"\n', r"d.jsonl, line 2 is not JSON: Expecting ',' .*Mend"),
+    "no object": ("d.jsonl", b'{"text": "a"}\n\n[1]\n', r"d.jsonl, line 3 holds a JSON list, expected an object"),
+    "not utf-8": ("d.jsonl", b'{"text": "\xff"}\n', r"d.jsonl, line 1 is not utf-8"),
+    "lines in json": ("d.json", b'{"text": "a"}\n{"text": "b"}', r"name the file .jsonl"),
+    "json object": ("d.json", b'{"text": "a"}', r"d.json holds a JSON dict, expected a list"),
+    "csv": ("d.csv", b"text,answer\na,b\nc\n", r"d.csv, line 3 has another number of fields than the header"),
+    "csv quotes": ("d.csv", b'text\n"a\n', r"d.csv, line \d is not CSV"),
+    "csv not utf-8": ("d.csv", b"text\n\xff\n", r"d.csv is not utf-8"),
+    "parquet": ("d.parquet", b"no", r"d.parquet is not Parquet"),
+    "suffix": ("d.txt", b"text", r"none of the files that can be read: .jsonl, .json, .parquet, .csv"),
+}
+
+
+@pytest.mark.parametrize(("name", "content", "words"), BROKEN.values(), ids=BROKEN)
+def test_names_what_is_broken(name: str, content: bytes, words: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=words):
+        read(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["missing.jsonl", "./missing", "/missing", "a/b/c"])
+def test_refuses_what_is_not_there(name: str) -> None:
+    with pytest.raises(UserError, match="there is no data at"):
+        read(name)
+
+
+def test_refuses_settings_of_the_hub_for_a_file(tmp_path: Path) -> None:
+    WRITERS[".jsonl"](tmp_path / "d.jsonl")
+    with pytest.raises(UserError, match="no split 'train'"):
+        read(tmp_path / "d.jsonl", "train")
+    with pytest.raises(UserError, match="dataset_config='main'"):
+        read(tmp_path / "d.jsonl", config="main")
+
+
+def test_reads_from_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(name: str, config: str | None, *, split: str) -> Any:
+        if name != "owner/data":
+            raise DatasetNotFoundError(f"Dataset '{name}' doesn't exist on the Hub.")
+        return Dataset.from_list([{"text": f"{config} {split}"}])
+
+    monkeypatch.setattr(files, "load_dataset", load)
+    assert read("owner/data", config="main") == [("owner/data, train, row 1", {"text": "main train"})]
+    with pytest.raises(UserError, match="there is no file or folder 'owner/other'.*Check the name"):
+        read("owner/other")
