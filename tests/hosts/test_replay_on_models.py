@@ -79,6 +79,18 @@ def test_gradients_are_those_without(
     assert len(walks) == 2 * num_layers, "nothing was computed again"
 
 
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_two_passes_before_one_backward(checkpoint: Checkpoint, way: Any) -> None:
+    """As preference losses do: each pass has its own routing to replay, whatever the order of recomputation."""
+    models = [expertune.optimize(stock(checkpoint("qwen3_moe"), lora())), stock(checkpoint("qwen3_moe"), lora())]
+    way(models[1])
+    grads = []
+    for model in models:
+        (model(**batch(0)).loss - 0.5 * model(**batch(1, length=7)).loss).backward()
+        grads.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    assert_equal_within(grads[1], grads[0], 1e-12)
+
+
 def _drifting(model: nn.Module) -> _Drift:
     """The drift inside every router, in forward and again in recomputation."""
     drift = _Drift()

@@ -234,6 +234,14 @@ def test_generating_with_a_cache_equals_the_host(checkpoint: Checkpoint, walks: 
         torch.testing.assert_close(ours_step, theirs_step, rtol=1e-10, atol=1e-10)
 
 
+def test_inference_mode(checkpoint: Checkpoint, walks: list[str]) -> None:
+    stock, model = (load_tiny(checkpoint("deepseek_v3")).eval() for _ in range(2))
+    with torch.inference_mode():
+        ours, theirs = expertune.optimize(model)(**batch()).logits, stock(**batch()).logits
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    assert walks
+
+
 def test_importing_changes_nothing_global(tmp_path: Path) -> None:
     """In a process of its own: nothing printed, no host imported by the package, no host changed by the verbs."""
     program = """
