@@ -80,7 +80,8 @@ def make(make_base: Callable[..., Path], write_rows: Callable[..., Path], tmp_pa
             "output_dir": str(tmp_path / "out"),
             "max_length": 100,
         } | fields
-        values.setdefault("dataset_name", str(write_rows(SUMS)))
-        return make_recipe({key: value for key, value in values.items() if value is not ...})
+        if "dataset_name" not in values:
+            values["dataset_name"] = str(write_rows(SUMS))
+        return make_recipe(values)
 
     return recipe

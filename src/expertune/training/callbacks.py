@@ -86,7 +86,7 @@ class Recorder(TrainerCallback):
             self._display.start_bar(state.max_steps)
         else:
             self._busy_total_s += seconds  # the first step is not like the others
-        self._display.advance(state.global_step, "evaluating" if control.should_evaluate else "training")
+        self._display.advance(state.global_step)
         if state.global_step == state.max_steps:
             control.should_log = True
 
@@ -116,7 +116,6 @@ class Recorder(TrainerCallback):
         """A record of an evaluation."""
         loss = kwargs["metrics"]["eval_loss"]
         self._add(Record(step=state.global_step, eval_loss=loss, elapsed_s=self._elapsed_s()), state.max_steps)
-        self._display.advance(state.global_step, "training")
 
     def on_train_end(
         self, _args: TrainingArguments, _state: TrainerState, _control: TrainerControl, **_kwargs: Any

@@ -7,7 +7,7 @@ from datetime import timedelta
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.status import Status
 
 from expertune.training.metrics import Record
@@ -70,26 +70,25 @@ class Display:
         if not self.console.is_terminal:
             return
         self._bar = Progress(
+            TextColumn("step {task.completed}/{task.total}"),
+            BarColumn(bar_width=8),
             TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[numbers]}"),
             TextColumn("ETA"),
             TimeRemainingColumn(),
             console=self.console,
         )
-        self._task = self._bar.add_task("training", total=num_steps, numbers="")
+        self._task = self._bar.add_task("", total=num_steps)
         self._bar.start()
 
-    def advance(self, step: int, doing: str) -> None:
-        """Move the bar to a step and say what comes next, "training" or "evaluating"."""
+    def advance(self, step: int) -> None:
+        """Move the bar to a step."""
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, description=doing)
+            self._bar.update(self._task, completed=step)
 
     def show(self, record: Record, num_steps: int, eta_s: float) -> None:
         """Show the numbers of a step, or of an evaluation after it; `eta_s` is 0 where it is not known."""
         if self._bar is not None and record.loss is not None:
-            self._bar.update(self._task, numbers=_numbers(record))
+            self._bar.update(self._task, description=_numbers(record))
             return
         step = f"step {record.step}/{num_steps}" if num_steps else f"step {record.step}"
         eta = f"  ETA {timedelta(seconds=round(eta_s))}" if eta_s else ""
@@ -103,12 +102,12 @@ class Display:
 
 
 def _numbers(record: Record) -> str:
-    parts = {
-        "loss {:.4f}": record.loss,
-        "grad norm {:.3g}": record.grad_norm,
-        "{:,.0f} tokens/s": record.tokens_per_s,
-        "peak {:.2f} GiB": record.peak_gib,
-    }
     if record.eval_loss is not None:
         return f"held-out loss {record.eval_loss:.4f}"
+    parts = {
+        "loss {:.4f}": record.loss,
+        "grad norm {:.2g}": record.grad_norm,
+        "{:,.0f} tok/s": record.tokens_per_s,
+        "{:.2f} GiB": record.peak_gib,
+    }
     return "  ".join(text.format(value) for text, value in parts.items() if value is not None)

@@ -1,6 +1,7 @@
 """A run from end to end: its stages in order, and what it leaves in the output folder."""
 
 import platform
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -69,7 +70,9 @@ def run(recipe: Recipe, console: Console | None = None) -> RunResult:
     """
     folder = OutputFolder(recipe.output_dir, overwrite=recipe.overwrite_output_dir)
     transformers.set_seed(recipe.seed)
-    with Display(console or Console()) as display, _bars_of_hosts(shown=False):
+    with Display(console or Console()) as display, _bars_of_hosts(shown=False), warnings.catch_warnings():
+        # names that the hosts changed among themselves; a user of a recipe can do nothing about them
+        warnings.simplefilter("ignore", FutureWarning)
         with display.stage("reading the data"):
             arguments = make_arguments(recipe, has_eval=bool(recipe.eval_size or recipe.eval_dataset_name))
             train_rows, eval_rows = read_data(recipe)

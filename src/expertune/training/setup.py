@@ -1,6 +1,5 @@
 """From a recipe to what TRL's trainer takes: the model with its adapters, the tokenizer, the arguments."""
 
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +32,7 @@ def make_arguments(recipe: Recipe, *, has_eval: bool) -> SFTConfig:
     """
     _check_names(recipe)
     try:
-        with warnings.catch_warnings():
-            # renamed in transformers 5.2x, but TRL's own default is True and only the old name turns it off everywhere
-            warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
-            arguments = _arguments(recipe, has_eval=has_eval)
+        arguments = _arguments(recipe, has_eval=has_eval)
     except ValueError as error:  # an optimizer that Transformers does not know
         raise UserError(f"{one_paragraph(error)} Correct the recipe.") from error
     if arguments.n_gpu > 1:

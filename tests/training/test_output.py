@@ -1,0 +1,111 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from expertune.training.errors import UserError
+from expertune.training.output import STATE_FILE, OutputFolder
+
+
+def fill(path: Path) -> None:
+    (path / "sub").mkdir()
+    (path / "sub" / "weights").write_text("new")
+    (path / "config").write_text("new")
+
+
+def run(path: Path, *, overwrite: bool = False, finish: bool = True, adapter: str = "adapter") -> OutputFolder:
+    folder = OutputFolder(path, overwrite=overwrite)
+    folder.claim()
+    folder.file("metrics.jsonl").write_text("new")
+    folder.write_folder(adapter, fill)
+    if finish:
+        folder.finish()
+    return folder
+
+
+def files(path: Path) -> set[str]:
+    return {file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()}
+
+
+WRITTEN = {STATE_FILE, "metrics.jsonl", "adapter/config", "adapter/sub/weights"}
+
+
+def test_lists_what_it_wrote(tmp_path: Path) -> None:
+    run(tmp_path / "a" / "b")
+    assert files(tmp_path / "a" / "b") == WRITTEN
+    state = json.loads((tmp_path / "a" / "b" / STATE_FILE).read_text())
+    assert (state["status"], set(state["wrote"])) == ("finished", WRITTEN)
+
+
+def test_looking_writes_nothing(tmp_path: Path) -> None:
+    OutputFolder(tmp_path / "out", overwrite=True)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("finish", "words"), [(True, "holds a finished run"), (False, "holds a half-written run")])
+def test_refuses_an_earlier_run(finish: bool, words: str, tmp_path: Path) -> None:
+    run(tmp_path, finish=finish)
+    with pytest.raises(UserError, match=f"{words}.*overwrite_output_dir=true"):
+        OutputFolder(tmp_path, overwrite=False)
+    assert files(tmp_path) == WRITTEN
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+@pytest.mark.parametrize("state", [None, "{", "[]", "{}"])
+def test_never_touches_a_foreign_folder(overwrite: bool, state: str | None, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("mine")
+    if state is not None:
+        (tmp_path / STATE_FILE).write_text(state)
+    with pytest.raises(UserError, match="files that expertune did not write"):
+        OutputFolder(tmp_path, overwrite=overwrite)
+    assert (tmp_path / "thesis.tex").read_text() == "mine"
+
+
+def test_overwrites_only_what_a_run_wrote(tmp_path: Path) -> None:
+    run(tmp_path, adapter="checkpoint-5")
+    (tmp_path / "notes.txt").write_text("mine")
+    run(tmp_path, overwrite=True)
+    assert files(tmp_path) == WRITTEN | {"notes.txt"}
+    assert not (tmp_path / "checkpoint-5").exists()
+
+
+def test_refuses_to_overwrite_files_among_its_own(tmp_path: Path) -> None:
+    run(tmp_path)
+    (tmp_path / "adapter" / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="adapter/notes.txt lie among the files"):
+        OutputFolder(tmp_path, overwrite=True)
+    assert files(tmp_path) == WRITTEN | {"adapter/notes.txt"}
+
+
+def test_does_not_follow_a_state_file_out_of_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("mine")
+    run(tmp_path / "out")
+    state = json.loads((tmp_path / "out" / STATE_FILE).read_text())
+    state["wrote"] += ["../mine", str(tmp_path / "mine")]
+    (tmp_path / "out" / STATE_FILE).write_text(json.dumps(state))
+    OutputFolder(tmp_path / "out", overwrite=True).claim()
+    assert (tmp_path / "mine").exists()
+
+
+def test_a_killed_save_leaves_no_folder_of_that_name(tmp_path: Path) -> None:
+    def killed(path: Path) -> None:
+        fill(path)
+        raise KeyboardInterrupt
+
+    folder = OutputFolder(tmp_path, overwrite=False)
+    folder.claim()
+    with pytest.raises(KeyboardInterrupt):
+        folder.write_folder("adapter", killed)
+    assert not (tmp_path / "adapter").exists()
+    with pytest.raises(UserError, match="half-written"):
+        OutputFolder(tmp_path, overwrite=False)
+    run(tmp_path, overwrite=True)
+    assert files(tmp_path) == WRITTEN
+
+
+def test_refuses_a_file_and_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match="is a file"):
+        OutputFolder(tmp_path / "file", overwrite=True)
+    with pytest.raises(UserError, match="cannot be written"):
+        OutputFolder(tmp_path / "file" / "out", overwrite=True).claim()

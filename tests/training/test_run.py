@@ -1,0 +1,203 @@
+"""Whole runs on a tiny model."""
+
+import json
+from collections.abc import Callable
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from expertune.training import run as run_module
+from expertune.training.callbacks import Trainer
+from expertune.training.errors import UserError
+from expertune.training.recipe import Recipe
+from expertune.training.recipe_file import load_recipe
+from expertune.training.run import RunResult, run
+from tests.training.conftest import CHAT, SUMS, UNMARKED
+
+Make = Callable[..., Recipe]
+
+
+def quiet(recipe: Recipe) -> RunResult:
+    return run(recipe, Console(file=StringIO()))
+
+
+def test_lora_from_the_recipe_to_stock_peft(make: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    trained: list[Trainer] = []
+    monkeypatch.setattr(run_module, "Trainer", lambda **kwargs: trained.append(Trainer(**kwargs)) or trained[0])
+    output = StringIO()
+    recipe = make(r=4, eval_size=4, eval_steps=2, save_steps=2, learning_rate=1e-2)
+    result = run(recipe, Console(file=output, width=100))
+
+    folder = tmp_path / "out"
+    assert {path.name for path in folder.iterdir()} == {
+        "adapter",
+        "checkpoint-2",
+        "expertune_run.json",
+        "recipe.yaml",
+        "metrics.jsonl",
+        "loss.png",
+    }
+    assert json.loads((folder / "expertune_run.json").read_text())["status"] == "finished"
+    assert load_recipe(folder / "recipe.yaml") == recipe
+    versions = yaml.safe_load((folder / "recipe.yaml").read_text())["versions"]
+    assert versions["torch"] == torch.__version__
+    assert {"expertune", "transformers", "peft", "trl", "python", "device"} <= set(versions)
+
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["loss"] is None) for line in lines] == [
+        (0, True),
+        (1, False),
+        (2, False),
+        (2, True),
+        (3, False),
+        (3, True),
+    ]
+    assert len(result.losses) == 3
+    assert result.eval_losses[-1] < result.eval_losses[0]
+    stages = ["reading the data", "loading the model", "attaching adapters", "tokenising", "evaluating", "first step"]
+    places = [output.getvalue().index(f"{stage}") for stage in [*stages, "step 1/3", "saving"]]
+    assert places == sorted(places)
+
+    stock = AutoModelForCausalLM.from_pretrained(recipe.model_name_or_path, dtype=torch.float32)
+    stock = PeftModel.from_pretrained(stock, result.weights).eval()
+    ids = AutoTokenizer.from_pretrained(result.weights)("1+2=3", return_tensors="pt").input_ids
+    ours = trained[0].model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(stock(ids).logits, ours(ids).logits, rtol=1e-4, atol=1e-4)
+        with stock.disable_adapter():
+            assert not torch.allclose(stock(ids).logits, ours(ids).logits, rtol=1e-3, atol=1e-3)
+
+
+def test_full_fine_tuning_saves_a_model(make: Make, tmp_path: Path) -> None:
+    recipe = make(finetuning_type="full", router_aux_loss_coef=0.01, memory="fast", learning_rate=1e-3)
+    result = quiet(recipe)
+    model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model", output_loading_info=True)
+    assert not any(info.values())
+    assert not model.config.output_router_logits
+    before = AutoModelForCausalLM.from_pretrained(recipe.model_name_or_path)
+    same = [
+        torch.equal(a, b.to(a.dtype)) for a, b in zip(model.parameters(), before.parameters(), strict=True)
+    ]
+    assert not any(same)
+    assert load_recipe(result.output_dir / "recipe.yaml") == recipe
+
+
+def labels(make: Make, monkeypatch: pytest.MonkeyPatch, **fields: Any) -> list[str]:
+    """The text that the loss is on, a string a row; nothing is trained."""
+    caught: list[list[str]] = []
+
+    def catch(_recipe: Recipe, trainer: Trainer, *_rest: Any) -> RunResult:
+        tokenizer = trainer.processing_class
+        rows = trainer.train_dataset["labels"]
+        caught.append([tokenizer.decode([token for token in row if token != -100]) for row in rows])
+        return RunResult(output_dir=Path(), weights=Path(), records=())
+
+    monkeypatch.setattr(run_module, "_train", catch)
+    quiet(make(overwrite_output_dir=True, **fields))
+    return caught[0]
+
+
+TALK = [
+    {"role": "user", "content": "hi"},
+    {"role": "assistant", "content": "ho"},
+    {"role": "user", "content": "more"},
+    {"role": "assistant", "content": "no"},
+]
+SHARED = [{"from": "human" if m["role"] == "user" else "gpt", "value": m["content"]} for m in TALK]
+ALPACA = {"instruction": "Add.", "input": "1+1", "output": "2"}
+SHAPES: dict[str, tuple[str | None, dict[str, Any], str]] = {
+    "text": (None, {"text": "all of it"}, "all of it<eos>"),
+    "strings": (None, {"prompt": "question ", "completion": "answer"}, "answer<eos>"),
+    "message lists": (CHAT, {"prompt": TALK[:3], "completion": TALK[3:]}, "no<eos>"),
+    "message lists, no marks": (UNMARKED, {"prompt": TALK[:3], "completion": TALK[3:]}, "no<eos>"),
+    "messages": (CHAT, {"messages": TALK}, "ho<eos>no<eos>"),
+    "sharegpt": (CHAT, {"conversations": SHARED}, "ho<eos>no<eos>"),
+    "alpaca": (None, ALPACA, "2<eos>"),
+    "alpaca, chat": (UNMARKED, ALPACA, "2<eos>"),
+}
+
+
+@pytest.mark.parametrize(("template", "row", "expected"), SHAPES.values(), ids=SHAPES)
+def test_the_loss_is_on_the_response(
+    template: str | None,
+    row: dict[str, Any],
+    expected: str,
+    make: Make,
+    make_base: Callable[..., Path],
+    write_rows: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    base = str(make_base(chat_template=template))
+    data = str(write_rows([row] * 2))
+    assert labels(make, monkeypatch, model_name_or_path=base, dataset_name=data) == [expected] * 2
+
+
+def test_another_chat_template(
+    make: Make, write_rows: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    template = tmp_path / "chat.jinja"
+    template.write_text(CHAT.replace("<eos>", "!"))
+    data = str(write_rows([{"messages": TALK}]))
+    assert labels(make, monkeypatch, dataset_name=data, chat_template_path=str(template)) == ["ho!no!"]
+
+
+def test_packed_rows_do_not_see_each_other(make: Make, write_rows: Callable[..., Path], tmp_path: Path) -> None:
+    rows = str(write_rows(SUMS[:6]))
+    settings = {"dataset_name": rows, "max_steps": 1, "router_aux_loss_coef": 0}
+    plain = quiet(make(**settings, per_device_train_batch_size=6, output_dir=str(tmp_path / "plain")))
+    packed = quiet(make(**settings, packing=True, per_device_train_batch_size=1, output_dir=str(tmp_path / "packed")))
+    assert packed.losses == pytest.approx(plain.losses, rel=1e-4)
+
+
+def test_an_adapter_is_trained_further(make: Make, tmp_path: Path) -> None:
+    first = quiet(make(r=4, learning_rate=1e-2))
+    again = make(model_name_or_path=str(first.weights), output_dir=str(tmp_path / "again"), learning_rate=1e-2)
+    assert quiet(again).losses[0] < first.losses[0]
+    with pytest.raises(UserError, match="is an adapter, which is trained further as it is; drop r"):
+        quiet(make(model_name_or_path=str(first.weights), output_dir=str(tmp_path / "third"), r=4))
+
+
+def test_a_model_without_experts_trains_and_says_so(make: Make, make_base: Callable[..., Path]) -> None:
+    output = StringIO()
+    result = run(make(model_name_or_path=str(make_base("qwen3"))), Console(file=output, width=200))
+    assert "no experts" in output.getvalue()
+    assert len(result.losses) == 3
+
+
+def test_two_runs_are_equal(make: Make, tmp_path: Path) -> None:
+    runs = [quiet(make(output_dir=str(tmp_path / name))) for name in ("a", "b")]
+    assert runs[0].losses == runs[1].losses
+    weights = [(result.weights / "adapter_model.safetensors").read_bytes() for result in runs]
+    assert weights[0] == weights[1]
+
+
+def test_a_loss_that_is_no_number_halts_and_keeps_what_was_saved(
+    make: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def compute_loss(self: Trainer, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = stock(self, *args, **kwargs)
+        return loss * torch.nan if self.state.global_step == 2 else loss
+
+    stock = Trainer.compute_loss
+    monkeypatch.setattr(Trainer, "compute_loss", compute_loss)
+    with pytest.raises(UserError, match="the loss is nan in step 3.*weights are not saved.*Lower learning_rate"):
+        quiet(make(save_steps=1, max_steps=5))
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"checkpoint-1", "checkpoint-2", "expertune_run.json", "recipe.yaml", "metrics.jsonl"}
+    assert len((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()) == 2
+    with pytest.raises(UserError, match="half-written"):
+        quiet(make())
+
+
+def test_truncated_answers_are_counted(make: Make, write_rows: Callable[..., Path]) -> None:
+    data = str(write_rows([{"prompt": "1", "completion": "123456789"}, {"prompt": "1", "completion": "1"}]))
+    output = StringIO()
+    run(make(dataset_name=data, max_length=5), Console(file=output, width=200))
+    assert "1 answers are cut off at max_length=5 (training)" in output.getvalue()

@@ -1,0 +1,41 @@
+import pytest
+from datasets import Dataset
+
+from expertune.training.errors import UserError
+from expertune.training.supervision import check_chat_template, supervise
+from tests.training.conftest import CHAT, UNMARKED, make_tokenizer
+
+
+def tokens(*labels: list[int]) -> Dataset:
+    return Dataset.from_list([{"input_ids": list(range(len(row))), "labels": row, "prompt": "p"} for row in labels])
+
+
+def test_counts_and_cuts() -> None:
+    answer, long_answer, long_text = [-100, -100, 2, 3], [-100, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4]
+    result = supervise(tokens(answer, long_answer, long_text), ["a", "b", "c"], max_length=4)
+    # the first label is never predicted
+    assert (result.num_tokens, result.num_supervised, result.num_cut) == (12, 2 + 3 + 3, 2)
+    assert list(result.dataset["labels"]) == [answer, long_answer[:4], long_text[:4]]
+    assert list(result.dataset["input_ids"]) == [[0, 1, 2, 3]] * 3
+    assert "the loss is on 8 of them (67 %)" in str(result)
+
+
+def test_without_max_length_nothing_is_cut() -> None:
+    result = supervise(tokens([-100, *range(50)]), ["a"], max_length=None)
+    assert (result.num_tokens, result.num_supervised, result.num_cut) == (51, 50, 0)
+
+
+def test_names_the_row_whose_answer_is_cut_off() -> None:
+    with pytest.raises(UserError, match="^data, line 2: the prompt alone fills max_length=3 tokens.*Raise max_length"):
+        supervise(tokens([-100, 1], [-100, -100, -100, 1]), ["data, line 1", "data, line 2"], max_length=3)
+
+
+def test_names_the_row_without_a_supervised_token() -> None:
+    with pytest.raises(UserError, match=r"^a \(and 1 more rows\): no token to learn from"):
+        supervise(tokens([-100, -100], [1, 1], [5]), ["a", "b", "c"], max_length=3)
+
+
+def test_chat_template() -> None:
+    check_chat_template(make_tokenizer(CHAT))
+    with pytest.raises(UserError, match="does not mark what the assistant says.*chat_template_path"):
+        check_chat_template(make_tokenizer(UNMARKED))
