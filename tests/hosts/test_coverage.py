@@ -80,6 +80,13 @@ def test_full_fine_tuning_covers_every_parameter(checkpoint: Checkpoint, family:
     assert expertune.trained(model).num_trained == 0
 
 
+def test_the_gate_of_a_shared_expert_counts_as_a_router(checkpoint: Checkpoint) -> None:
+    table = expertune.trained(load_tiny(checkpoint("qwen2_moe")))
+    kinds = {row.name: row.kind for row in table.rows}
+    assert kinds["mlp.shared_expert_gate"] == kinds["mlp.gate"] == "router"
+    assert kinds["mlp.shared_expert.down_proj"] == "shared experts"
+
+
 def test_pefts_gap_is_seen(checkpoint: Checkpoint) -> None:
     """The same names given to stock PEFT leave shared experts and dense layers out: the table says so."""
     config = lora(target_modules=["gate_proj", "up_proj", "down_proj"], target_parameters=None)

@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 import expertune
 from tests.conftest import Checkpoint
 from tests.hosts.adapters import EXPERTS, lora, stock, wrap
+from tests.hosts.fingerprints import fingerprint
 from tests.hosts.models import CONFIGS, batch, load_tiny
 from tests.hosts.passes import BACKENDS, Routes, assert_equal_within, run
 from tests.numerics import assert_no_worse
@@ -179,7 +180,7 @@ def test_a_parametrization_of_expert_weights_is_refused(checkpoint: Checkpoint) 
     parametrize.register_parametrization(model.model.layers[1].mlp.experts, "down_proj", Doubled())  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match=r"layers\.1\.mlp\.experts.*not through the walk"):
         model(**batch())
-    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.experts"):
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.experts.*parametrized weights"):
         expertune.optimize(model)
 
 
@@ -194,8 +195,11 @@ def test_an_injected_adapter_is_consumed(checkpoint: Checkpoint, walks: list[str
 
 def test_an_adapter_on_a_bias_of_experts_is_refused(checkpoint: Checkpoint) -> None:
     config = lora(target_parameters=["mlp.experts.down_proj_bias"])
+    model = stock(checkpoint("gpt_oss"), config)
+    before = fingerprint(model)
     with pytest.raises(ValueError, match=r"mlp\.experts\.down_proj_bias.*cannot adapt.*gate_up_proj or down_proj"):
-        expertune.optimize(stock(checkpoint("gpt_oss"), config))
+        expertune.optimize(model)
+    assert fingerprint(model) == before
     late = wrap(expertune.optimize(load_tiny(checkpoint("gpt_oss"))), config)
     with pytest.raises(ValueError, match=r"mlp\.experts\.down_proj_bias.*cannot adapt"):
         late(**batch())

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import expertune
 from tests.conftest import Checkpoint
 from tests.hosts.adapters import EXPERTS, lora, stock
+from tests.hosts.fingerprints import fingerprint
 from tests.hosts.models import CONFIGS, batch, load_tiny
 from tests.hosts.passes import assert_equal_within
 
@@ -97,13 +98,28 @@ def test_a_square_adapter_of_peft_0_18_is_refused(checkpoint: Checkpoint, tmp_pa
     base = _old_adapter(checkpoint, tmp_path, "0.18.1")
     words = r"'default' was written by PEFT 0\.18\.1.*input and output swapped.*Merge it with the PEFT that wrote it"
     stock_model = PeftModel.from_pretrained(load_tiny(base), tmp_path)  # PEFT takes it without a word
+    before = fingerprint(stock_model)
     with pytest.raises(ValueError, match=words):
         expertune.optimize(stock_model)
+    assert fingerprint(stock_model) == before
     late = PeftModel.from_pretrained(expertune.optimize(load_tiny(base)), tmp_path)
     with pytest.raises(ValueError, match=words):
         late(**batch())
     with pytest.raises(ValueError, match=words):  # and again, not only at the first try
         late(**batch())
+
+
+def test_an_old_adapter_beside_a_good_one_is_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """Loaded into wrappers that the walk has taken in already."""
+    base = _old_adapter(checkpoint, tmp_path, "0.18.1")
+    config = lora(target_modules=[], target_parameters=EXPERTS[:1])
+    model = expertune.optimize(stock(base, config))
+    model(**batch())
+    model.load_adapter(tmp_path, "old")
+    with pytest.raises(ValueError, match=r"'old' was written by PEFT 0\.18\.1"):
+        model(**batch())
+    model.delete_adapter("old")
+    assert_equal_within(_logits(model), _logits(stock(base, config)), ROUNDING)
 
 
 @pytest.mark.parametrize("version", ["0.18.1", "0.17.0", None])

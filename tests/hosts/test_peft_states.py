@@ -10,7 +10,7 @@ from torch import nn
 
 import expertune
 from tests.conftest import Checkpoint
-from tests.hosts.adapters import EXPERTS, lora, stock
+from tests.hosts.adapters import EXPERTS, lora, stock, wrap
 from tests.hosts.models import batch, load_tiny
 from tests.hosts.passes import assert_equal_within, run
 
@@ -135,6 +135,12 @@ def test_merge_and_unload_equals_stock(pair: Pair, walks: list[str], names: list
 def test_unloading_leaves_the_base_model_running_through_the_walk(pair: Pair, walks: list[str]) -> None:
     theirs, ours = (model.unload() for model in pair)
     assert_equal_within(_logits(ours), _logits(theirs), ROUNDING)
+    assert walks
+
+
+def test_wrapped_again_under_the_same_name(pair: Pair, walks: list[str]) -> None:
+    theirs, ours = (wrap(model.unload(), lora(r=2), seed=5) for model in pair)
+    assert_equal_within(run(ours, batch()), run(theirs, batch()), ROUNDING)
     assert walks
 
 

@@ -198,6 +198,17 @@ class TestGradientProof:
         settings = {"gradient_accumulation_steps": 2, "callbacks": [GradientProof()]}
         _trainer(model, tmp_path, num_steps=1, **settings).train()
 
+    def test_looks_once_a_run(self, checkpoint: Checkpoint) -> None:
+        model = expertune.optimize(stock(checkpoint("qwen3_moe"), CONFIG))
+        proof, host = GradientProof(), {"args": None, "state": None, "control": None}
+        run(model, batch())
+        proof.on_pre_optimizer_step(*host.values(), model=model)
+        model.zero_grad()
+        proof.on_pre_optimizer_step(*host.values(), model=model)
+        proof.on_train_begin(*host.values())
+        with pytest.raises(RuntimeError, match="received no gradient"):
+            proof.on_pre_optimizer_step(*host.values(), model=model)
+
     def test_an_expert_without_tokens_is_no_error(self, checkpoint: Checkpoint) -> None:
         """Two tokens reach at most four of eight experts; the adapters of the others get none, and need none."""
         model = expertune.optimize(stock(checkpoint("qwen3_moe"), CONFIG))
