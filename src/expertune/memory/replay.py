@@ -94,7 +94,7 @@ class RoutingReplay:
             self._modes[thread] = mode
 
     def leave_block(self) -> None:
-        """At the end of a MoE block, also when it raised."""
+        """Once a MoE block has routed, and at its end, also when it raised. Twice does no harm."""
         if (mode := self._modes.pop(threading.get_ident(), None)) is not None:
             mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
