@@ -12,6 +12,7 @@ demo: .venv/.installed
 
 test: .venv/.installed
 	$(BIN)/pytest -n $(JOBS)
+	TRITON_INTERPRET=1 $(BIN)/pytest -n $(JOBS) -k "kernels or triton" tests/kernels tests/test_experts.py tests/backends tests/test_saved_bytes.py
 
 lint: .venv/.installed
 	$(BIN)/ruff check .
@@ -24,7 +25,7 @@ format: .venv/.installed
 	$(BIN)/ruff format .
 
 bench: .venv/.installed
-	$(BIN)/python benchmarks/walk_memory.py
+	$(BIN)/python benchmarks/moe_block.py
 
 clean:
 	rm -rf .venv runs build dist

@@ -1,0 +1,176 @@
+"""Each kernel against plain torch: data movement exactly, arithmetic no worse than the same in torch.
+
+On a GPU they run there; on a CPU in Triton's interpreter, if it was asked for: `TRITON_INTERPRET=1 pytest`.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from expertune.activations import ClampedSwiGlu, Gate, GeGlu, SwiGlu
+from expertune.backends import native_torch, triton
+from expertune.routing import Dispatch
+from expertune.shapes import LoraFactors
+from expertune.weights.dense import DenseWeights
+from tests.cases import DEVICE, NUM_EXPERTS, ROUTINGS, problem
+from tests.numerics import assert_no_worse
+
+DTYPES = [d for d in (torch.float32, torch.float16, torch.bfloat16) if triton.BACKEND.why_not(problem(d, 16)) is None]
+pytestmark = pytest.mark.skipif(not DTYPES, reason="needs a GPU, or TRITON_INTERPRET=1 for Triton's interpreter")
+
+WIDTH, OUT = 72, 40
+GATES = {
+    "silu": SwiGlu(),
+    "silu interleaved": SwiGlu(is_concatenated=False),
+    "gelu": GeGlu("none"),
+    "gelu tanh interleaved": GeGlu("tanh", is_concatenated=False),
+    "clamped": ClampedSwiGlu(1.702, 1.0),
+    "clamped concatenated": ClampedSwiGlu(1.702, 1.0, is_concatenated=True),
+}
+
+
+def steps():  # type: ignore[no-untyped-def]
+    return triton.BACKEND.steps()
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    values = torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return values.to(DEVICE, dtype)
+
+
+def adapter(rank: int) -> LoraFactors:
+    return LoraFactors(a=normal(NUM_EXPERTS * rank, WIDTH), b=normal(OUT, rank * NUM_EXPERTS, seed=1), scale=1.5)
+
+
+@pytest.fixture(params=ROUTINGS.values(), ids=ROUTINGS)
+def routing(request: pytest.FixtureRequest) -> Dispatch:
+    return steps().dispatch(request.param.to(DEVICE), NUM_EXPERTS)  # type: ignore[no-any-return]
+
+
+class TestRouting:
+    @pytest.mark.parametrize("expert_TK", ROUTINGS.values(), ids=ROUTINGS)
+    def test_is_the_stable_sort(self, expert_TK: Tensor) -> None:
+        ours = steps().dispatch(expert_TK.to(DEVICE), NUM_EXPERTS)
+        plain = native_torch.STEPS.dispatch(expert_TK.to(DEVICE), NUM_EXPERTS)
+        for name in ("row_slot_N", "row_expert_N", "token_row_TK", "ends_E"):
+            assert torch.equal(getattr(ours, name), getattr(plain, name)), name
+
+    @pytest.mark.parametrize(("num_tokens", "top_k", "num_experts"), [(700, 4, 37), (1500, 3, 128), (9, 8, 512)])
+    def test_several_blocks_and_many_experts(self, num_tokens: int, top_k: int, num_experts: int) -> None:
+        expert_TK = normal(num_tokens, num_experts).topk(top_k, dim=-1).indices
+        ours, plain = (s.dispatch(expert_TK, num_experts) for s in (steps(), native_torch.STEPS))
+        assert torch.equal(ours.row_slot_N, plain.row_slot_N)
+        assert torch.equal(ours.token_row_TK, plain.token_row_TK)
+
+    def test_tiles_cover_each_experts_rows_once(self, routing: Dispatch) -> None:
+        tiles = routing.tiles
+        assert tiles is not None
+        count = int(tiles.count)
+        assert count <= len(tiles.expert)
+        ends = routing.ends_E.tolist()
+        starts = [0, *ends[:-1]]
+        expected = [(e, row) for e in range(NUM_EXPERTS) for row in range(starts[e], ends[e], tiles.rows)]
+        assert list(zip(tiles.expert[:count].tolist(), tiles.row[:count].tolist(), strict=True)) == expected
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+class TestProducts:
+    @pytest.mark.parametrize("is_k_contiguous", [False, True])
+    @pytest.mark.parametrize("rank", [0, 8, 24])
+    def test_linear_with_low_rank_and_bias(
+        self, routing: Dispatch, dtype: torch.dtype, rank: int, is_k_contiguous: bool
+    ) -> None:
+        x_NI, w_EIO = (
+            normal(len(routing.row_expert_N), WIDTH, dtype=dtype),
+            normal(NUM_EXPERTS, WIDTH, OUT, dtype=dtype),
+        )
+        mid_NR, b_ERO = (
+            normal(x_NI.shape[0], max(rank, 1), dtype=dtype),
+            normal(NUM_EXPERTS, max(rank, 1), OUT, dtype=dtype),
+        )
+        bias_EO = normal(NUM_EXPERTS, OUT, dtype=dtype)
+        if is_k_contiguous:
+            w_EIO, b_ERO = w_EIO.mT.contiguous().mT, b_ERO.mT.contiguous().mT
+        low_rank = (mid_NR, b_ERO) if rank else None
+        y_NO = steps().linear(x_NI, w_EIO, routing, low_rank=low_rank, bias_EO=bias_EO)
+
+        def define(to: torch.dtype) -> Tensor:
+            e = routing.row_expert_N.long()
+            y = torch.einsum("ni,nio->no", x_NI.to(to), w_EIO.to(to)[e]) + bias_EO.to(to)[e]
+            return y + torch.einsum("nr,nro->no", mid_NR.to(to), b_ERO.to(to)[e]) if rank else y
+
+        assert_no_worse(y_NO, define(dtype), define(torch.float64))
+
+    @pytest.mark.parametrize("rank", [8, 24, 136])
+    def test_gather_copies_exactly_and_shrinks(self, routing: Dispatch, dtype: torch.dtype, rank: int) -> None:
+        num_tokens = routing.token_row_TK.shape[0]
+        x_TI, a_ERI = normal(num_tokens, WIDTH, dtype=dtype), normal(NUM_EXPERTS, rank, WIDTH, dtype=dtype)
+        x_NI, mid_NR = steps().gather(x_TI, a_ERI, routing)
+        assert torch.equal(x_NI, x_TI[routing.row_token_N.long()])
+        assert torch.equal(steps().shrink(x_NI, a_ERI.mT.contiguous().mT, routing), mid_NR)
+        plain = native_torch.STEPS.shrink(x_NI, a_ERI, routing)
+        assert_no_worse(mid_NR, plain, native_torch.STEPS.shrink(x_NI.double(), a_ERI.double(), routing))
+
+    @pytest.mark.parametrize("weighted", [False, True])
+    @pytest.mark.parametrize("by_token", [False, True])
+    @pytest.mark.parametrize("ranks", [(8,), (24,), (4, 9)], ids=str)
+    def test_factor_gradients(
+        self, routing: Dispatch, dtype: torch.dtype, ranks: tuple[int, ...], by_token: bool, weighted: bool
+    ) -> None:
+        adapters = [adapter(rank) for rank in ranks]
+        num_rows = routing.token_row_TK.shape[0] if by_token else len(routing.row_expert_N)
+        rank = -(-sum(ranks) // 8) * 8
+        x, dy = normal(num_rows, WIDTH, dtype=dtype), normal(num_rows, OUT, dtype=dtype)
+        mid_NR = normal(len(routing.row_expert_N), rank, dtype=dtype)
+        weight_TK = normal(*routing.token_row_TK.shape) if weighted else None
+        exact = None if weight_TK is None else weight_TK.double()
+        rows = {"by_token": by_token}
+        for name, wide in (("a_grads", x), ("b_grads", dy)):
+            ours = getattr(steps(), name)(wide, mid_NR, adapters, routing, weight_TK, **rows)
+            plain = getattr(native_torch.STEPS, name)(wide, mid_NR, adapters, routing, weight_TK, **rows)
+            truth = getattr(native_torch.STEPS, name)(wide.double(), mid_NR.double(), adapters, routing, exact, **rows)
+            for i in range(len(ranks)):
+                assert ours[i].shape == truth[i].shape
+                assert_no_worse(ours[i], plain[i], truth[i], f"{name}[{i}]")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("is_transposed", [False, True])
+@pytest.mark.parametrize("ranks", [(8,), (3,), (8, 16)], ids=str)
+def test_packing_is_exact(ranks: tuple[int, ...], is_transposed: bool, dtype: torch.dtype) -> None:
+    adapters = [adapter(rank) for rank in ranks]
+    weights = DenseWeights(normal(NUM_EXPERTS, WIDTH, OUT, dtype=dtype), is_transposed)
+    ours, plain = (s.pack(adapters, weights) for s in (steps(), native_torch.STEPS))
+    assert torch.equal(ours.a_ERI, plain.a_ERI)
+    assert torch.equal(ours.b_EOR, plain.b_EOR)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("gate", GATES.values(), ids=GATES)
+def test_gates(routing: Dispatch, gate: Gate, dtype: torch.dtype) -> None:
+    num_rows = len(routing.row_expert_N)
+    # beyond one block of columns, and at the clamp on neither side by rounding
+    h_NG, da_NF = normal(num_rows, 600, dtype=dtype) * 1.5, normal(num_rows, 300, dtype=dtype)
+    weight_TK = normal(*routing.token_row_TK.shape)
+    before = h_NG.clone()
+    results = [steps().gate_forward(gate, h_NG), *steps().gate_backward(gate, h_NG, da_NF.clone(), weight_TK, routing)]
+    assert torch.equal(h_NG, before), "the gate wrote into what was saved for backward"
+
+    def define(to: torch.dtype) -> list[Tensor]:
+        h, weight = h_NG.to(to), weight_TK.to(torch.promote_types(to, torch.float32))
+        return [gate.forward(h), *native_torch.STEPS.gate_backward(gate, h, da_NF.to(to), weight, routing)]
+
+    names = ("a", "a again", "dh", "router")
+    for name, ours, plain, truth in zip(names, results, define(dtype), define(torch.float64), strict=True):
+        assert_no_worse(ours, plain.to(ours.dtype), truth, name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_combine(routing: Dispatch, weighted: bool, dtype: torch.dtype) -> None:
+    y_ND = normal(len(routing.row_expert_N), WIDTH, dtype=dtype)
+    weight_TK = F.softmax(normal(*routing.token_row_TK.shape), dim=-1) if weighted else None
+    plain = native_torch.STEPS.combine(y_ND, weight_TK, routing)
+    truth = native_torch.STEPS.combine(y_ND.double(), None if weight_TK is None else weight_TK.double(), routing)
+    assert_no_worse(steps().combine(y_ND, weight_TK, routing), plain, truth)
