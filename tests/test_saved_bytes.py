@@ -11,7 +11,7 @@ from expertune.backends import native_torch
 from expertune.backends.protocol import Backend
 from expertune.experts import ExpertsStep, Projection, experts
 from expertune.shapes import ExpertsLayout, LoraFactors
-from tests.cases import pair_id, runnable
+from tests.cases import DEVICE, pair_id, runnable
 
 T, K, E, D, F, R = 50, 4, 8, 64, 32, 16
 
@@ -24,12 +24,16 @@ def _inputs(
     def projection(width_in: int, width_out: int) -> Projection:
         shape = (E, width_in, width_out) if is_transposed else (E, width_out, width_in)
         adapter = LoraFactors(
-            a=torch.randn(E * R, width_in).requires_grad_(), b=torch.randn(width_out, R * E).requires_grad_(), scale=2.0
+            a=torch.randn(E * R, width_in, device=DEVICE).requires_grad_(),
+            b=torch.randn(width_out, R * E, device=DEVICE).requires_grad_(),
+            scale=2.0,
         )
-        return Projection(weight=torch.randn(shape).to(dtype).requires_grad_(trains_base), adapters=(adapter,))
+        return Projection(
+            weight=torch.randn(shape, device=DEVICE).to(dtype).requires_grad_(trains_base), adapters=(adapter,)
+        )
 
-    x_TD = torch.randn(T, D).to(dtype).requires_grad_()
-    weight_TK, expert_TK = torch.randn(T, E).to(dtype).softmax(-1).topk(K, dim=-1)
+    x_TD = torch.randn(T, D, device=DEVICE).to(dtype).requires_grad_()
+    weight_TK, expert_TK = torch.randn(T, E, device=DEVICE).to(dtype).softmax(-1).topk(K, dim=-1)
     return x_TD, expert_TK, weight_TK.requires_grad_(), (projection(D, 2 * F), projection(F, D))
 
 

@@ -105,21 +105,23 @@ def detach(model: PreTrainedModel) -> None:
     for layer in _checkpointed(model):
         layer._gradient_checkpointing_func = layer._gradient_checkpointing_func.host
     for module in model.modules():
-        if isinstance(module, ParamWrapper):
-            peft.unbind(module)
+        peft.unbind(module)
     del model._expertune
 
 
 def bind_all(model: PreTrainedModel) -> None:
-    """Give every PEFT wrapper that is there already our forward.
+    """Give every LoRA layer that is there already our forward; in a model without experts, none.
 
     Raises:
         ValueError: an adapter cannot be honoured.
     """
-    peft.check(model, {id(module): transformers.plan_of(module) for _, module in transformers.named_experts(model)})
+    plans = {id(module): transformers.plan_of(module) for _, module in transformers.named_experts(model)}
+    if not plans:
+        return
+    peft.check(model, plans)
     inner = {id(w) for module in model.modules() for w in peft.wrappers_of(module)[0][1:]}
     for module in model.modules():
-        if isinstance(module, ParamWrapper) and id(module) not in inner:
+        if id(module) not in inner:
             peft.bind(module)
 
 

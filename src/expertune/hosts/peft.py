@@ -3,15 +3,20 @@
 `target_parameters` puts a `ParamWrapper` around the experts, one a parameter, nested. Its own forward forms `W + s·BA`
 for every expert. We give the outermost wrapper of one model a forward that collects the active factors of the nest and
 calls the experts with them. Parameters, names, state dict, merging and saving stay PEFT's.
+
+The plain linears beside the experts keep PEFT's equation, in two operations an adapter instead of six: in a training
+step of short context such small operations take longer to submit than to run.
 """
 
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, cast
 
+import torch
 import torch.nn.functional as F
 from packaging.version import Version
-from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
@@ -49,24 +54,26 @@ def is_bound(wrapper: nn.Module) -> bool:
     return "forward" in vars(wrapper)
 
 
-def bind(wrapper: ParamWrapper) -> bool:
-    """Give the outermost wrapper around experts, or around the weight of a linear, a split forward. True if it did.
+def bind(module: nn.Module) -> None:
+    """Give a LoRA layer our forward: the outermost wrapper around experts or around a linear's weight, or a linear.
 
-    `check` must have passed before.
+    `check` must have passed before. What is none of these is left as it is.
     """
-    nest, base = wrappers_of(wrapper)
+    if type(module) is LoraLinear:
+        module.forward = partial(_lora_linear_forward, module)
+    if not isinstance(module, ParamWrapper):
+        return
+    nest, base = wrappers_of(module)
     if is_experts(base):
-        wrapper.forward = partial(_experts_forward, wrapper)
+        module.forward = partial(_experts_forward, module)
     elif isinstance(base, nn.Linear) and [inner.parameter_name for inner in nest] == ["weight"]:
-        wrapper.forward = partial(_linear_forward, wrapper)
-    else:
-        return False
-    return True
+        module.forward = partial(_linear_forward, module)
 
 
-def unbind(wrapper: ParamWrapper) -> None:
+def unbind(module: nn.Module) -> None:
     """Undo `bind`."""
-    vars(wrapper).pop("forward", None)
+    if isinstance(module, LoraLayer):
+        vars(module).pop("forward", None)
 
 
 def check(model: nn.Module, plans: Mapping[int, ExpertsPlan]) -> None:
@@ -155,7 +162,7 @@ def _swapped(which: str, version: str, experts: nn.Module) -> ValueError:
     )
 
 
-def _active_factors(wrapper: ParamWrapper) -> tuple[LoraFactors, ...]:
+def _active_factors(wrapper: LoraLayer) -> tuple[LoraFactors, ...]:
     """The factors that count now, as PEFT's own forward decides it."""
     if wrapper.disable_adapters:
         if wrapper.merged:
@@ -185,11 +192,32 @@ def _experts_forward(wrapper: ParamWrapper, *args: Any, **kwargs: Any) -> Any:
 
 
 def _linear_forward(wrapper: ParamWrapper, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """`xW + s(xA)B` for a plain linear whose weight is targeted, with the dtypes of PEFT's own LoRA linear."""
+    """`xW + s(xA)B` for a linear whose weight is targeted as a parameter."""
     _refuse_mixed_batches(kwargs)
-    result = cast(Tensor, wrapper.base_layer(x, *args, **kwargs))
+    return _add_low_rank(cast(Tensor, wrapper.base_layer(x, *args, **kwargs)), x, _active_factors(wrapper))
+
+
+def _lora_linear_forward(layer: LoraLinear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """The same for PEFT's own layer, where it does nothing but that; otherwise PEFT's own forward."""
+    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    is_plain = not (args or kwargs or layer.merged or layer.disable_adapters or layer.lora_variant) and all(
+        isinstance(layer.lora_dropout[name], nn.Identity) and not layer.lora_bias[name] for name in names
+    )
+    if not is_plain:
+        return cast(Tensor, LoraLinear.forward(layer, x, *args, **kwargs))
+    return _add_low_rank(cast(Tensor, layer.base_layer(x)), x, _active_factors(layer))
+
+
+def _add_low_rank(result: Tensor, x: Tensor, adapters: tuple[LoraFactors, ...]) -> Tensor:
+    """`result + Σ s(xA)B`, in the dtypes of PEFT's own LoRA linear."""
     dtype = result.dtype
-    for factors in _active_factors(wrapper):
-        mid = F.linear(x.to(factors.a.dtype), factors.a)
-        result = result + F.linear(mid, factors.b) * factors.scale
+    # PEFT widens x to the factors' dtype even where autocast narrows it again at once
+    is_cast_later = torch.is_autocast_enabled(x.device.type)
+    for adapter in adapters:
+        mid = F.linear(x if is_cast_later else x.to(adapter.a.dtype), adapter.a)
+        if is_cast_later or result.dtype == adapter.b.dtype:
+            flat = torch.addmm(result.flatten(0, -2), mid.flatten(0, -2), adapter.b.mT, alpha=adapter.scale)
+            result = flat.view(result.shape)
+        else:
+            result = result + F.linear(mid, adapter.b) * adapter.scale
     return result.to(dtype)
