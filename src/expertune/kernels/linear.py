@@ -138,42 +138,25 @@ def linear(
         config: how to cut the product; None takes the one for this device.
     """
     num_rows, width = x_NI.shape
-    y_NO = x_NI.new_empty((num_rows, w_EIO.shape[2]))
+    width_out = w_EIO.shape[2]
+    y_NO = x_NI.new_empty((num_rows, width_out))
     if num_rows == 0:
         return y_NO
     config = config or config_for(x_NI.device)
     is_k_contiguous = w_EIO.stride(1) == 1
     along = 2 if is_k_contiguous else 1
-    has_lora = mid_NR is not None and b_ERO is not None
-    low, high = (mid_NR, b_ERO) if has_lora else (x_NI, w_EIO)
-    assert low is not None and high is not None
+    low, high, rank = x_NI, w_EIO, 0
+    if mid_NR is not None and b_ERO is not None:
+        low, high, rank = mid_NR, b_ERO, mid_NR.shape[1]
     assert high.stride(3 - along) == 1 == w_EIO.stride(3 - along), "weights and factors lie along different dimensions"
-    most = tiles.expert.shape[0] * triton.cdiv(w_EIO.shape[2], config.columns)
+    most = tiles.expert.shape[0] * triton.cdiv(width_out, config.columns)
+    bias = y_NO if bias_EO is None else bias_EO
     launch(
         _linear_kernel,
         (min(most, num_programs(x_NI.device)), 1, 1),
-        (
-            x_NI,
-            w_EIO,
-            low,
-            high,
-            bias_EO if bias_EO is not None else y_NO,
-            y_NO,
-            tiles.expert,
-            tiles.row,
-            tiles.count,
-            tiles.ends_E,
-        ),
+        (x_NI, w_EIO, low, high, bias, y_NO, tiles.expert, tiles.row, tiles.count, tiles.ends_E),
         (),
-        (
-            width,
-            w_EIO.shape[2],
-            low.shape[1] if has_lora else 0,
-            w_EIO.stride(0),
-            w_EIO.stride(along),
-            high.stride(0),
-            high.stride(along),
-        ),
+        (width, width_out, rank, w_EIO.stride(0), w_EIO.stride(along), high.stride(0), high.stride(along)),
         {
             "IS_K_CONTIGUOUS": is_k_contiguous,
             "HAS_BIAS": bias_EO is not None,
