@@ -55,5 +55,3 @@ def test_records_what_is_logged(tmp_path: Path) -> None:
     ]
     assert all(record.tokens_per_s > 0 for record in recorder.records[:2])  # type: ignore[operator]
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 2]
-
-

@@ -73,7 +73,7 @@ def test_alpaca_needs_no_chat_template() -> None:
 def test_conversations_need_a_chat_template() -> None:
     talk = rows("messages", {"messages": [{"role": "assistant", "content": "a"}]})
     assert to_dataset(talk, make_tokenizer(CHAT)).column_names == ["messages"]
-    with pytest.raises(UserError, match="no chat template. Set chat_template_path"):
+    with pytest.raises(UserError, match=r"no chat template. Set chat_template_path"):
         to_dataset(talk, make_tokenizer())
 
 

@@ -88,5 +88,5 @@ def test_reads_from_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(files, "load_dataset", load)
     assert read("owner/data", config="main") == [("owner/data, train, row 1", {"text": "main train"})]
-    with pytest.raises(UserError, match="there is no file or folder 'owner/other'.*Check the name"):
+    with pytest.raises(UserError, match=r"there is no file or folder 'owner/other'.*Check the name"):
         read("owner/other")

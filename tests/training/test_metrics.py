@@ -37,7 +37,7 @@ def test_plots_both_losses(tmp_path: Path) -> None:
     def is_orange(pixel: tuple[float, ...]) -> bool:
         return pixel[0] - pixel[2] > 0.5
 
-    both = colours(RECORDS + [Record(step=9, loss=1, elapsed_s=3)])
+    both = colours([*RECORDS, Record(step=9, loss=1, elapsed_s=3)])
     assert any(map(is_blue, both))
     assert any(map(is_orange, both))
     assert not any(map(is_orange, colours(RECORDS[1:])))

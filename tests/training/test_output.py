@@ -72,7 +72,7 @@ def test_overwrites_only_what_a_run_wrote(tmp_path: Path) -> None:
 def test_refuses_to_overwrite_files_among_its_own(tmp_path: Path) -> None:
     run(tmp_path)
     (tmp_path / "adapter" / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match="adapter/notes.txt lie among the files"):
+    with pytest.raises(UserError, match=r"adapter/notes.txt lie among the files"):
         OutputFolder(tmp_path, overwrite=True)
     assert files(tmp_path) == WRITTEN | {"adapter/notes.txt"}
 

@@ -34,7 +34,7 @@ def test_overrides_alone_make_a_recipe() -> None:
 
 
 def test_byte_order_mark_and_versions_are_read_over(tmp_path: Path) -> None:
-    path = write(tmp_path, b"\xef\xbb\xbf" + TEXT.encode() + "versions: {torch: 2.13.0}\n".encode())
+    path = write(tmp_path, b"\xef\xbb\xbf" + TEXT.encode() + b"versions: {torch: 2.13.0}\n")
     assert load_recipe(path).model_name_or_path == "model"
 
 

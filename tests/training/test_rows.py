@@ -20,9 +20,11 @@ def test_detects(shape: str, columns: list[str]) -> None:
 
 
 def test_refuses_columns() -> None:
-    with pytest.raises(UserError, match=r"columns question, answer, which fit none.*alpaca: instruction, output.*colum"):
+    with pytest.raises(
+        UserError, match=r"columns question, answer, which fit none.*alpaca: instruction, output.*colum"
+    ):
         detect(["question", "answer"], "auto")
-    with pytest.raises(UserError, match="fit text and alpaca. Say which with dataset_format"):
+    with pytest.raises(UserError, match=r"fit text and alpaca. Say which with dataset_format"):
         detect(["instruction", "output", "text"], "auto")
     with pytest.raises(UserError, match="dataset_format messages needs messages"):
         detect(["text"], "messages")

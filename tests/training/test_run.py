@@ -82,9 +82,7 @@ def test_full_fine_tuning_saves_a_model(make: Make, tmp_path: Path) -> None:
     assert not any(info.values())
     assert not model.config.output_router_logits
     before = AutoModelForCausalLM.from_pretrained(recipe.model_name_or_path)
-    same = [
-        torch.equal(a, b.to(a.dtype)) for a, b in zip(model.parameters(), before.parameters(), strict=True)
-    ]
+    same = [torch.equal(a, b.to(a.dtype)) for a, b in zip(model.parameters(), before.parameters(), strict=True)]
     assert not any(same)
     assert load_recipe(result.output_dir / "recipe.yaml") == recipe
 
@@ -187,7 +185,7 @@ def test_a_loss_that_is_no_number_halts_and_keeps_what_was_saved(
 
     stock = Trainer.compute_loss
     monkeypatch.setattr(Trainer, "compute_loss", compute_loss)
-    with pytest.raises(UserError, match="the loss is nan in step 3.*weights are not saved.*Lower learning_rate"):
+    with pytest.raises(UserError, match=r"the loss is nan in step 3.*weights are not saved.*Lower learning_rate"):
         quiet(make(save_steps=1, max_steps=5))
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"checkpoint-1", "checkpoint-2", "expertune_run.json", "recipe.yaml", "metrics.jsonl"}

@@ -26,7 +26,7 @@ def test_without_max_length_nothing_is_cut() -> None:
 
 
 def test_names_the_row_whose_answer_is_cut_off() -> None:
-    with pytest.raises(UserError, match="^data, line 2: the prompt alone fills max_length=3 tokens.*Raise max_length"):
+    with pytest.raises(UserError, match=r"^data, line 2: the prompt alone fills max_length=3 tokens.*Raise max_length"):
         supervise(tokens([-100, 1], [-100, -100, -100, 1]), ["data, line 1", "data, line 2"], max_length=3)
 
 
@@ -37,5 +37,5 @@ def test_names_the_row_without_a_supervised_token() -> None:
 
 def test_chat_template() -> None:
     check_chat_template(make_tokenizer(CHAT))
-    with pytest.raises(UserError, match="does not mark what the assistant says.*chat_template_path"):
+    with pytest.raises(UserError, match=r"does not mark what the assistant says.*chat_template_path"):
         check_chat_template(make_tokenizer(UNMARKED))

@@ -71,7 +71,7 @@ def _read_json_lines(file: Path) -> Iterator[Row]:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 where = f"{file}, line {number}"
-                yield where, _object(where, _json(where, line))
+                yield where, _object(where, _json(where, line.rstrip()))
 
 
 def _read_json(file: Path) -> Iterator[Row]:
@@ -90,8 +90,9 @@ def _json(where: str, text: bytes) -> Any:
         raise UserError(f"{where} is not utf-8: {error}. Save the file as utf-8.") from error
     except json.JSONDecodeError as error:
         lines = " It looks like one object a line: name the file .jsonl." if error.msg == "Extra data" else ""
+        what = error.msg.removesuffix(" at")
         raise UserError(
-            f"{where} is not JSON: {error.msg} at character {error.pos + 1}.{lines or ' Mend or remove it.'}"
+            f"{where} is not JSON: {what} at character {error.pos + 1}.{lines or ' Mend or remove it.'}"
         ) from error
 
 

@@ -13,6 +13,7 @@ import datasets
 import torch
 import transformers
 import yaml
+from datasets import concatenate_datasets
 from rich.console import Console
 from torch import nn
 from transformers import PreTrainedTokenizerBase, PrinterCallback
@@ -29,7 +30,13 @@ from expertune.training.progress import Display
 from expertune.training.recipe import Recipe
 from expertune.training.recipe_file import VERSIONS
 from expertune.training.setup import add_adapters, load_model, make_arguments
-from expertune.training.supervision import Supervision, check_chat_template, supervise
+from expertune.training.supervision import (
+    Supervision,
+    check_chat_template,
+    first_row_without_answer,
+    nothing_to_learn,
+    supervise,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,13 +117,20 @@ def _make_trainer(
     if "messages" in raw[0].column_names:
         check_chat_template(tokenizer)
         arguments.assistant_only_loss = True
-    trainer = Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=raw[0],
-        eval_dataset=raw[1] if len(raw) > 1 else None,
-        processing_class=tokenizer,
-    )
+    try:
+        trainer = Trainer(
+            model=model,
+            args=arguments,
+            train_dataset=raw[0],
+            eval_dataset=raw[1] if len(raw) > 1 else None,
+            processing_class=tokenizer,
+        )
+    except RuntimeError as error:  # TRL's, which does not say which row
+        if "no assistant tokens" not in str(error):
+            raise
+        everything = concatenate_datasets(raw)
+        where = [place for part in rows if part is not None for place in part.where]
+        raise nothing_to_learn([where[first_row_without_answer(everything, tokenizer)]]) from error
     trainer.remove_callback(PrinterCallback)
     sets = [supervise(trainer.train_dataset, rows[0].where, recipe.max_length)]
     trainer.train_dataset = sets[0].dataset

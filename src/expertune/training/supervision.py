@@ -3,6 +3,7 @@
 TRL drops rows whose answer `max_length` cuts off, without a word. Here such a row is an error that names it.
 """
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -46,9 +47,7 @@ def check_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
     Raises:
         UserError: it has no `{% generation %}` marks, and TRL has no template for training in its place.
     """
-    template = tokenizer.chat_template
-    text = template["default"] if isinstance(template, dict) else template
-    if re.search(r"\{%-?\s*generation\b", text):
+    if _is_marked(tokenizer):
         return
     try:
         get_training_chat_template(tokenizer)
@@ -58,6 +57,25 @@ def check_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
             "it, so the loss would fall on the questions too. Set chat_template_path to a template with "
             "{% generation %} around the assistant's words, or give the data as prompt and completion."
         ) from error
+
+
+def first_row_without_answer(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> int:
+    """The index of the first conversation in which the chat template marks no token of the assistant."""
+    template = None if _is_marked(tokenizer) else get_training_chat_template(tokenizer)
+    for index, row in enumerate(dataset):
+        tools = json.loads(row["tools"]) if isinstance(row.get("tools"), str) else row.get("tools")
+        marks = tokenizer.apply_chat_template(
+            row["messages"], tools=tools, chat_template=template, return_dict=True, return_assistant_tokens_mask=True
+        )["assistant_masks"]
+        if not any(marks):
+            return index
+    raise AssertionError("every row has a token of the assistant")
+
+
+def _is_marked(tokenizer: PreTrainedTokenizerBase) -> bool:
+    template = tokenizer.chat_template
+    text = template["default"] if isinstance(template, dict) else template
+    return re.search(r"\{%-?\s*generation\b", text) is not None
 
 
 def supervise(dataset: Dataset, where: Sequence[str], max_length: int | None) -> Supervision:
@@ -85,10 +103,7 @@ def supervise(dataset: Dataset, where: Sequence[str], max_length: int | None) ->
         elif not kept:
             cut_off.append(place)
     if silent:
-        raise UserError(
-            f"{_places(silent)}: no token to learn from; the tokenizer and its chat template leave nothing of the "
-            "answer. Mend or remove the row, or change the template (chat_template_path)."
-        )
+        raise nothing_to_learn(silent)
     if cut_off:
         raise UserError(
             f"{_places(cut_off)}: the prompt alone fills max_length={max_length} tokens, so the answer is cut off and "
@@ -99,6 +114,14 @@ def supervise(dataset: Dataset, where: Sequence[str], max_length: int | None) ->
             lambda row: {"input_ids": row["input_ids"][:max_length], "labels": row["labels"][:max_length]}
         )
     return Supervision(dataset=dataset, num_tokens=num_tokens, num_supervised=num_supervised, num_cut=num_cut)
+
+
+def nothing_to_learn(places: Sequence[str]) -> UserError:
+    """The error for rows, in words, that have no supervised token."""
+    return UserError(
+        f"{_places(places)}: no token to learn from; the tokenizer and its chat template leave nothing of the answer. "
+        "Mend or remove the row, or change the template (chat_template_path)."
+    )
 
 
 def _count(labels: Sequence[int]) -> int:
