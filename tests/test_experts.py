@@ -221,6 +221,17 @@ def test_two_runs_are_bit_equal(backend: Backend, dtype: torch.dtype) -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.parametrize(("backend", "dtype"), runnable(torch.float32), ids=pair_id)
+def test_a_host_may_add_to_the_output_in_place(backend: Backend, dtype: torch.dtype) -> None:
+    """As DeepSeek's block of transformers 5.2 does with its shared experts; autograd forbids it on a view."""
+    kind = KINDS["concatenated"]
+    inputs = make_inputs(kind, ROUTINGS["even"], dtype)
+    out = walk(inputs, kind, backend)
+    out += 1
+    out.sum().backward()
+    assert inputs.x.grad is not None
+
+
 def test_an_expanded_gradient_is_taken() -> None:
     """`sum().backward()` hands over a gradient of stride 0, which grouped_mm itself refuses."""
     kind = KINDS["concatenated"]

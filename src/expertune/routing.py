@@ -68,7 +68,9 @@ def combine(y_ND: Tensor, weight_TK: Tensor, token_row_TK: Tensor) -> Tensor:
     """
     num_tokens, top_k = token_row_TK.shape
     y_TKD = y_ND.index_select(0, token_row_TK.reshape(-1)).view(num_tokens, top_k, y_ND.shape[1])
-    return torch.bmm(weight_TK.unsqueeze(1).to(y_ND.dtype), y_TKD).squeeze(1)
+    out_TD = y_ND.new_empty((num_tokens, y_ND.shape[1]))  # a base tensor: hosts add to it in place
+    torch.bmm(weight_TK.unsqueeze(1).to(y_ND.dtype), y_TKD, out=out_TD.unsqueeze(1))
+    return out_TD
 
 
 def sum_rows(dx_ND: Tensor, token_row_TK: Tensor) -> Tensor:

@@ -45,7 +45,7 @@ class ExpertsLayout:
 
 @dataclass(frozen=True, kw_only=True)
 class LoraFactors:
-    """One active adapter on one projection of the experts, in PEFT's own layout (0.19 and later).
+    """One active adapter on one projection of the experts, in PEFT's own layout (0.19.1 and later).
 
     Args:
         a: `(E·R, I)`, expert-major: read as `(E, R, I)`.

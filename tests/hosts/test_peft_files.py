@@ -122,7 +122,7 @@ def test_an_old_adapter_beside_a_good_one_is_refused(checkpoint: Checkpoint, tmp
     assert_equal_within(_logits(model), _logits(stock(base, config)), ROUNDING)
 
 
-@pytest.mark.parametrize("version", ["0.18.1", "0.17.0", None])
+@pytest.mark.parametrize("version", ["0.19.0", "0.18.1", "0.17.0", None])
 @pytest.mark.parametrize("is_square", [True, False])
 def test_load_refuses_an_old_adapter_before_peft_reads_it(
     checkpoint: Checkpoint, tmp_path: Path, version: str | None, is_square: bool
@@ -209,3 +209,10 @@ def test_an_adapter_per_expert_of_transformers_4_is_right(
     model, _ = expertune.load(str(tmp_path), dtype=torch.float64, memory="fast")
     assert_equal_within(_logits(model.train()), truth, 1e-10)
     assert walks
+
+
+def test_peft_0_19_0_alone_swapped_transposed_experts(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    stock(checkpoint("gpt_oss"), lora()).save_pretrained(tmp_path)
+    _swap_layout(tmp_path, "0.19.0")
+    with pytest.raises(ValueError, match=r"was written by PEFT 0\.19\.0.*input and output swapped"):
+        expertune.load(str(tmp_path))

@@ -24,7 +24,8 @@ from expertune.hosts.transformers import ExpertsPlan, first_name, is_experts, na
 from expertune.shapes import LoraFactors
 
 # Before this version, PEFT wrote the factors of weights that lie as (E, O, I) with input and output swapped.
-_LAYOUT_SINCE = Version("0.19.0.dev0")
+# Version 0.19.0 alone swapped the others instead.
+_SWAPPED, _LAYOUT_SINCE = Version("0.19.0.dev0"), Version("0.19.1.dev0")
 
 
 def wrappers_of(module: nn.Module) -> tuple[list[ParamWrapper], nn.Module]:
@@ -110,7 +111,7 @@ def _check(wrapper: ParamWrapper, base: nn.Module, plan: ExpertsPlan) -> None:
         if came != expected:
             raise ValueError(
                 f"adapter {name!r} on {plan.name}.{wrapper.parameter_name} has factors of shapes {came}, expected "
-                f"{expected}, the layout of PEFT 0.19 and later. Train it again, or convert it with the PEFT that "
+                f"{expected}, the layout of PEFT 0.19.1 and later. Train it again, or convert it with the PEFT that "
                 "wrote it."
             )
 
@@ -128,36 +129,42 @@ def check_saved(saved: Mapping[str, Any], model: nn.Module) -> None:
     # PEFT 0.17, the first with target_parameters, wrote no version
     version = saved.get("peft_version") or "0.17"
     targets = saved.get("target_parameters") or ()
-    if not _is_swapped(version):
-        return
     for path, experts in named_experts(model):
         names = [f"{path}.{first_name(experts)}", f"{path}.down_proj"]
-        if not experts.is_transposed and any(f".{name}".endswith(f".{target}") for name in names for target in targets):
+        if _is_swapped(version, experts) and any(
+            f".{name}".endswith(f".{target}") for name in names for target in targets
+        ):
             raise _swapped("of this folder", version, experts)
 
 
 def _check_versions(model: nn.Module) -> None:
     """The same for adapters that PEFT has loaded already, whose square shapes hide it."""
     for name, config in getattr(model, "peft_config", {}).items():
-        if not getattr(config, "target_parameters", None) or not _is_swapped(config.peft_version):
+        if not getattr(config, "target_parameters", None):
             continue
         for module in model.modules():
             nest, base = wrappers_of(module)
-            if not nest or name not in nest[0].lora_A or not is_experts(base) or base.is_transposed:
+            if not nest or name not in nest[0].lora_A or not is_experts(base):
+                continue
+            if not _is_swapped(config.peft_version, base):
                 continue
             # PEFT writes this pattern when it fuses one adapter an expert, of Transformers 4, to today's layout
             if rf".*\.{first_name(base)}" not in config.rank_pattern:
                 raise _swapped(repr(name), config.peft_version, base)
 
 
-def _is_swapped(version: str) -> bool:
-    return Version(version.split("@")[0]) < _LAYOUT_SINCE
+def _is_swapped(version: str, experts: nn.Module) -> bool:
+    """Whether PEFT of this version laid out the factors of these experts otherwise than today's does."""
+    written_by = Version(version.split("@")[0])
+    if written_by < _SWAPPED:
+        return not experts.is_transposed
+    return written_by < _LAYOUT_SINCE
 
 
 def _swapped(which: str, version: str, experts: nn.Module) -> ValueError:
     return ValueError(
         f"the adapter {which} was written by PEFT {version}, which lays out the factors of {type(experts).__name__} "
-        "with input and output swapped. Read by PEFT 0.19 or later it is another function. Merge it with the PEFT that "
+        "with input and output swapped. Read by PEFT 0.19.1 or later it is another function. Merge it with the PEFT that "
         "wrote it, or train it again."
     )
 
