@@ -76,12 +76,13 @@ def load(
     if torch.cuda.is_available():
         from_pretrained.setdefault("device_map", {"": torch.cuda.current_device()})
     model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype or "auto", **from_pretrained)
+    if saved is not None:
+        peft.check_saved(saved, model)
     tokenizer = AutoTokenizer.from_pretrained(base, **shared)
     if max_seq_length is not None:
         tokenizer.model_max_length = max_seq_length
     model.requires_grad_(full_finetuning)
     if saved is not None:
-        peft.check_saved(saved, model)
         model = PeftModel.from_pretrained(model, name_or_path, is_trainable=True)
     return optimize(model, backend=requested, memory=memory), tokenizer
 

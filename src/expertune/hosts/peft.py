@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from expertune.hosts.transformers import ExpertsPlan, first_name, is_experts, named_experts
 from expertune.shapes import LoraFactors
 
-# Before this version, PEFT wrote the factors of weights that lie as (E, O, I) with input and output swapped.
+# PEFT before 0.19.1 wrote the factors of weights that lie as (E, O, I) with input and output swapped.
 # Version 0.19.0 alone swapped the others instead.
 _SWAPPED, _LAYOUT_SINCE = Version("0.19.0.dev0"), Version("0.19.1.dev0")
 
@@ -117,7 +117,7 @@ def _check(wrapper: ParamWrapper, base: nn.Module, plan: ExpertsPlan) -> None:
 
 
 def check_saved(saved: Mapping[str, Any], model: nn.Module) -> None:
-    """Refuse an adapter on experts in PEFT 0.18's layout before PEFT reads it.
+    """Refuse an adapter on experts in an older PEFT's layout before PEFT reads it.
 
     Args:
         saved: what `adapter_config.json` says; PEFT rewrites some of it while it loads.
@@ -164,8 +164,8 @@ def _is_swapped(version: str, experts: nn.Module) -> bool:
 def _swapped(which: str, version: str, experts: nn.Module) -> ValueError:
     return ValueError(
         f"the adapter {which} was written by PEFT {version}, which lays out the factors of {type(experts).__name__} "
-        "with input and output swapped. Read by PEFT 0.19.1 or later it is another function. Merge it with the PEFT that "
-        "wrote it, or train it again."
+        "with input and output swapped. Read by PEFT 0.19.1 or later it is another function. Merge it with the PEFT "
+        "that wrote it, or train it again."
     )
 
 
