@@ -232,6 +232,20 @@ def test_a_host_may_add_to_the_output_in_place(backend: Backend, dtype: torch.dt
     assert inputs.x.grad is not None
 
 
+@pytest.mark.parametrize(("backend", "dtype"), runnable(torch.float32), ids=pair_id)
+def test_strides_of_the_routers_tensors_do_not_matter(backend: Backend, dtype: torch.dtype) -> None:
+    kind = KINDS["concatenated"]
+    inputs = make_inputs(kind, ROUTINGS["even"], dtype)
+    expected = outputs_and_grads(walk(inputs, kind, backend), inputs)
+    turned = replace(
+        inputs,
+        expert_TK=inputs.expert_TK.T.contiguous().T,
+        weight=inputs.weight.detach().T.contiguous().T.requires_grad_(),
+    )
+    results = outputs_and_grads(walk(turned, kind, backend), turned)
+    assert all(torch.equal(results[name], expected[name]) for name in expected)
+
+
 def test_an_expanded_gradient_is_taken() -> None:
     """`sum().backward()` hands over a gradient of stride 0, which grouped_mm itself refuses."""
     kind = KINDS["concatenated"]

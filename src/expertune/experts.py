@@ -168,7 +168,7 @@ class _ExpertsFunction(torch.autograd.Function):
             h_NG,
             mid1_NR if needs_first else None,
             mid2_NR if needs_second else None,
-            weight_TK.to(torch.promote_types(weight_TK.dtype, torch.float32)),
+            weight_TK.to(torch.promote_types(weight_TK.dtype, torch.float32)).contiguous(),
             *_routing_tensors(routing),
             *tensors,
         )
