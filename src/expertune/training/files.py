@@ -89,10 +89,10 @@ def _json(where: str, text: bytes) -> Any:
     except UnicodeDecodeError as error:
         raise UserError(f"{where} is not utf-8: {error}. Save the file as utf-8.") from error
     except json.JSONDecodeError as error:
-        lines = " It looks like one object a line: name the file .jsonl." if error.msg == "Extra data" else ""
-        what = error.msg.removesuffix(" at")
+        is_lines = error.msg == "Extra data"
+        hint = "It looks like one object a line: name the file .jsonl." if is_lines else "Mend or remove it."
         raise UserError(
-            f"{where} is not JSON: {what} at character {error.pos + 1}.{lines or ' Mend or remove it.'}"
+            f"{where} is not JSON: {error.msg.removesuffix(' at')} at character {error.pos + 1}. {hint}"
         ) from error
 
 

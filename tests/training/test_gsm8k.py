@@ -1,0 +1,44 @@
+"""The example of examples/gsm8k on the real file, through the command line."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from expertune.cli import app
+
+ROOT = Path(__file__).parents[2]
+DATA = Path(os.environ.get("EXPERTUNE_GSM8K", ROOT.parent / "shared" / "data" / "gsm8k" / "train.jsonl"))
+
+
+def train(output: Path, *overrides: str) -> list[float]:
+    """The held-out losses of a run, first to last."""
+    recipe = str(ROOT / "examples" / "gsm8k" / "recipe.yaml")
+    arguments = [f"dataset_name={DATA}", f"output_dir={output}", "eval_size=48", *overrides]
+    result = CliRunner().invoke(app, ["train", recipe, *arguments])
+    assert result.exit_code == 0, result.output
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [line["eval_loss"] for line in lines if line["eval_loss"] is not None]
+
+
+@pytest.mark.skipif(
+    not DATA.is_file(), reason=f"the GSM8K train.jsonl file is not at {DATA}; set EXPERTUNE_GSM8K to it"
+)
+def test_held_out_loss_falls(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    make_model = str(ROOT / "examples" / "gsm8k" / "make_model.py")
+    subprocess.run([sys.executable, make_model, str(DATA), str(base)], check=True)
+    losses = train(tmp_path / "full", f"model_name_or_path={base}", "max_steps=40")
+    assert len(losses) == 3  # before, after 20, after 40
+    assert losses[0] == pytest.approx(7.62, abs=0.2)  # chance: the logarithm of the vocabulary
+    assert losses[1] < losses[0] - 1
+    assert losses[2] < losses[1] - 0.2
+
+    model = f"model_name_or_path={tmp_path / 'full' / 'model'}"
+    lora = train(tmp_path / "lora", model, "finetuning_type=lora", "r=8", "max_steps=10", "eval_steps=10")
+    assert lora[0] == pytest.approx(losses[-1], rel=1e-4)  # an adapter begins as nothing
+    assert lora[-1] < lora[0]
