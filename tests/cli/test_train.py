@@ -182,6 +182,11 @@ def test_output_folders(desk: Desk) -> None:
     desk.refuses("match nothing", overwrite_output_dir=True, target_modules=["qproj"])
 
 
+def test_a_balance_loss_that_the_model_has_not(desk: Desk, make_base: Callable[..., Path]) -> None:
+    dense = str(make_base("qwen3"))
+    desk.refuses("qwen3 has no balance loss", model_name_or_path=dense, router_aux_loss_coef=0.1)
+
+
 def test_other_names_that_do_not_exist(desk: Desk) -> None:
     desk.refuses("adam is not a valid OptimizerNames", optim="adam")
     desk.refuses("report_to 'wandbb' is not installed here, or not known", report_to="wandbb")

@@ -21,7 +21,7 @@ def shown(*, terminal: bool, width: int = 80) -> str:
         display.start_bar(10)
         display.advance(2)
         display.show(TRAINING, 10, eta_s=75)
-        display.show(HELD_OUT, 10, eta_s=0)
+        display.show(HELD_OUT, 10, eta_s=75)
         display.stop_bar()
     return file.getvalue()
 

@@ -169,6 +169,19 @@ def test_a_model_without_experts_trains_and_says_so(make: Make, make_base: Calla
     assert len(result.losses) == 3
 
 
+def test_the_balance_loss_counts(make: Make, tmp_path: Path) -> None:
+    def first_loss(name: str, **fields: Any) -> float:
+        return quiet(make(max_steps=1, output_dir=str(tmp_path / name), **fields)).losses[0]
+
+    off, on, as_model = (
+        first_loss("0", router_aux_loss_coef=0),
+        first_loss("1", router_aux_loss_coef=1),
+        first_loss("n"),
+    )
+    assert on > off + 1  # it is at least 1 a layer where experts are balanced, and more where not
+    assert as_model - off == pytest.approx((on - off) * 0.001, rel=1e-2)  # qwen3_moe's own coefficient
+
+
 def test_two_runs_are_equal(make: Make, tmp_path: Path) -> None:
     runs = [quiet(make(output_dir=str(tmp_path / name))) for name in ("a", "b")]
     assert runs[0].losses == runs[1].losses

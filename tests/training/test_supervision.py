@@ -20,6 +20,12 @@ def test_counts_and_cuts() -> None:
     assert "the loss is on 8 of them (67 %)" in str(result)
 
 
+def test_makes_labels_of_the_masks_of_an_older_trl() -> None:
+    masked = [{"input_ids": [5, 6, 7], "completion_mask": [0, 1, 1], "assistant_masks": [1, 1, 0]}]
+    assert supervise(Dataset.from_list(masked), ["a"], max_length=9).dataset[0]["labels"] == [-100, 6, -100]
+    assert supervise(Dataset.from_list([{"input_ids": [5, 6]}]), ["a"], max_length=9).dataset[0]["labels"] == [5, 6]
+
+
 def test_without_max_length_nothing_is_cut() -> None:
     result = supervise(tokens([-100, *range(50)]), ["a"], max_length=None)
     assert (result.num_tokens, result.num_supervised, result.num_cut) == (51, 50, 0)

@@ -91,8 +91,8 @@ class Display:
             self._bar.update(self._task, description=_numbers(record))
             return
         step = f"step {record.step}/{num_steps}" if num_steps else f"step {record.step}"
-        eta = f"  ETA {timedelta(seconds=round(eta_s))}" if eta_s else ""
-        self.say(f"{step}  {_numbers(record)}{eta if self._bar is None else ''}")
+        eta = f"  ETA {timedelta(seconds=round(eta_s))}" if eta_s and record.loss is not None else ""
+        self.say(f"{step}  {_numbers(record)}{eta}")
 
     def stop_bar(self) -> None:
         """End the bar."""

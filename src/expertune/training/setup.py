@@ -69,6 +69,24 @@ def load_model(recipe: Recipe) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     return model, tokenizer
 
 
+def set_balance_loss(model: nn.Module, recipe: Recipe) -> None:
+    """Turn the routers' balance loss on or off, in the model's config, where TRL of every version looks.
+
+    Raises:
+        UserError: the recipe asks for it, and the model has none.
+    """
+    config: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
+    if hasattr(config, "output_router_logits") and hasattr(config, "router_aux_loss_coef"):
+        if recipe.router_aux_loss_coef is not None:
+            config.router_aux_loss_coef = recipe.router_aux_loss_coef
+        config.output_router_logits = config.router_aux_loss_coef != 0
+    elif recipe.router_aux_loss_coef:
+        raise UserError(
+            f"router_aux_loss_coef={recipe.router_aux_loss_coef:g} is set, but {config.model_type} has no balance "
+            "loss. Drop it."
+        )
+
+
 def add_adapters(model: nn.Module, recipe: Recipe) -> nn.Module:
     """The model with the recipe's adapters; one that was loaded from an adapter keeps that one.
 
@@ -116,7 +134,6 @@ def _arguments(recipe: Recipe, *, has_eval: bool) -> SFTConfig:
         eval_strategy="steps" if recipe.eval_steps is not None and has_eval else "no",
         eval_steps=recipe.eval_steps,
         save_strategy="no",
-        router_aux_loss_coef=recipe.router_aux_loss_coef,
         report_to=recipe.report_to,
         # the weights' own dtype is computed in; no autocast around it
         bf16=False,

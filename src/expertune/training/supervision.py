@@ -82,14 +82,14 @@ def supervise(dataset: Dataset, where: Sequence[str], max_length: int | None) ->
     """Cut rows to length and count what is left to learn.
 
     Args:
-        dataset: as TRL tokenised it, uncut, with `input_ids` and `labels`.
+        dataset: as TRL tokenised it, uncut, with `input_ids` and `labels`, or with the masks that make labels.
         where: each row came from, in words.
         max_length: in tokens; None cuts nothing.
 
     Raises:
         UserError: a row has no supervised token, or none within `max_length`.
     """
-    dataset = dataset.select_columns(["input_ids", "labels"])
+    dataset = _with_labels(dataset).select_columns(["input_ids", "labels"])
     num_tokens = num_supervised = num_cut = 0
     silent, cut_off = [], []
     for labels, place in zip(dataset["labels"], where, strict=True):
@@ -114,6 +114,19 @@ def supervise(dataset: Dataset, where: Sequence[str], max_length: int | None) ->
             lambda row: {"input_ids": row["input_ids"][:max_length], "labels": row["labels"][:max_length]}
         )
     return Supervision(dataset=dataset, num_tokens=num_tokens, num_supervised=num_supervised, num_cut=num_cut)
+
+
+def _with_labels(dataset: Dataset) -> Dataset:
+    """TRL before 1.8 leaves masks, which its collator would turn into labels; both take the labels that are there."""
+    if "labels" in dataset.column_names:
+        return dataset
+    masks = [name for name in ("completion_mask", "assistant_masks") if name in dataset.column_names]
+
+    def make_labels(row: dict[str, list[int]]) -> dict[str, list[int]]:
+        kept = zip(row["input_ids"], *(row[mask] for mask in masks), strict=True)
+        return {"labels": [token if all(bits) else _IGNORED for token, *bits in kept]}
+
+    return dataset.map(make_labels)
 
 
 def nothing_to_learn(places: Sequence[str]) -> UserError:
