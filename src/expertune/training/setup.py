@@ -70,15 +70,18 @@ def load_model(recipe: Recipe) -> tuple[nn.Module, PreTrainedTokenizerBase]:
 
 
 def set_balance_loss(model: nn.Module, recipe: Recipe) -> None:
-    """Turn the routers' balance loss on or off, in the model's config, where TRL of every version looks.
+    """Turn the routers' balance loss on or off, where TRL of every version looks.
 
     Raises:
         UserError: the recipe asks for it, and the model has none.
     """
-    config: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
+    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    config = inner.config.get_text_config()
     if hasattr(config, "output_router_logits") and hasattr(config, "router_aux_loss_coef"):
         if recipe.router_aux_loss_coef is not None:
             config.router_aux_loss_coef = recipe.router_aux_loss_coef
+            # a copy that Transformers made when it built the model; it counts for TRL before 1.8
+            inner.router_aux_loss_coef = recipe.router_aux_loss_coef
         config.output_router_logits = config.router_aux_loss_coef != 0
     elif recipe.router_aux_loss_coef:
         raise UserError(

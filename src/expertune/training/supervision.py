@@ -47,21 +47,23 @@ def check_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
     Raises:
         UserError: it has no `{% generation %}` marks, and TRL has no template for training in its place.
     """
-    if _is_marked(tokenizer):
+    if _is_marked(tokenizer.chat_template):
         return
     try:
-        get_training_chat_template(tokenizer)
-    except ValueError as error:
+        training_template = get_training_chat_template(tokenizer)
+    except ValueError:  # TRL's, for a template that it does not know
+        training_template = None
+    if training_template is None or not _is_marked(training_template):
         raise UserError(
             "the tokenizer's chat template does not mark what the assistant says, and TRL knows no training version of "
             "it, so the loss would fall on the questions too. Set chat_template_path to a template with "
             "{% generation %} around the assistant's words, or give the data as prompt and completion."
-        ) from error
+        )
 
 
 def first_row_without_answer(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> int:
     """The index of the first conversation in which the chat template marks no token of the assistant."""
-    template = None if _is_marked(tokenizer) else get_training_chat_template(tokenizer)
+    template = None if _is_marked(tokenizer.chat_template) else get_training_chat_template(tokenizer)
     for index, row in enumerate(dataset):
         tools = json.loads(row["tools"]) if isinstance(row.get("tools"), str) else row.get("tools")
         marks = tokenizer.apply_chat_template(
@@ -72,8 +74,7 @@ def first_row_without_answer(dataset: Dataset, tokenizer: PreTrainedTokenizerBas
     raise AssertionError("every row has a token of the assistant")
 
 
-def _is_marked(tokenizer: PreTrainedTokenizerBase) -> bool:
-    template = tokenizer.chat_template
+def _is_marked(template: str | dict[str, str]) -> bool:
     text = template["default"] if isinstance(template, dict) else template
     return re.search(r"\{%-?\s*generation\b", text) is not None
 
