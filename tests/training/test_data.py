@@ -46,6 +46,12 @@ def test_evaluates_on_other_data(write_rows: Callable[..., Path]) -> None:
     assert (len(train), len(held_out)) == (20, 3)
 
 
+def test_evaluates_on_the_same_shape_only(write_rows: Callable[..., Path]) -> None:
+    talk = str(write_rows([{"messages": [{"role": "assistant", "content": "a"}]}], "test.jsonl"))
+    with pytest.raises(UserError, match=r"holds messages, but .* text\. Give both"):
+        read(write_rows(TEXTS), eval_dataset_name=talk)
+
+
 def test_refuses(write_rows: Callable[..., Path]) -> None:
     with pytest.raises(UserError, match="holds no rows"):
         read(write_rows([]))

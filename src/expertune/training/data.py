@@ -44,7 +44,13 @@ def read_data(recipe: Recipe) -> tuple[Rows, Rows | None]:
     train = _checked(recipe.dataset_name, rows, recipe)
     if (name := recipe.eval_dataset_name) is not None:
         rows = read_rows(name, split=recipe.dataset_test_split, default_split="test", config=config)
-        return train, _checked(name, rows, recipe)
+        held_out = _checked(name, rows, recipe)
+        if _kind(held_out) != _kind(train):
+            raise UserError(
+                f"{name!r} holds {_kind(held_out)}, but {recipe.dataset_name!r} {_kind(train)}. "
+                "Give both the same shape."
+            )
+        return train, held_out
     if recipe.eval_size:
         return _split(train, recipe)
     return train, None
@@ -110,6 +116,12 @@ def _check_renaming(row: dict[str, Any], columns: dict[str, Any]) -> None:
     known = {name for needed in COLUMNS.values() for name in needed}
     if twice := sorted({name for name in targets if targets.count(name) > 1 and name in known}):
         raise UserError(f"after columns renamed them, two columns of the data are called {', '.join(twice)}.")
+
+
+def _kind(rows: Rows) -> str:
+    """The shape, and for prompts whether they are strings or lists of messages, which the loss treats apart."""
+    prompt = rows.values[0].get("prompt")
+    return f"{rows.shape} of messages" if isinstance(prompt, list) else rows.shape
 
 
 def _check_one_kind(values: list[dict[str, Any]], places: list[str]) -> None:

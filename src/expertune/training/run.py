@@ -96,7 +96,7 @@ def run(recipe: Recipe, console: Console | None = None) -> RunResult:
             display.console.print(expertune.trained(model))
         with display.stage("tokenising"):
             trainer, sets = _make_trainer(recipe, arguments, model, tokenizer, (train_rows, eval_rows))
-        _say_supervision(display, sets, recipe)
+        _say_supervision(display, sets, recipe, next(model.parameters()).dtype)
         folder.claim()
         _write_recipe(folder.file("recipe.yaml"), recipe, model)
         recorder = Recorder(display, folder.file("metrics.jsonl"))
@@ -195,7 +195,7 @@ def _backends(model: nn.Module) -> str:
     return f"{len(explanation.layers)} layers with experts, which run on {', '.join(names)}"
 
 
-def _say_supervision(display: Display, sets: list[Supervision], recipe: Recipe) -> None:
+def _say_supervision(display: Display, sets: list[Supervision], recipe: Recipe, dtype: torch.dtype) -> None:
     for name, part in zip(("training", "held out"), sets, strict=False):
         display.say(f"{name}: {part}")
         if part.num_cut:
@@ -203,7 +203,7 @@ def _say_supervision(display: Display, sets: list[Supervision], recipe: Recipe) 
                 f"warning: {part.num_cut:,} answers are cut off at max_length={recipe.max_length} ({name})",
                 style="yellow",
             )
-    if recipe.finetuning_type == "full" and recipe.dtype == "bfloat16":
+    if recipe.finetuning_type == "full" and dtype == torch.bfloat16:
         display.say("warning: bfloat16 weights round small updates away; dtype=float32 keeps them", style="yellow")
 
 
