@@ -1,37 +1,46 @@
-"""The GSM8K example on the real file: some tens of steps, after which the held-out loss has fallen.
+"""The example of examples/gsm8k on the real file, through the command line.
 
 The file is looked for at EXPERTUNE_GSM8K, then as data/gsm8k/train.jsonl in a folder beside the repository.
 """
 
+import json
 import os
-import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from peft import PeftModel
-from rich.console import Console
-from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
-from expertune.training.recipe_file import load_recipe
-from expertune.training.run import run
+from expertune.cli import app
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "gsm8k"
-BESIDE = sorted(EXAMPLE.parents[2].glob("*/data/gsm8k/train.jsonl"))
-FILE = os.environ.get("EXPERTUNE_GSM8K") or (str(BESIDE[0]) if BESIDE else None)
+ROOT = Path(__file__).parents[2]
+BESIDE = sorted(ROOT.parent.glob("*/data/gsm8k/train.jsonl"))
+DATA = Path(os.environ.get("EXPERTUNE_GSM8K") or (BESIDE[0] if BESIDE else "train.jsonl"))
 
 
-@pytest.mark.skipif(FILE is None, reason="needs the GSM8K train.jsonl file: set EXPERTUNE_GSM8K to its path")
-def test_held_out_loss_falls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def train(output: Path, *overrides: str) -> list[float]:
+    """The held-out losses of a run, first to last."""
+    recipe = str(ROOT / "examples" / "gsm8k" / "recipe.yaml")
+    arguments = [f"dataset_name={DATA}", f"output_dir={output}", "eval_size=48", *overrides]
+    result = CliRunner().invoke(app, ["train", recipe, *arguments])
+    assert result.exit_code == 0, result.output
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [line["eval_loss"] for line in lines if line["eval_loss"] is not None]
+
+
+@pytest.mark.skipif(not DATA.is_file(), reason="needs the GSM8K train.jsonl file: set EXPERTUNE_GSM8K to its path")
+def test_held_out_loss_falls(tmp_path: Path) -> None:
     base = tmp_path / "base"
-    monkeypatch.setattr("sys.argv", ["make_model.py", str(FILE), str(base), "--hidden-size", "64"])
-    runpy.run_path(str(EXAMPLE / "make_model.py"), run_name="__main__")
-    short = [f"dataset_name={FILE}", "eval_size=40", "per_device_train_batch_size=4"]
+    make_model = str(ROOT / "examples" / "gsm8k" / "make_model.py")
+    subprocess.run([sys.executable, make_model, str(DATA), str(base)], check=True)
+    losses = train(tmp_path / "full", f"model_name_or_path={base}", "max_steps=40")
+    assert len(losses) == 3  # before, after 20, after 40
+    assert losses[0] == pytest.approx(7.62, abs=0.2)  # chance: the logarithm of the vocabulary
+    assert losses[1] < losses[0] - 1
+    assert losses[2] < losses[1] - 0.2
 
-    overrides = [f"model_name_or_path={base}", f"output_dir={tmp_path / 'full'}", "max_steps=40", *short]
-    full = run(load_recipe(EXAMPLE / "recipe.yaml", overrides), Console(quiet=True))
-    assert full.eval_losses[-1] < 0.85 * full.eval_losses[0]
-
-    overrides = [f"model_name_or_path={full.weights}", f"output_dir={tmp_path / 'lora'}", "max_steps=20", *short]
-    lora = run(load_recipe(EXAMPLE / "recipe.yaml", [*overrides, "finetuning_type=lora"]), Console(quiet=True))
-    assert lora.eval_losses[-1] < lora.eval_losses[0]
-    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(full.weights), lora.weights)
+    model = f"model_name_or_path={tmp_path / 'full' / 'model'}"
+    lora = train(tmp_path / "lora", model, "finetuning_type=lora", "r=8", "max_steps=10", "eval_steps=10")
+    assert lora[0] == pytest.approx(losses[-1], rel=1e-4)  # an adapter begins as nothing
+    assert lora[-1] == pytest.approx(lora[0], abs=0.05)  # and in ten steps on so weak a base does no harm
