@@ -112,6 +112,16 @@ def test_disabling_a_merged_adapter_unmerges_it(pair: Pair) -> None:
         assert_equal_within(_logits(pair[1]), base, 1e-10)
 
 
+def test_disabling_a_merged_adapter_on_a_linears_weight_unmerges_it_before_it_is_used(checkpoint: Checkpoint) -> None:
+    """How `add_lora` reaches shared experts, whose names PEFT takes for the routed ones."""
+    config = lora(target_modules=[], target_parameters=["mlp.shared_experts.up_proj.weight"])
+    theirs, ours = (stock(checkpoint("glm4_moe_lite"), config) for _ in range(2))
+    base = _logits(theirs.unload())
+    expertune.optimize(ours).merge_adapter()
+    with ours.disable_adapter():
+        assert_equal_within(_logits(ours), base, 1e-10)
+
+
 @pytest.mark.parametrize("names", [None, ["second"], ["default", "second"]], ids=str)
 def test_merge_and_unload_equals_stock(pair: Pair, walks: list[str], names: list[str] | None) -> None:
     for model in pair:

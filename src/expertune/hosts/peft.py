@@ -201,7 +201,8 @@ def _experts_forward(wrapper: ParamWrapper, *args: Any, **kwargs: Any) -> Any:
 def _linear_forward(wrapper: ParamWrapper, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """`xW + s(xA)B` for a linear whose weight is targeted as a parameter."""
     _refuse_mixed_batches(kwargs)
-    return _add_low_rank(cast(Tensor, wrapper.base_layer(x, *args, **kwargs)), x, _active_factors(wrapper))
+    factors = _active_factors(wrapper)  # first: it may unmerge
+    return _add_low_rank(cast(Tensor, wrapper.base_layer(x, *args, **kwargs)), x, factors)
 
 
 def _lora_linear_forward(layer: LoraLinear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
