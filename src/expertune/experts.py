@@ -201,7 +201,7 @@ class _ExpertsFunction(torch.autograd.Function):
                 dweight_TK = dweight_TK + _bias_part(dout_TD, second.bias_EO, routing).to(dweight_TK.dtype)
             grads.weight_TK = dweight_TK.to(ctx.weight_dtype)
         if wants_b2 or wants_w2:
-            weight_N1 = weight_TK.reshape(-1, 1).index_select(0, routing.row_slot_N).to(dout_TD.dtype)
+            weight_N1 = routing.by_row(weight_TK).to(dout_TD.dtype)
             grads.b2 = second.bias_grad(dout_ND, weight_N1) if wants_b2 else None
             grads.w2 = second.weight_grad(dout_ND, a_NF * weight_N1) if wants_w2 else None
             del dout_ND

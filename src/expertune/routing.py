@@ -39,6 +39,10 @@ class Dispatch:
         """The token that a row copies."""
         return self.row_slot_N // max(self.top_k, 1)
 
+    def by_row(self, weight_TK: Tensor) -> Tensor:
+        """The router's weight of each row, `(N, 1)`."""
+        return weight_TK.reshape(-1, 1).index_select(0, self.row_slot_N)
+
 
 def dispatch(expert_TK: Tensor, num_experts: int) -> Dispatch:
     """Sort the routed rows by expert. The only sort of a layer; stable, so two runs are equal.

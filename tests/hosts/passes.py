@@ -10,6 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 from expertune.backends import PREFERRED
 from expertune.shapes import Problem
+from tests.hosts.models import batch as make_batch
 
 Batch = dict[str, Tensor]
 _PROBLEM = Problem(device="cpu", capability=None, dtype=torch.float32, widths=(32, 48, 24))
@@ -36,6 +37,31 @@ def assert_equal_within(ours: dict[str, Tensor], truth: dict[str, Tensor], toler
         scale = expected.abs().max().item()
         off = (ours[name] - expected).abs().max().item()
         assert off <= tolerance * scale, f"{name}: off by {off:.3g}, largest entry {scale:.3g}"
+
+
+def on_the_truths_routes(exact: nn.Module, *models: nn.Module) -> dict[str, tuple[Tensor, ...]]:
+    """What `run` gives for each of the models, then for `exact`, by name: three batches, laid end to end.
+
+    One batch is one throw of the dice of rounding.
+
+    Args:
+        exact: in float64; its routes are those of all.
+        models: of lower precision.
+    """
+    passes = []
+    for seed in range(3):
+        routes = Routes()
+        with routes.recording():
+            truth = run(exact, make_batch(seed))
+        results = []
+        for model in models:
+            with routes.replaying():
+                results.append(run(model, make_batch(seed)))
+        passes.append((*results, truth))
+    return {
+        name: tuple(torch.cat([p[i][name].reshape(-1) for p in passes]) for i in range(len(models) + 1))
+        for name in passes[0][0]
+    }
 
 
 class Routes(TorchFunctionMode):

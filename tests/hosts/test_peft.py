@@ -14,7 +14,7 @@ from tests.conftest import Checkpoint
 from tests.hosts.adapters import EXPERTS, lora, stock, wrap
 from tests.hosts.fingerprints import fingerprint
 from tests.hosts.models import CONFIGS, batch, load_tiny
-from tests.hosts.passes import BACKENDS, Routes, assert_equal_within, run
+from tests.hosts.passes import BACKENDS, assert_equal_within, on_the_truths_routes, run
 from tests.numerics import assert_no_worse
 
 ROUNDING = 1e-12
@@ -80,20 +80,9 @@ def test_bfloat16_with_float32_adapters_is_no_worse_than_stock(
     plain = stock(folder, lora(), torch.bfloat16)
     exact = stock(folder, lora(), torch.bfloat16).double()
     model = expertune.optimize(stock(folder, lora(), torch.bfloat16), backend=backend)
-    passes = []
-    for seed in range(3):
-        routes = Routes()
-        with routes.recording():
-            truth = run(exact, batch(seed))
-        with routes.replaying():
-            theirs = run(plain, batch(seed))
-        with routes.replaying():
-            ours = run(model, batch(seed))
-        passes.append((ours, theirs, truth))
-    for name, grad in passes[0][0].items():
-        assert grad.dtype == passes[0][1][name].dtype
-        result, plain_result, expected = (torch.cat([p[i][name].reshape(-1) for p in passes]) for i in range(3))
-        assert_no_worse(result.to(torch.bfloat16), plain_result, expected, name)
+    for name, (ours, theirs, truth) in on_the_truths_routes(exact, model, plain).items():
+        assert ours.dtype == theirs.dtype
+        assert_no_worse(ours.to(torch.bfloat16), theirs, truth, name)
 
 
 SETTINGS: dict[str, dict[str, Any]] = {

@@ -15,7 +15,7 @@ import expertune
 from tests.conftest import Checkpoint
 from tests.hosts.fingerprints import fingerprint
 from tests.hosts.models import CONFIGS, batch, load_tiny
-from tests.hosts.passes import BACKENDS, Routes, assert_equal_within, run
+from tests.hosts.passes import BACKENDS, assert_equal_within, on_the_truths_routes, run
 from tests.numerics import assert_no_worse
 
 # Whole models: rounding of one layer is amplified by those after it.
@@ -51,20 +51,9 @@ def test_low_precision_is_no_worse_than_the_host(
     host = load_tiny(folder, dtype)
     exact = copy.deepcopy(host).double()  # the same rounded weights
     model = expertune.optimize(load_tiny(folder, dtype), backend=backend)
-    passes = []
-    for seed in range(3):
-        routes = Routes()
-        with routes.recording():
-            truth = run(exact, batch(seed))
-        with routes.replaying():
-            plain = run(host, batch(seed))
-        with routes.replaying():
-            ours = run(model, batch(seed))
-        passes.append((ours, plain, truth))
-    for name in passes[0][0]:
-        # one batch is one throw of the dice of rounding; the loss comes in float32 but is no more exact than the rest
-        result, host_result, true_result = (torch.cat([p[i][name].reshape(-1) for p in passes]) for i in range(3))
-        assert_no_worse(result.to(dtype), host_result, true_result, name)
+    for name, (ours, plain, truth) in on_the_truths_routes(exact, model, host).items():
+        # the loss comes in float32 but is no more exact than the rest
+        assert_no_worse(ours.to(dtype), plain, truth, name)
 
 
 def test_a_model_without_experts_works_and_says_so(checkpoint: Checkpoint, walks: list[str]) -> None:

@@ -104,7 +104,7 @@ def gate_backward(
     gate: Gate, h_NG: Tensor, da_NF: Tensor, weight_TK: Tensor, routing: Dispatch
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The step `gate_backward`, by the gate's own torch code."""
-    a_NF, dh_NG = gate.backward(h_NG, da_NF * _by_row(weight_TK, routing).to(da_NF.dtype))
+    a_NF, dh_NG = gate.backward(h_NG, da_NF * routing.by_row(weight_TK).to(da_NF.dtype))
     dweight_N = da_NF.mul_(a_NF).sum(-1, dtype=torch.promote_types(a_NF.dtype, torch.float32))
     return a_NF, dh_NG, dweight_N.index_select(0, routing.token_row_TK.reshape(-1)).view_as(weight_TK)
 
@@ -114,10 +114,5 @@ def _operands(
 ) -> tuple[Tensor, Tensor]:
     """Both sides of a factor's gradient, by row. The weight multiplies the narrow one: the cheaper."""
     if weight_TK is not None:
-        narrow_NR = narrow_NR * _by_row(weight_TK, routing).to(narrow_NR.dtype)
+        narrow_NR = narrow_NR * routing.by_row(weight_TK).to(narrow_NR.dtype)
     return wide.index_select(0, routing.row_token_N) if by_token else wide, narrow_NR
-
-
-def _by_row(weight_TK: Tensor, routing: Dispatch) -> Tensor:
-    """The router's weight of each row, `(N, 1)`."""
-    return weight_TK.reshape(-1).index_select(0, routing.row_slot_N).unsqueeze(1)

@@ -1,4 +1,4 @@
-"""Outer: the gradients of LoRA factors, `out[e] = scale · Σ weight[n] · narrow[n] ⊗ wide[n]` over the expert's rows.
+"""Outer: the gradients of LoRA factors, `out[e] = Σ weight[n] · narrow[n] ⊗ wide[n]` over the expert's rows.
 
 One program owns an expert and a block of the wide side and walks that expert's rows in order: no atomics, no partial
 sums, and the same bits every run. The rank is the N side of the product, because Hopper's matrix unit has at least 64
@@ -25,7 +25,6 @@ def _outer_kernel(
     I,  # noqa: E741
     R,
     top_k,
-    scale,
     out_expert_stride,
     out_rank_stride,
     out_stride,
@@ -67,7 +66,7 @@ def _outer_kernel(
     offset = expert.to(tl.int64) * out_expert_stride + i.to(tl.int64)[:, None] * out_stride
     tl.store(
         out_ptr + offset + rank[None, :] * out_rank_stride,
-        (acc * scale).to(out_ptr.dtype.element_ty),
+        acc.to(out_ptr.dtype.element_ty),
         mask=(i < I)[:, None] & (rank < R)[None, :],
     )
 
@@ -81,7 +80,6 @@ def outer(
     weight_TK: Tensor | None = None,
     row_slot_N: Tensor | None = None,
     by_token: int = 0,
-    scale: float = 1.0,
 ) -> None:
     """Write every expert's sum into `out_ERI`; zero for an expert without rows.
 
@@ -93,7 +91,6 @@ def outer(
         weight_TK: the router's weights, float32, contiguous; each multiplies its row.
         row_slot_N: the slot `t·K + k` of each row, int32; needed with `weight_TK` and `by_token`.
         by_token: `K` where a row of `wide` is a token, else 0.
-        scale: multiplies the result.
     """
     num_experts, rank, width = out_ERI.shape
     block_rank = min(64, max(16, triton.next_power_of_2(rank)))
@@ -110,7 +107,7 @@ def outer(
             out_ERI,
         ),
         (),
-        (width, rank, max(by_token, 1), scale, *out_ERI.stride()),
+        (width, rank, max(by_token, 1), *out_ERI.stride()),
         {
             "IS_BY_TOKEN": by_token > 0,
             "IS_WEIGHTED": weight_TK is not None,
