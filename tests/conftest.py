@@ -37,9 +37,9 @@ def walks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The backend of each pass through the walk, so that a test knows that it did not compare stock with stock."""
     seen: list[str] = []
 
-    def spy(x: Any, expert: Any, weight: Any, projections: Any, step: ExpertsStep) -> Any:
+    def spy(x: Any, routing: Any, weight: Any, projections: Any, step: ExpertsStep, **keywords: Any) -> Any:
         seen.append(step.backend.name)
-        return experts(x, expert, weight, projections, step)
+        return experts(x, routing, weight, projections, step, **keywords)
 
     monkeypatch.setattr(transformers, "experts", spy)
     return seen

@@ -168,7 +168,7 @@ def walk(inputs: Inputs, kind: Kind, backend: Backend) -> Tensor:
         has_bias=kind.has_bias,
     )
     step = ExpertsStep(layout=layout, gate=kind.gate, backend=backend)
-    return experts(inputs.x, inputs.expert_TK, inputs.weight, inputs.projections, step)
+    return experts(inputs.x, step.dispatch(inputs.expert_TK), inputs.weight, inputs.projections, step)
 
 
 def outputs_and_grads(out: Tensor, inputs: Inputs) -> dict[str, Tensor]:

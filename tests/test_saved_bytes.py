@@ -50,6 +50,7 @@ def test_saved_bytes_are_the_formula(backend: Backend, dtype: torch.dtype, gate:
     x_TD, expert_TK, weight_TK, projections = _inputs(is_transposed=is_transposed, trains_base=False, dtype=dtype)
     parameters = {p.weight.untyped_storage().data_ptr() for p in projections}
     parameters |= {f.untyped_storage().data_ptr() for p in projections for a in p.adapters for f in (a.a, a.b)}
+    step = _step(backend, gate, is_transposed=is_transposed)
     saved: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -59,11 +60,11 @@ def test_saved_bytes_are_the_formula(backend: Backend, dtype: torch.dtype, gate:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        experts(x_TD, expert_TK, weight_TK, projections, _step(backend, gate, is_transposed=is_transposed))
+        experts(x_TD, step.dispatch(expert_TK), weight_TK, projections, step)
     listed_bytes = (
         4 * E
     )  # the ends, and two words a tile where a backend lists tiles: nothing that grows with the width
-    if (tiles := backend.steps().dispatch(expert_TK, E).tiles) is not None:
+    if (tiles := step.dispatch(expert_TK).tiles) is not None:
         listed_bytes += 4 * (len(tiles.expert) + len(tiles.row) + len(tiles.count))
     assert sum(saved.values()) == T * (2 * D + K * (4 * F + 4 * R + 16)) + listed_bytes
 
@@ -80,7 +81,8 @@ def test_dw_is_computed_only_for_a_trained_weight(trains_base: bool) -> None:
 
     spy = replace(native_torch.STEPS, outer_product=outer)
     backend = replace(native_torch.BACKEND, name="spy", steps=lambda: spy)
-    out_TD = experts(x_TD, expert_TK, weight_TK, projections, _step(backend, SwiGlu(), is_transposed=False))
+    step = _step(backend, SwiGlu(), is_transposed=False)
+    out_TD = experts(x_TD, step.dispatch(expert_TK), weight_TK, projections, step)
     out_TD.sum().backward()
     weights = {tuple(p.weight.shape) for p in projections}
     assert (weights <= set(shapes)) is trains_base
@@ -98,7 +100,6 @@ def test_an_experts_layer_without_adapters_keeps_no_input() -> None:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        experts(
-            x_TD, expert_TK, weight_TK, (plain[0], plain[1]), _step(native_torch.BACKEND, SwiGlu(), is_transposed=False)
-        )
+        step = _step(native_torch.BACKEND, SwiGlu(), is_transposed=False)
+        experts(x_TD, step.dispatch(expert_TK), weight_TK, (plain[0], plain[1]), step)
     assert x_TD.untyped_storage().data_ptr() not in kept

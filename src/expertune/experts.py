@@ -49,18 +49,33 @@ class ExpertsStep:
     gate: Gate
     backend: Backend
 
+    def dispatch(self, expert_TK: Tensor) -> Dispatch:
+        """The rows of a batch, sorted by expert, as the backend reads them.
+
+        Args:
+            expert_TK: the experts that the router chose, integers below `E`.
+        """
+        return self.backend.steps().dispatch(expert_TK, self.layout.num_experts)
+
 
 def experts(
-    x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, projections: tuple[Projection, Projection], step: ExpertsStep
+    x_TD: Tensor,
+    routing: Dispatch,
+    weight_TK: Tensor,
+    projections: tuple[Projection, Projection],
+    step: ExpertsStep,
+    *,
+    leaves_out: bool = False,
 ) -> Tensor:
     """The sum over each token's experts of their outputs, weighted by the router: `(T, D)` in the dtype of `x_TD`.
 
     Args:
         x_TD: the tokens; cast to the dtype of the base weights.
-        expert_TK: the experts that the router chose, integers below `E`.
+        routing: the rows that the router's choice makes, by `step.dispatch`.
         weight_TK: the router's weights, any floating dtype; they receive a gradient.
         projections: gate_up (or up) and down.
         step: layout, gate and backend.
+        leaves_out: yield zeros, with the right gradient: for a recomputation whose output nobody reads.
 
     Differentiable in `x_TD`, `weight_TK`, base weights, biases and LoRA factors, each only where it asks for it.
     """
@@ -68,8 +83,9 @@ def experts(
     factors = [factor for p in projections for adapter in p.adapters for factor in (adapter.a, adapter.b)]
     walk = _Walk(
         step=step,
-        routing=step.backend.steps().dispatch(expert_TK, step.layout.num_experts),
+        routing=routing,
         scales=tuple(tuple(adapter.scale for adapter in p.adapters) for p in projections),
+        leaves_out=leaves_out,
     )
     base = (first.weight, first.bias, second.weight, second.bias)
     # autocast would cast some products and not others; the dtype of the base weights is the one that counts
@@ -87,6 +103,7 @@ class _Walk:
     step: ExpertsStep
     routing: Dispatch
     scales: tuple[tuple[float, ...], ...]
+    leaves_out: bool
 
     def linears(self, tensors: Sequence[Tensor | None]) -> "tuple[_Linear, _Linear]":
         """Both linears, from the flat arguments `w1, b1, w2, b2, a, b, a, b, …` of the autograd function."""
@@ -155,9 +172,11 @@ class _ExpertsFunction(torch.autograd.Function):
         a_NF = steps.gate_forward(gate, h_NG)
         packed2 = second.packed()
         mid2_NR = None if packed2 is None else steps.shrink(a_NF, packed2.a_ERI, routing)
-        y_ND = second.forward(a_NF, packed2, mid2_NR)
+        if walk.leaves_out:
+            out_TD = torch.zeros_like(x_TD, memory_format=torch.contiguous_format)
+        else:
+            out_TD = steps.combine(second.forward(a_NF, packed2, mid2_NR), weight_TK, routing)
         del a_NF, packed2
-        out_TD = steps.combine(y_ND, weight_TK, routing)
 
         needs_first, needs_second = _needs_factors(ctx, walk)
         ctx.walk = replace(walk, routing=cast(Dispatch, None))  # its tensors are kept by save_for_backward

@@ -35,6 +35,14 @@ WAYS: dict[str, Callable[[nn.Module], None]] = {
 }
 
 
+def _num_runs(family: str, way: Any) -> int:
+    """How often a layer runs in its first step under checkpointing.
+
+    Shared experts come after the routed ones and save their input: the layer is run once more, in full.
+    """
+    return 3 if family in ("glm4_moe_lite", "deepseek_v3") and way is not WAYS["host's, not reentrant"] else 2
+
+
 class _Drift(TorchFunctionMode):
     """Perturbs the scores of every `topk` by another noise each time: near ties that fall otherwise, made frequent."""
 
@@ -76,7 +84,10 @@ def test_gradients_are_those_without(
     num_layers = len(walks)
     walks.clear()
     assert_equal_within(run(checkpointed, batch()), truth, 1e-12)
-    assert len(walks) == 2 * num_layers, "nothing was computed again"
+    assert len(walks) == _num_runs(family, way) * num_layers
+    walks.clear()
+    assert_equal_within(run(checkpointed, batch()), truth, 1e-12)
+    assert len(walks) == 2 * num_layers, "a layer has forgotten what it may leave out"
 
 
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
@@ -118,7 +129,7 @@ def test_near_ties_fall_as_in_forward(
     way(replayed)
     drift = _drifting(replayed)
     assert_equal_within(run(replayed, batch()), truth, 1e-12)
-    assert drift.num_calls == 2 * num_choices
+    assert drift.num_calls == _num_runs(family, way) * num_choices
 
     way(chosen_again)
     _drifting(chosen_again)

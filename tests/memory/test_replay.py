@@ -107,3 +107,26 @@ class TestCheckpointLayer:
 
     def test_an_input_without_gradient_takes_the_other(self) -> None:
         assert self._ran_with_grad(torch.ones(2), bias=torch.ones(2))
+
+
+def test_what_was_made_of_the_choice_is_kept_for_the_second_run() -> None:
+    replay = RoutingReplay()
+    made: list[int] = []
+
+    def layer(x: Tensor, chooses: bool) -> Tensor:
+        replay.enter_block()
+        if chooses:
+            torch.topk(x, 1)
+        replay.leave_block()
+        tape = replay.tape
+        assert tape is not None
+        # twice a run, as a host that walks its tokens in two halves
+        firsts = [tape.once(lambda: made.append(len(made)) or len(made)) for _ in range(2)]
+        assert not chooses or firsts == [1, 2]
+        return x * 2
+
+    for chooses, expected in ((True, 2), (False, 4)):
+        made.clear()
+        x = torch.ones(2, 3, requires_grad=True)
+        replay.wrap(CHECKPOINTS["ours"])(layer, x, chooses).sum().backward()
+        assert len(made) == expected

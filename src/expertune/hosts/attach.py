@@ -58,8 +58,9 @@ def attach(model: PreTrainedModel, requested: str) -> Attached:
     Raises:
         ValueError: an experts module, an adapter or the backend asked for cannot be honoured.
     """
+    state = Attached(requested=requested)
     plans = [
-        (module, transformers.make_plan(name, module, _model_type(module, model), requested))
+        (module, transformers.make_plan(name, module, _model_type(module, model), requested, state.replay))
         for name, module in transformers.named_experts(model)
     ]
     peft.check(model, {id(module): plan for module, plan in plans})
@@ -68,7 +69,6 @@ def attach(model: PreTrainedModel, requested: str) -> Attached:
     ]
     detach(model)
 
-    state = Attached(requested=requested)
     transformers.register()
     configs: dict[int, Any] = {}
     for module, plan in plans:
@@ -79,8 +79,6 @@ def attach(model: PreTrainedModel, requested: str) -> Attached:
     for block in state.blocks:
         state.handles.append(block.register_forward_pre_hook(partial(_before_block, state.replay)))
         state.handles.append(block.register_forward_hook(partial(_after_block, state.replay), always_call=True))
-    for module, _ in plans:
-        state.handles.append(module.register_forward_pre_hook(partial(_before_experts, state.replay)))
     if plans:
         for decoder in _decoders(model):
             state.handles.append(decoder.register_forward_pre_hook(partial(_before_decoder, model, state)))
@@ -175,11 +173,6 @@ def _adapters_of(model: nn.Module) -> tuple[str, ...]:
 
 def _before_block(replay: RoutingReplay, _block: nn.Module, _args: Any) -> None:
     replay.enter_block()
-
-
-def _before_experts(replay: RoutingReplay, _experts: nn.Module, _args: Any) -> None:
-    """The router has chosen; what follows need not pass through Python once more for every operation."""
-    replay.leave_block()
 
 
 def _after_block(replay: RoutingReplay, _block: nn.Module, _args: Any, _output: Any) -> None:

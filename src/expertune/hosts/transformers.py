@@ -8,6 +8,7 @@ flags, register one function, and set that name on the config of the one model.
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from expertune.activations import Gate, GeGlu, HostGate, SwiGlu
 from expertune.backends import choose
 from expertune.backends.protocol import Backend
 from expertune.experts import ExpertsStep, Projection, experts
+from expertune.memory.replay import RoutingReplay
 from expertune.shapes import ExpertsLayout, LoraFactors, Problem
 
 IMPLEMENTATION = "expertune"
@@ -43,6 +45,7 @@ class ExpertsPlan:
         gate: its gate function.
         requested: the backend asked for, or "auto".
         host_config: the config that the module had before.
+        replay: the routing replay of its model.
     """
 
     name: str
@@ -50,6 +53,7 @@ class ExpertsPlan:
     gate: Gate
     requested: str
     host_config: Any
+    replay: RoutingReplay
     _steps: dict[tuple[torch.device, torch.dtype], tuple[ExpertsStep, list[str]]] = field(default_factory=dict)
 
     def step(self, device: torch.device, dtype: torch.dtype) -> tuple[ExpertsStep, list[str]]:
@@ -99,7 +103,7 @@ def plan_of(module: nn.Module) -> ExpertsPlan:
     return plan
 
 
-def make_plan(name: str, module: nn.Module, model_type: str, requested: str) -> ExpertsPlan:
+def make_plan(name: str, module: nn.Module, model_type: str, requested: str, replay: RoutingReplay) -> ExpertsPlan:
     """Read an experts module's flags and weights.
 
     Raises:
@@ -127,6 +131,7 @@ def make_plan(name: str, module: nn.Module, model_type: str, requested: str) -> 
         gate=_gate(module, model_type),
         requested=requested,
         host_config=earlier.host_config if isinstance(earlier, ExpertsPlan) else module.config,
+        replay=replay,
     )
     weight = module.get_parameter(first)
     plan.step(weight.device, weight.dtype)  # refuses now what was asked for by name and cannot run
@@ -181,15 +186,23 @@ def experts_forward(
             f"an adapter reached {plan_of(self).name} folded into the weights, not through the walk. "
             "Call expertune.optimize(model) after adapters were attached."
         )
+    plan = plan_of(self)
+    plan.replay.leave_block()  # the router has chosen; what follows need not pass through Python operation by operation
     first = first_name(self)
     weight = self.get_parameter(first)
-    step, _ = plan_of(self).step(weight.device, weight.dtype)
+    step, _ = plan.step(weight.device, weight.dtype)
     biases = (f"{first}_bias", "down_proj_bias")
     projections = tuple(
         Projection(weight=w, bias=self.get_parameter(b) if step.layout.has_bias else None, adapters=a)
         for w, b, a in zip((weight, self.get_parameter("down_proj")), biases, adapters, strict=True)
     )
-    return experts(hidden_states, top_k_index, top_k_weights, (projections[0], projections[1]), step)
+    choose_rows = partial(step.dispatch, top_k_index)
+    arguments = (top_k_weights, (projections[0], projections[1]), step)
+    if (tape := plan.replay.tape) is None:
+        return experts(hidden_states, choose_rows(), *arguments)
+    out_TD = experts(hidden_states, tape.once(choose_rows), *arguments, leaves_out=tape.leave_out.is_on)
+    tape.leave_out.begin()
+    return out_TD
 
 
 def register() -> None:

@@ -10,38 +10,62 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from expertune.memory.leave_out import LeaveOut
+
+_Made = TypeVar("_Made")
+
 
 class Tape:
-    """The choices of one run of one checkpointed layer."""
+    """The choices of one run of one checkpointed layer, and what was made of them."""
 
-    def __init__(self) -> None:
+    def __init__(self, leave_out: LeaveOut) -> None:
         self.is_recorded = False
+        self.leave_out = leave_out
+        self._is_reentrant = False
         self._indices: list[Tensor] = []
         self._cursor = 0
+        self._made: list[Any] = []
+        self._num_made = 0
 
     def topk(self, function: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """`topk` of `x`, by the recorded indices once there are any."""
         if self.is_recorded:
             index = self._indices[self._cursor]
-            self._cursor += 1
         else:
             index = function(x.detach(), *args, **kwargs)[1]
             self._indices.append(index)
+        self._cursor += 1
         dim = kwargs.get("dim", args[1] if len(args) > 1 else -1)
         return torch.return_types.topk((x.gather(dim, index), index))
 
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        """Around each run of the layer."""
-        self._cursor = 0
-        yield
+    def once(self, make: Callable[[], _Made]) -> _Made:
+        """What `make` yields from the chosen experts; the second run gets, in order, what the first one made."""
+        self._num_made += 1
+        if self.is_recorded and self._indices:  # a router that chose without `topk` may have chosen anew
+            return cast(_Made, self._made[self._num_made - 1])
+        made = make()
+        self._made.append(made)
+        return made
+
+    def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run the layer: for the first time, or again."""
+        if self.is_recorded and self._is_reentrant and torch.is_grad_enabled():
+            return self.leave_out.rerun(self._from_start, function, *args, **kwargs)
+        if not self.is_recorded:
+            self._is_reentrant = not torch.is_grad_enabled()
+        return self._from_start(function, *args, **kwargs)
+
+    def _from_start(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._cursor = self._num_made = 0
+        out = function(*args, **kwargs)
         self.is_recorded = True
+        return out
 
 
 class _TopKMode(TorchFunctionMode):
@@ -77,21 +101,24 @@ class RoutingReplay:
         outer = self._tapes.get(thread)
         self._tapes[thread] = tape
         try:
-            with tape.running():
-                yield
+            yield
         finally:
             if outer is None:
                 del self._tapes[thread]
             else:
                 self._tapes[thread] = outer
 
+    @property
+    def tape(self) -> Tape | None:
+        """The one that runs in this thread."""
+        return self._tapes.get(threading.get_ident())
+
     def enter_block(self) -> None:
         """At the start of a MoE block: catch its `topk`, if a tape is running."""
-        thread = threading.get_ident()
-        if (tape := self._tapes.get(thread)) is not None:
+        if (tape := self.tape) is not None:
             mode = _TopKMode(tape)
             mode.__enter__()  # type: ignore[no-untyped-call]
-            self._modes[thread] = mode
+            self._modes[threading.get_ident()] = mode
 
     def leave_block(self) -> None:
         """Once a MoE block has routed, and at its end, also when it raised. Twice does no harm."""
@@ -106,16 +133,17 @@ class ReplayingCheckpoint:
         self.checkpoint = checkpoint
         self.host = host
         self._replay = replay
+        self._leave_out = LeaveOut()
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run `function` under the host's checkpoint."""
-        tape = Tape()
+        tape = Tape(self._leave_out)
         keywords: dict[str, Any] = {}
         if isinstance(function, partial):  # hosts bind a layer's keywords this way; the checkpoint may look at them
             function, keywords = partial(function.func, *function.args), function.keywords
 
         def run(*run_args: Any, **run_kwargs: Any) -> Any:
             with self._replay.using(tape):
-                return function(*run_args, **run_kwargs)
+                return tape.run(function, *run_args, **run_kwargs)
 
         return self.checkpoint(partial(run, **keywords), *args, **kwargs)
