@@ -4,6 +4,7 @@ Everything stays on the device: shapes depend on `T` and `K` alone, so nothing w
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ class Dispatch:
         """`K`."""
         return self.token_row_TK.shape[1]
 
-    @property
+    @cached_property
     def row_token_N(self) -> Tensor:
         """The token that a row copies."""
         return self.row_slot_N // max(self.top_k, 1)
