@@ -11,8 +11,8 @@ routed row: `2D + K(4F + 4R + 16)` bytes a token in bfloat16. `a` is computed ag
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -20,10 +20,12 @@ from torch.autograd.function import once_differentiable
 
 from expertune import lora
 from expertune.activations import Gate
-from expertune.backends.protocol import Backend, PackedFactors, Steps
+from expertune.backends.protocol import Backend, FactorSide, PackedFactors, Steps
 from expertune.routing import Dispatch
 from expertune.shapes import ExpertsLayout, LoraFactors, Tiles
 from expertune.weights.dense import DenseWeights
+
+_Pair: TypeAlias = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,31 +83,24 @@ def experts(
     """
     first, second = projections
     factors = [factor for p in projections for adapter in p.adapters for factor in (adapter.a, adapter.b)]
-    walk = _Walk(
-        step=step,
-        routing=routing,
-        scales=tuple(tuple(adapter.scale for adapter in p.adapters) for p in projections),
-        leaves_out=leaves_out,
-    )
+    walk = _Walk(step, tuple(tuple(adapter.scale for adapter in p.adapters) for p in projections), leaves_out)
     base = (first.weight, first.bias, second.weight, second.bias)
     # autocast would cast some products and not others; the dtype of the base weights is the one that counts
     with torch.autocast(x_TD.device.type, enabled=False):
         out_TD = _ExpertsFunction.apply(  # type: ignore[no-untyped-call]
-            walk, x_TD.to(first.weight.dtype), weight_TK, *base, *factors
+            walk, routing, x_TD.to(first.weight.dtype), weight_TK, *base, *factors
         )
     return cast(Tensor, out_TD).to(x_TD.dtype)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Walk:
-    """All that is not a differentiable tensor."""
+class _Walk(NamedTuple):
+    """What both passes need beside tensors."""
 
     step: ExpertsStep
-    routing: Dispatch
     scales: tuple[tuple[float, ...], ...]
     leaves_out: bool
 
-    def linears(self, tensors: Sequence[Tensor | None]) -> "tuple[_Linear, _Linear]":
+    def linears(self, tensors: Sequence[Tensor | None], routing: Dispatch) -> "tuple[_Linear, _Linear]":
         """Both linears, from the flat arguments `w1, b1, w2, b2, a, b, a, b, …` of the autograd function."""
         w1, b1, w2, b2, *factors = tensors
         flat = iter(factors)
@@ -114,15 +109,14 @@ class _Walk:
             for scales in self.scales
         ]
         transposed = self.step.layout.is_transposed
-        steps, routing = self.step.backend.steps(), self.routing
+        steps = self.step.backend.steps()
         return (
             _Linear(steps, routing, DenseWeights(cast(Tensor, w1), transposed), b1, adapters[0]),
             _Linear(steps, routing, DenseWeights(cast(Tensor, w2), transposed), b2, adapters[1]),
         )
 
 
-@dataclass(frozen=True)
-class _Linear:
+class _Linear(NamedTuple):
     """A projection during one pass: the grouped linear with Split LoRA, and its gradients."""
 
     steps: Steps
@@ -131,9 +125,11 @@ class _Linear:
     bias_EO: Tensor | None
     adapters: tuple[LoraFactors, ...]
 
-    def packed(self) -> PackedFactors | None:
-        """The adapters, joined. Done again in each pass, so that no copy is kept between them."""
-        return self.steps.pack(self.adapters, self.weights) if self.adapters else None
+    def gated(self, gate: Gate, x_NI: Tensor, packed: PackedFactors | None, mid_NR: Tensor | None) -> _Pair:
+        """`h_NG` and `a_NF`."""
+        low_rank = None if packed is None or mid_NR is None else (mid_NR, packed.b_EOR.mT)
+        w_EIO, bias_EO = self.weights.w_EIO, self.bias_EO
+        return self.steps.gated_linear(gate, x_NI, w_EIO, self.routing, low_rank=low_rank, bias_EO=bias_EO)
 
     def forward(self, x_NI: Tensor, packed: PackedFactors | None, mid_NR: Tensor | None) -> Tensor:
         """`y_NO`."""
@@ -158,19 +154,24 @@ class _Linear:
         return self.steps.outer(dy_NO, column_N8, self.routing)[:, :, 0]
 
 
+def _pack(first: _Linear, second: _Linear) -> list[PackedFactors | None]:
+    """The adapters of both, joined. Done again in each pass, so that no copy is kept between them."""
+    return first.steps.pack([(first.adapters, first.weights), (second.adapters, second.weights)])
+
+
 class _ExpertsFunction(torch.autograd.Function):
-    """Arguments: walk, x, weight, w1, b1, w2, b2, then `a, b` of every adapter of the first and second projection."""
+    """Arguments: walk, routing, x, weight, w1, b1, w2, b2, then `a, b` of each adapter of the two projections."""
 
     @staticmethod
-    def forward(ctx: Any, walk: _Walk, x_TD: Tensor, weight_TK: Tensor, *tensors: Tensor | None) -> Tensor:
-        steps, routing, gate = walk.step.backend.steps(), walk.routing, walk.step.gate
-        first, second = walk.linears(tensors)
-        packed1 = first.packed()
+    def forward(
+        ctx: Any, walk: _Walk, routing: Dispatch, x_TD: Tensor, weight_TK: Tensor, *tensors: Tensor | None
+    ) -> Tensor:
+        steps = walk.step.backend.steps()
+        first, second = walk.linears(tensors, routing)
+        packed1, packed2 = _pack(first, second)
         x_ND, mid1_NR = steps.gather(x_TD, None if packed1 is None else packed1.a_ERI, routing)
-        h_NG = first.forward(x_ND, packed1, mid1_NR)
+        h_NG, a_NF = first.gated(walk.step.gate, x_ND, packed1, mid1_NR)
         del x_ND, packed1
-        a_NF = steps.gate_forward(gate, h_NG)
-        packed2 = second.packed()
         mid2_NR = None if packed2 is None else steps.shrink(a_NF, packed2.a_ERI, routing)
         if walk.leaves_out:
             out_TD = torch.zeros_like(x_TD, memory_format=torch.contiguous_format)
@@ -179,11 +180,11 @@ class _ExpertsFunction(torch.autograd.Function):
         del a_NF, packed2
 
         needs_first, needs_second = _needs_factors(ctx, walk)
-        ctx.walk = replace(walk, routing=cast(Dispatch, None))  # its tensors are kept by save_for_backward
+        ctx.walk = walk
         ctx.weight_dtype = weight_TK.dtype
         ctx.tile_rows = None if routing.tiles is None else routing.tiles.rows
         ctx.save_for_backward(
-            x_TD if ctx.needs_input_grad[3] or needs_first else None,
+            x_TD if ctx.needs_input_grad[4] or needs_first else None,
             h_NG,
             mid1_NR if needs_first else None,
             mid2_NR if needs_second else None,
@@ -197,23 +198,24 @@ class _ExpertsFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout_TD: Tensor) -> tuple[Tensor | None, ...]:
         x_TD, h_NG, mid1_NR, mid2_NR, weight_TK, *rest = ctx.saved_tensors
+        ctx.maybe_clear_saved_tensors()  # so that `del` frees them, unless the graph is retained
         routing = _routing_from(rest[:_NUM_ROUTING_TENSORS], ctx.tile_rows)
-        walk: _Walk = replace(ctx.walk, routing=routing)
-        steps, gate = walk.step.backend.steps(), walk.step.gate
-        first, second = walk.linears(rest[_NUM_ROUTING_TENSORS:])
-        _, wants_x, wants_weight, wants_w1, wants_b1, wants_w2, wants_b2, *_ = ctx.needs_input_grad
+        walk: _Walk = ctx.walk
+        steps = walk.step.backend.steps()
+        first, second = walk.linears(rest[_NUM_ROUTING_TENSORS:], routing)
+        _, _, wants_x, wants_weight, wants_w1, wants_b1, wants_w2, wants_b2, *_ = ctx.needs_input_grad
         needs_first, needs_second = _needs_factors(ctx, walk)
         grads = _Gradients(len(first.adapters), len(second.adapters))
 
         # Down. The router's weight of a row multiplies the narrow side of every product, never a (N, D) tensor.
         dout_TD = dout_TD.contiguous()
-        packed2 = second.packed()
+        packed1, packed2 = _pack(first, second)
         dout_ND, dmid2_NR = steps.gather(dout_TD, None if packed2 is None else packed2.b_EOR.mT, routing)
         da_NF = second.input_grad(dout_ND, packed2, dmid2_NR)
         del packed2
         if not (wants_b2 or wants_w2):
             del dout_ND
-        a_NF, dh_NG, dweight_TK = steps.gate_backward(gate, h_NG, da_NF, weight_TK, routing)
+        a_NF, dh_NG, dweight_TK = steps.gate_backward(walk.step.gate, h_NG, da_NF, weight_TK, routing)
         del da_NF, h_NG
         if wants_weight:
             if second.bias_EO is not None:
@@ -225,23 +227,22 @@ class _ExpertsFunction(torch.autograd.Function):
             grads.w2 = second.weight_grad(dout_ND, a_NF * weight_N1) if wants_w2 else None
             del dout_ND
         if needs_second:
-            das = steps.a_grads(a_NF, cast(Tensor, dmid2_NR), second.adapters, routing, weight_TK)
-            dbs = steps.b_grads(dout_TD, mid2_NR, second.adapters, routing, weight_TK, by_token=True)
-            grads.second = _alternate(das, dbs)
+            a, b = FactorSide(a_NF, cast(Tensor, dmid2_NR)), FactorSide(dout_TD, mid2_NR, by_token=True)
+            grads.second = steps.factor_grads(a, b, second.adapters, routing, weight_TK)
+            del a, b
         del a_NF, mid2_NR, dmid2_NR
 
         # gate_up
-        packed1 = first.packed() if wants_x or needs_first else None
         dmid1_NR = None if packed1 is None else steps.shrink(dh_NG, packed1.b_EOR.mT, routing)
         if wants_x:
             grads.x_TD = steps.combine(first.input_grad(dh_NG, packed1, dmid1_NR), None, routing)
+        del packed1
         grads.b1 = first.bias_grad(dh_NG, None) if wants_b1 else None
         if wants_w1:
             grads.w1 = first.weight_grad(dh_NG, x_TD.index_select(0, routing.row_token_N))
         if needs_first:
-            das = steps.a_grads(x_TD, cast(Tensor, dmid1_NR), first.adapters, routing, by_token=True)
-            dbs = steps.b_grads(dh_NG, mid1_NR, first.adapters, routing)
-            grads.first = _alternate(das, dbs)
+            a, b = FactorSide(x_TD, cast(Tensor, dmid1_NR), by_token=True), FactorSide(dh_NG, mid1_NR)
+            grads.first = steps.factor_grads(a, b, first.adapters, routing)
         return grads.in_order()
 
 
@@ -263,16 +264,12 @@ class _Gradients:
     def in_order(self) -> tuple[Tensor | None, ...]:
         first = self.first or [None] * 2 * self.num_first
         second = self.second or [None] * 2 * self.num_second
-        return (None, self.x_TD, self.weight_TK, self.w1, self.b1, self.w2, self.b2, *first, *second)
-
-
-def _alternate(das: list[Tensor], dbs: list[Tensor]) -> list[Tensor]:
-    return [grad for pair in zip(das, dbs, strict=True) for grad in pair]
+        return (None, None, self.x_TD, self.weight_TK, self.w1, self.b1, self.w2, self.b2, *first, *second)
 
 
 def _needs_factors(ctx: Any, walk: _Walk) -> tuple[bool, bool]:
     """Whether any LoRA factor of the first and of the second projection wants a gradient."""
-    wants = ctx.needs_input_grad[7:]
+    wants = ctx.needs_input_grad[8:]
     cut = 2 * len(walk.scales[0])
     return any(wants[:cut]), any(wants[cut:])
 

@@ -64,3 +64,8 @@ def unpack_b_grads(db_EOR: Tensor, adapters: Sequence[LoraFactors]) -> list[Tens
         grads.append(grad if adapter.scale == 1 else grad.mul_(adapter.scale))
         start += rank
     return grads
+
+
+def alternate(das: Sequence[Tensor], dbs: Sequence[Tensor]) -> list[Tensor]:
+    """`a, b, a, b, …`: the order in which the walk takes factors and returns their gradients."""
+    return [grad for pair in zip(das, dbs, strict=True) for grad in pair]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from expertune.activations import ClampedSwiGlu, Gate, GeGlu, SwiGlu
 from expertune.backends import native_torch, triton
+from expertune.backends.protocol import FactorSide
 from expertune.routing import Dispatch
 from expertune.shapes import LoraFactors
 from expertune.weights.dense import DenseWeights
@@ -125,14 +126,16 @@ class TestProducts:
         mid_NR = normal(len(routing.row_expert_N), rank, dtype=dtype)
         weight_TK = normal(*routing.token_row_TK.shape) if weighted else None
         exact = None if weight_TK is None else weight_TK.double()
-        rows = {"by_token": by_token}
-        for name, wide in (("a_grads", x), ("b_grads", dy)):
-            ours = getattr(steps(), name)(wide, mid_NR, adapters, routing, weight_TK, **rows)
-            plain = getattr(native_torch.STEPS, name)(wide, mid_NR, adapters, routing, weight_TK, **rows)
-            truth = getattr(native_torch.STEPS, name)(wide.double(), mid_NR.double(), adapters, routing, exact, **rows)
-            for i in range(len(ranks)):
-                assert ours[i].shape == truth[i].shape
-                assert_no_worse(ours[i], plain[i], truth[i], f"{name}[{i}]")
+        # both ways of reading rows, each on both sides
+        sides = FactorSide(x, mid_NR, by_token), FactorSide(dy, mid_NR.flip(0), by_token)
+        exact_sides = [FactorSide(s.wide.double(), s.narrow_NR.double(), by_token) for s in sides]
+        ours = steps().factor_grads(*sides, adapters, routing, weight_TK)
+        plain = native_torch.STEPS.factor_grads(*sides, adapters, routing, weight_TK)
+        truth = native_torch.STEPS.factor_grads(*exact_sides, adapters, routing, exact)
+        assert len(ours) == 2 * len(ranks)
+        for i, (got, expected, true) in enumerate(zip(ours, plain, truth, strict=True)):
+            assert got.shape == true.shape
+            assert_no_worse(got, expected, true, f"factor {i}")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -141,9 +144,12 @@ class TestProducts:
 def test_packing_is_exact(ranks: tuple[int, ...], is_transposed: bool, dtype: torch.dtype) -> None:
     adapters = [adapter(rank) for rank in ranks]
     weights = DenseWeights(normal(NUM_EXPERTS, WIDTH, OUT, dtype=dtype), is_transposed)
-    ours, plain = (s.pack(adapters, weights) for s in (steps(), native_torch.STEPS))
-    assert torch.equal(ours.a_ERI, plain.a_ERI)
-    assert torch.equal(ours.b_EOR, plain.b_EOR)
+    projections = [(adapters, weights), ([], weights), (adapters, weights)]
+    for ours, plain in zip(steps().pack(projections), native_torch.STEPS.pack(projections), strict=True):
+        assert (ours is None) is (plain is None)
+        if ours is not None:
+            assert torch.equal(ours.a_ERI, plain.a_ERI)
+            assert torch.equal(ours.b_EOR, plain.b_EOR)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -164,6 +170,22 @@ def test_gates(routing: Dispatch, gate: Gate, dtype: torch.dtype) -> None:
     names = ("a", "a again", "dh", "router")
     for name, ours, plain, truth in zip(names, results, define(dtype), define(torch.float64), strict=True):
         assert_no_worse(ours, plain.to(ours.dtype), truth, name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("is_k_contiguous", [False, True])
+@pytest.mark.parametrize("gate", GATES.values(), ids=GATES)
+def test_a_gated_linear_is_the_gate_of_the_linear(
+    routing: Dispatch, gate: Gate, is_k_contiguous: bool, dtype: torch.dtype
+) -> None:
+    x_NI, w_EIO = normal(len(routing.row_expert_N), WIDTH, dtype=dtype), normal(NUM_EXPERTS, WIDTH, 304, dtype=dtype)
+    mid_NR, b_ERO = normal(x_NI.shape[0], 8, dtype=dtype), normal(NUM_EXPERTS, 8, 304, dtype=dtype)
+    if is_k_contiguous:
+        w_EIO, b_ERO = w_EIO.mT.contiguous().mT, b_ERO.mT.contiguous().mT
+    terms = {"low_rank": (mid_NR, b_ERO), "bias_EO": normal(NUM_EXPERTS, 304, dtype=dtype)}
+    h_NG, a_NF = steps().gated_linear(gate, x_NI, w_EIO, routing, **terms)
+    assert torch.equal(h_NG, steps().linear(x_NI, w_EIO, routing, **terms))
+    assert torch.equal(a_NF, steps().gate_forward(gate, h_NG))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

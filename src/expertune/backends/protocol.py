@@ -5,7 +5,7 @@ The walk in `experts.py` is written once over these steps. Rows lie sorted by ex
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -15,12 +15,25 @@ from expertune.shapes import LoraFactors, Problem
 from expertune.weights.dense import DenseWeights
 
 
-@dataclass(frozen=True)
-class PackedFactors:
+class PackedFactors(NamedTuple):
     """The adapters of one projection, joined along the rank; the scale is folded into `b`. Views: any strides."""
 
     a_ERI: Tensor
     b_EOR: Tensor
+
+
+class FactorSide(NamedTuple):
+    """What the gradient of one LoRA factor is summed from: `Σ narrow[n] ⊗ wide[n]` over each expert's rows.
+
+    Args:
+        wide: `(N, I)` sorted by expert, or with `by_token` `(T, I)`.
+        narrow_NR: the low-rank side.
+        by_token: whether a row of `wide` is a token.
+    """
+
+    wide: Tensor
+    narrow_NR: Tensor
+    by_token: bool = False
 
 
 class Steps(Protocol):
@@ -30,8 +43,8 @@ class Steps(Protocol):
         """Sort the routed rows by expert."""
         ...
 
-    def pack(self, adapters: Sequence[LoraFactors], weights: DenseWeights) -> PackedFactors:
-        """Join the adapters of a projection for products beside its weights, in their dtype."""
+    def pack(self, projections: Sequence[tuple[Sequence[LoraFactors], DenseWeights]]) -> list[PackedFactors | None]:
+        """Join the adapters of each projection for products beside its weights, in their dtype; None without any."""
         ...
 
     def gather(self, x_TI: Tensor, a_ERI: Tensor | None, routing: Dispatch) -> tuple[Tensor, Tensor | None]:
@@ -54,6 +67,19 @@ class Steps(Protocol):
         """`x_NI w_EIO + mid_NR b_ERO + bias_EO`, `(N, O)`, where `low_rank` is `(mid_NR, b_ERO)`."""
         ...
 
+    def gated_linear(
+        self,
+        gate: Gate,
+        x_NI: Tensor,
+        w_EIO: Tensor,
+        routing: Dispatch,
+        *,
+        low_rank: tuple[Tensor, Tensor] | None = None,
+        bias_EO: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """`h_NG`, as `linear` gives it, and its gate's `a_NF`."""
+        ...
+
     def gate_forward(self, gate: Gate, h_NG: Tensor) -> Tensor:
         """`a_NF`."""
         ...
@@ -71,39 +97,23 @@ class Steps(Protocol):
         """Each token's rows summed, in a fixed order, with the router's weights or without: `(T, D)`."""
         ...
 
-    def a_grads(
+    def factor_grads(
         self,
-        x: Tensor,
-        dmid_NR: Tensor,
+        a: FactorSide,
+        b: FactorSide,
         adapters: Sequence[LoraFactors],
         routing: Dispatch,
         weight_TK: Tensor | None = None,
-        *,
-        by_token: bool = False,
     ) -> list[Tensor]:
-        """The gradient of each adapter's `a`, in PEFT's layout and its own dtype: `Σ dmid[n] ⊗ x[n]`.
+        """The gradients of a projection's LoRA factors, `a, b` of each adapter, in PEFT's layout and their own dtypes.
 
         Args:
-            x: `(N, I)` sorted by expert, or with `by_token` `(T, I)`.
-            dmid_NR: the gradient of the low-rank products.
+            a: for the `a`s: the projection's input and the gradient of its mid.
+            b: for the `b`s: the gradient of its output and its mid; the scale is multiplied here.
             adapters: in the order in which they were joined.
             routing: where each expert's rows lie.
             weight_TK: multiplies each row, if given.
-            by_token: whether a row of `x` is a token.
         """
-        ...
-
-    def b_grads(
-        self,
-        dy: Tensor,
-        mid_NR: Tensor,
-        adapters: Sequence[LoraFactors],
-        routing: Dispatch,
-        weight_TK: Tensor | None = None,
-        *,
-        by_token: bool = False,
-    ) -> list[Tensor]:
-        """The gradient of each adapter's `b`: `scale · Σ dy[n] ⊗ mid[n]`. Arguments as for `a_grads`."""
         ...
 
     def outer(self, u_NO: Tensor, v_NI: Tensor, routing: Dispatch) -> Tensor:

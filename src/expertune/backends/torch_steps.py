@@ -9,7 +9,7 @@ from torch import Tensor
 from expertune import lora
 from expertune import routing as rows
 from expertune.activations import Gate
-from expertune.backends.protocol import PackedFactors
+from expertune.backends.protocol import FactorSide, PackedFactors
 from expertune.routing import Dispatch
 from expertune.shapes import LoraFactors
 from expertune.weights.dense import DenseWeights
@@ -31,8 +31,11 @@ class TorchSteps:
     def dispatch(self, expert_TK: Tensor, num_experts: int) -> Dispatch:
         return rows.dispatch(expert_TK, num_experts)
 
-    def pack(self, adapters: Sequence[LoraFactors], weights: DenseWeights) -> PackedFactors:
-        return PackedFactors(*lora.pack(adapters, weights.tensor.shape[0], weights.tensor.dtype))
+    def pack(self, projections: Sequence[tuple[Sequence[LoraFactors], DenseWeights]]) -> list[PackedFactors | None]:
+        return [
+            PackedFactors(*lora.pack(adapters, weights.tensor.shape[0], weights.tensor.dtype)) if adapters else None
+            for adapters, weights in projections
+        ]
 
     def gather(self, x_TI: Tensor, a_ERI: Tensor | None, routing: Dispatch) -> tuple[Tensor, Tensor | None]:
         x_NI = x_TI.index_select(0, routing.row_token_N)
@@ -57,6 +60,19 @@ class TorchSteps:
             y_NO.add_(bias_EO.to(y_NO.dtype).index_select(0, routing.row_expert_N))
         return y_NO
 
+    def gated_linear(
+        self,
+        gate: Gate,
+        x_NI: Tensor,
+        w_EIO: Tensor,
+        routing: Dispatch,
+        *,
+        low_rank: tuple[Tensor, Tensor] | None = None,
+        bias_EO: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        h_NG = self.linear(x_NI, w_EIO, routing, low_rank=low_rank, bias_EO=bias_EO)
+        return h_NG, gate.forward(h_NG)
+
     def gate_forward(self, gate: Gate, h_NG: Tensor) -> Tensor:
         return gate.forward(h_NG)
 
@@ -70,31 +86,20 @@ class TorchSteps:
             return rows.sum_rows(y_ND, routing.token_row_TK)
         return rows.combine(y_ND, weight_TK, routing.token_row_TK)
 
-    def a_grads(
+    def factor_grads(
         self,
-        x: Tensor,
-        dmid_NR: Tensor,
+        a: FactorSide,
+        b: FactorSide,
         adapters: Sequence[LoraFactors],
         routing: Dispatch,
         weight_TK: Tensor | None = None,
-        *,
-        by_token: bool = False,
     ) -> list[Tensor]:
-        wide_NI, narrow_NR = _operands(x, dmid_NR, routing, weight_TK, by_token)
-        return lora.unpack_a_grads(self.outer_product(narrow_NR, wide_NI, routing.ends_E), adapters)
-
-    def b_grads(
-        self,
-        dy: Tensor,
-        mid_NR: Tensor,
-        adapters: Sequence[LoraFactors],
-        routing: Dispatch,
-        weight_TK: Tensor | None = None,
-        *,
-        by_token: bool = False,
-    ) -> list[Tensor]:
-        wide_NO, narrow_NR = _operands(dy, mid_NR, routing, weight_TK, by_token)
-        return lora.unpack_b_grads(self.outer_product(wide_NO, narrow_NR, routing.ends_E), adapters)
+        wide_NI, narrow_NR = _by_row(a, routing, weight_TK)
+        das = lora.unpack_a_grads(self.outer_product(narrow_NR, wide_NI, routing.ends_E), adapters)
+        del wide_NI
+        wide_NO, narrow_NR = _by_row(b, routing, weight_TK)
+        dbs = lora.unpack_b_grads(self.outer_product(wide_NO, narrow_NR, routing.ends_E), adapters)
+        return lora.alternate(das, dbs)
 
     def outer(self, u_NO: Tensor, v_NI: Tensor, routing: Dispatch) -> Tensor:
         return self.outer_product(u_NO, v_NI, routing.ends_E)
@@ -109,10 +114,9 @@ def gate_backward(
     return a_NF, dh_NG, dweight_N.index_select(0, routing.token_row_TK.reshape(-1)).view_as(weight_TK)
 
 
-def _operands(
-    wide: Tensor, narrow_NR: Tensor, routing: Dispatch, weight_TK: Tensor | None, by_token: bool
-) -> tuple[Tensor, Tensor]:
-    """Both sides of a factor's gradient, by row. The weight multiplies the narrow one: the cheaper."""
+def _by_row(side: FactorSide, routing: Dispatch, weight_TK: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Both operands by row. The weight multiplies the narrow one: the cheaper."""
+    narrow_NR = side.narrow_NR
     if weight_TK is not None:
         narrow_NR = narrow_NR * routing.by_row(weight_TK).to(narrow_NR.dtype)
-    return wide.index_select(0, routing.row_token_N) if by_token else wide, narrow_NR
+    return side.wide.index_select(0, routing.row_token_N) if side.by_token else side.wide, narrow_NR

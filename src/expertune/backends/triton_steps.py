@@ -9,9 +9,10 @@ from torch import Tensor
 from expertune import lora
 from expertune.activations import ClampedSwiGlu, Gate, GeGlu, SwiGlu
 from expertune.backends import torch_steps
-from expertune.backends.protocol import PackedFactors
-from expertune.kernels import combine, gates, linear, linear_hopper, outer, routing, shrink, turn
+from expertune.backends.protocol import FactorSide, PackedFactors
+from expertune.kernels import combine, gates, linear, linear_hopper, outer, repack, routing, shrink
 from expertune.kernels.device import is_hopper, tile_rows
+from expertune.kernels.repack import Job
 from expertune.routing import Dispatch
 from expertune.shapes import LoraFactors, Tiles
 from expertune.weights.dense import DenseWeights
@@ -33,18 +34,15 @@ class TritonSteps:
             tiles=Tiles(rows=rows, expert=expert, row=row, count=count, ends_E=ends_E),
         )
 
-    def pack(self, adapters: Sequence[LoraFactors], weights: DenseWeights) -> PackedFactors:
-        num_experts, dtype = weights.tensor.shape[0], weights.tensor.dtype
-        if not _is_simple(adapters, num_experts):
-            a_ERI, b_EOR = lora.pack(adapters, num_experts, dtype)
-        else:
-            (adapter,) = adapters
-            a_ERI, b_EOR = adapter.a.view(num_experts, -1, adapter.a.shape[1]).to(dtype), _packed_b(adapter, weights)
-        if (
-            weights.is_transposed
-        ):  # factors lie along the same dimension as the weights beside which they are multiplied
-            a_ERI, b_EOR = a_ERI.mT.contiguous().mT, b_EOR.mT.contiguous().mT
-        return PackedFactors(a_ERI, b_EOR)
+    def pack(self, projections: Sequence[tuple[Sequence[LoraFactors], DenseWeights]]) -> list[PackedFactors | None]:
+        jobs: list[Job] = []
+        packed = [_pack(adapters, weights, jobs) if adapters else None for adapters, weights in projections]
+        repack.repack(jobs)
+        # factors lie along the same dimension as the weights beside which they are multiplied
+        return [
+            PackedFactors(p.a_ERI.mT.contiguous().mT, p.b_EOR.mT.contiguous().mT) if p and w.is_transposed else p
+            for p, (_, w) in zip(packed, projections, strict=True)
+        ]
 
     def gather(self, x_TI: Tensor, a_ERI: Tensor | None, routing: Dispatch) -> tuple[Tensor, Tensor | None]:
         if a_ERI is None:
@@ -64,9 +62,29 @@ class TritonSteps:
         bias_EO: Tensor | None = None,
     ) -> Tensor:
         mid_NR, b_ERO = low_rank or (None, None)
-        runs_on_hopper = is_hopper(x_NI.device) and x_NI.dtype != torch.float32
-        multiply = linear_hopper.linear if runs_on_hopper else linear.linear
-        return multiply(x_NI, w_EIO, _tiles(routing), mid_NR=mid_NR, b_ERO=b_ERO, bias_EO=bias_EO)
+        tiles = _tiles(routing)
+        if _runs_on_hopper(x_NI):
+            return linear_hopper.linear(x_NI, w_EIO, tiles, mid_NR=mid_NR, b_ERO=b_ERO, bias_EO=bias_EO)[0]
+        return linear.linear(x_NI, w_EIO, tiles, mid_NR=mid_NR, b_ERO=b_ERO, bias_EO=bias_EO)
+
+    def gated_linear(
+        self,
+        gate: Gate,
+        x_NI: Tensor,
+        w_EIO: Tensor,
+        routing: Dispatch,
+        *,
+        low_rank: tuple[Tensor, Tensor] | None = None,
+        bias_EO: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        kernel = _gate_kernel(gate)
+        if kernel is not None and _runs_on_hopper(x_NI) and linear_hopper.fuses(kernel, w_EIO):
+            mid_NR, b_ERO = low_rank or (None, None)
+            return linear_hopper.linear(
+                x_NI, w_EIO, _tiles(routing), mid_NR=mid_NR, b_ERO=b_ERO, bias_EO=bias_EO, gate=kernel
+            )
+        h_NG = self.linear(x_NI, w_EIO, routing, low_rank=low_rank, bias_EO=bias_EO)
+        return h_NG, self.gate_forward(gate, h_NG)
 
     def gate_forward(self, gate: Gate, h_NG: Tensor) -> Tensor:
         kernel = _gate_kernel(gate)
@@ -82,66 +100,44 @@ class TritonSteps:
     def combine(self, y_ND: Tensor, weight_TK: Tensor | None, routing: Dispatch) -> Tensor:
         return combine.combine(y_ND, routing.token_row_TK, None if weight_TK is None else weight_TK.contiguous())
 
-    def a_grads(
+    def factor_grads(
         self,
-        x: Tensor,
-        dmid_NR: Tensor,
+        a: FactorSide,
+        b: FactorSide,
         adapters: Sequence[LoraFactors],
         routing: Dispatch,
         weight_TK: Tensor | None = None,
-        *,
-        by_token: bool = False,
     ) -> list[Tensor]:
-        num_experts = routing.ends_E.shape[0]
-        shape = (num_experts, dmid_NR.shape[1], x.shape[1])
-        da_ERI = x.new_empty(shape, dtype=adapters[0].a.dtype)
-        self._sum(x, dmid_NR, routing, weight_TK, by_token, da_ERI)
-        return lora.unpack_a_grads(da_ERI, adapters)
-
-    def b_grads(
-        self,
-        dy: Tensor,
-        mid_NR: Tensor,
-        adapters: Sequence[LoraFactors],
-        routing: Dispatch,
-        weight_TK: Tensor | None = None,
-        *,
-        by_token: bool = False,
-    ) -> list[Tensor]:
-        num_experts, width = routing.ends_E.shape[0], dy.shape[1]
-        db_EOR = dy.new_empty((num_experts, width, mid_NR.shape[1]), dtype=adapters[0].b.dtype)
-        self._sum(dy, mid_NR, routing, weight_TK, by_token, db_EOR.mT)
+        num_experts, rank = routing.ends_E.shape[0], a.narrow_NR.shape[1]
+        first, width, width_out = adapters[0], a.wide.shape[1], b.wide.shape[1]
+        da_ERI = a.wide.new_empty((num_experts, rank, width), dtype=first.a.dtype)
+        db_EOR = b.wide.new_empty((num_experts, width_out, rank), dtype=first.b.dtype)
+        outer.outer(
+            outer.Sum(a.wide.contiguous(), a.narrow_NR, da_ERI, a.by_token),
+            outer.Sum(b.wide.contiguous(), b.narrow_NR, db_EOR, b.by_token, is_wide_first=True),
+            routing.ends_E,
+            row_slot_N=routing.row_slot_N,
+            top_k=routing.top_k,
+            weight_TK=weight_TK,
+        )
         if not _is_simple(adapters, num_experts):
-            return lora.unpack_b_grads(db_EOR, adapters)
+            das, dbs = lora.unpack_a_grads(da_ERI, adapters), lora.unpack_b_grads(db_EOR, adapters)
+            return lora.alternate(das, dbs)
         # written to PEFT's layout at once, every element would be a memory transaction of its own: 4 times the time
-        (adapter,) = adapters
-        db = torch.empty_like(adapter.b, memory_format=torch.contiguous_format)
-        turn.turn(db_EOR.view(num_experts, -1), db.view(-1, num_experts).T, adapter.scale)
-        return [db]
+        db = torch.empty_like(first.b, memory_format=torch.contiguous_format)
+        repack.repack([Job(db_EOR.view(num_experts, -1), db, first.scale, is_turned=True)])
+        return [da_ERI.view(first.a.shape), db]
 
     def outer(self, u_NO: Tensor, v_NI: Tensor, routing: Dispatch) -> Tensor:
         out_EOI = u_NO.new_empty((routing.ends_E.shape[0], u_NO.shape[1], v_NI.shape[1]))
-        outer.outer(v_NI, u_NO.contiguous(), routing.ends_E, out_EOI)
-        return out_EOI
-
-    def _sum(
-        self,
-        wide: Tensor,
-        narrow_NR: Tensor,
-        routing: Dispatch,
-        weight_TK: Tensor | None,
-        by_token: bool,
-        out_ERI: Tensor,
-    ) -> None:
         outer.outer(
-            wide.contiguous(),
-            narrow_NR,
+            outer.Sum(v_NI.contiguous(), u_NO.contiguous(), out_EOI),
+            None,
             routing.ends_E,
-            out_ERI,
-            weight_TK=weight_TK,
             row_slot_N=routing.row_slot_N,
-            by_token=routing.top_k if by_token else 0,
+            top_k=routing.top_k,
         )
+        return out_EOI
 
 
 STEPS = TritonSteps()
@@ -152,12 +148,25 @@ def _is_simple(adapters: Sequence[LoraFactors], num_experts: int) -> bool:
     return len(adapters) == 1 and adapters[0].a.shape[0] // num_experts == lora.joined_rank(adapters, num_experts)
 
 
-def _packed_b(adapter: LoraFactors, weights: DenseWeights) -> Tensor:
-    """`scale · b_EOR`: in PEFT's layout a transposed matrix of `O·R` rows and `E` columns."""
-    num_experts, width = weights.tensor.shape[0], adapter.b.shape[0]
-    b_EOR = adapter.b.new_empty((num_experts, width, adapter.b.shape[1] // num_experts), dtype=weights.tensor.dtype)
-    turn.turn(adapter.b.view(-1, num_experts), b_EOR.view(num_experts, -1).T, adapter.scale)
-    return b_EOR
+def _pack(adapters: Sequence[LoraFactors], weights: DenseWeights, jobs: list[Job]) -> PackedFactors:
+    """The adapters of one projection, joined. What one launch can do for both projections is added to `jobs`."""
+    num_experts, dtype = weights.tensor.shape[0], weights.tensor.dtype
+    if not _is_simple(adapters, num_experts):
+        return PackedFactors(*lora.pack(adapters, num_experts, dtype))
+    (adapter,) = adapters
+    a, b = adapter.a.contiguous(), adapter.b.contiguous()
+    rank = a.shape[0] // num_experts
+    if a.dtype != dtype:
+        cast = a.new_empty(a.shape, dtype=dtype)
+        jobs.append(Job(a, cast))
+        a = cast
+    b_EOR = b.new_empty((num_experts, b.shape[0], rank), dtype=dtype)
+    jobs.append(Job(b.view(-1, num_experts), b_EOR, adapter.scale, is_turned=True))
+    return PackedFactors(a.view(num_experts, rank, -1), b_EOR)
+
+
+def _runs_on_hopper(x_NI: Tensor) -> bool:
+    return x_NI.dtype != torch.float32 and is_hopper(x_NI.device)
 
 
 def _tiles(routing: Dispatch) -> Tiles:

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from expertune.kernels.launch import launch
+from expertune.kernels.launch import ceil_div, launch, next_power_of_2
 
 
 @triton.jit
@@ -42,10 +42,10 @@ def combine(y_ND: Tensor, slot_row_TK: Tensor, weight_TK: Tensor | None = None) 
     out_TD = y_ND.new_empty((num_tokens, width))
     if num_tokens == 0:
         return out_TD
-    block = min(1024, max(16, triton.next_power_of_2(width)))
+    block = min(1024, max(16, next_power_of_2(width)))
     launch(
         _combine_kernel,
-        (num_tokens, triton.cdiv(width, block), 1),
+        (num_tokens, ceil_div(width, block), 1),
         (y_ND, weight_TK if weight_TK is not None else y_ND, slot_row_TK, out_TD),
         (),
         (width,),

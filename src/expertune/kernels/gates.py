@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from expertune.kernels.launch import launch
+from expertune.kernels.launch import ceil_div, launch
 
 _BLOCK = 256  # columns at a time
 _ROWS = 4  # rows a program
@@ -196,7 +196,7 @@ def gate_forward(h_NG: Tensor, gate: GateKernel) -> Tensor:
     num_rows, width = h_NG.shape[0], h_NG.shape[1] // 2
     a_NF = h_NG.new_empty((num_rows, width))
     if num_rows:
-        grid = (triton.cdiv(num_rows, _ROWS), triton.cdiv(width, _BLOCK), 1)
+        grid = (ceil_div(num_rows, _ROWS), ceil_div(width, _BLOCK), 1)
         constants = {"GATE": gate.function} | _constants(gate)
         launch(_forward_kernel, grid, (h_NG, a_NF), (num_rows,), (width,), constants, num_warps=4)
     return a_NF
@@ -220,6 +220,6 @@ def gate_backward(
     if num_rows:
         tensors = (h_NG, da_NF, weight_TK, row_slot_N, dh_NG, da_NF, dweight_TK)
         constants = {"GRAD": gate.grad} | _constants(gate)
-        grid = (triton.cdiv(num_rows, _ROWS), 1, 1)
+        grid = (ceil_div(num_rows, _ROWS), 1, 1)
         launch(_backward_kernel, grid, tensors, (num_rows,), (width,), constants, num_warps=4)
     return da_NF, dh_NG, dweight_TK

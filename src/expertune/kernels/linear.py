@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from expertune.kernels.device import num_programs
-from expertune.kernels.launch import launch
+from expertune.kernels.launch import ceil_div, launch
 from expertune.shapes import Tiles
 
 
@@ -149,7 +149,7 @@ def linear(
     if mid_NR is not None and b_ERO is not None:
         low, high, rank = mid_NR, b_ERO, mid_NR.shape[1]
     assert high.stride(3 - along) == 1 == w_EIO.stride(3 - along), "weights and factors lie along different dimensions"
-    most = tiles.expert.shape[0] * triton.cdiv(width_out, config.columns)
+    most = tiles.expert.shape[0] * ceil_div(width_out, config.columns)
     bias = y_NO if bias_EO is None else bias_EO
     launch(
         _linear_kernel,

@@ -1,14 +1,17 @@
-"""Grouped linear with LoRA for Hopper (compute capability 9.0, bf16 and fp16), in Gluon.
+"""Grouped linear with LoRA and a gate for Hopper (compute capability 9.0, bf16 and fp16), in Gluon.
 
-The same equation as `linear.py`, its tested twin. One warp copies tiles with the tensor memory accelerator; two groups
-of four warps multiply in turns, so that one stores its tile while the other keeps the tensor cores busy. LoRA is one
-more step of the copying warp, from the descriptors of `mid` and `B`: no copies, weights untouched, almost no time.
+The same equation as `linear.py` and `gates.py`, its tested twins. One warp copies tiles with the tensor memory
+accelerator; two groups of four warps multiply in turns, so that one stores its tile while the other keeps the tensor
+cores busy. LoRA is one more step of the copying warp, from the descriptors of `mid` and `B`: no copies, weights
+untouched, almost no time. A gate is computed on the tile before it is stored: that too hides behind the other group's
+products. Where gate and up lie in two halves, a tile is one half of columns of each.
 A step that reaches beyond a width reads zeros.
 """
 
 from functools import lru_cache
+from typing import Any
 
-import triton
+import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -23,7 +26,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from expertune.kernels.device import num_programs
-from expertune.kernels.launch import launch
+from expertune.kernels.gates import GateKernel
+from expertune.kernels.launch import ceil_div, launch
 from expertune.shapes import Tiles
 
 ROWS = 128
@@ -33,7 +37,14 @@ _STAGES = 6
 
 
 @gluon.jit
-def _copy(descriptors, buffers, barriers, tiles, widths, IS_K_CONTIGUOUS: gl.constexpr):
+def _num_column_tiles(O, IS_SPLIT: gl.constexpr, COLUMNS: gl.constexpr):  # noqa: E741
+    if IS_SPLIT:
+        return gl.cdiv(O // 2, COLUMNS // 2)
+    return gl.cdiv(O, COLUMNS)
+
+
+@gluon.jit
+def _copy(descriptors, buffers, barriers, tiles, widths, IS_K_CONTIGUOUS: gl.constexpr, IS_SPLIT: gl.constexpr):
     """The copying warp: for every item in turn its base steps, then its LoRA steps, each into the next free stage."""
     x_desc, w_desc, mid_desc, b_desc = descriptors
     x_bufs, w_bufs = buffers
@@ -43,30 +54,41 @@ def _copy(descriptors, buffers, barriers, tiles, widths, IS_K_CONTIGUOUS: gl.con
     STAGES: gl.constexpr = x_bufs.type.shape[0]
     DEPTH: gl.constexpr = x_bufs.type.shape[2]
     COLUMNS: gl.constexpr = w_bufs.type.shape[1] if IS_K_CONTIGUOUS else w_bufs.type.shape[2]
+    HALF: gl.constexpr = COLUMNS // 2
+    NUM_COPIES: gl.constexpr = 2 if IS_SPLIT else 1
     num_base = gl.cdiv(I, DEPTH)
     num_steps = num_base + gl.cdiv(R, DEPTH)
-    num_columns = gl.cdiv(O, COLUMNS)
+    num_columns = _num_column_tiles(O, IS_SPLIT, COLUMNS)
     step = 0
     for item in range(gl.program_id(0), gl.load(num_tiles_ptr) * num_columns, gl.num_programs(0)):
         tile = item // num_columns
         expert = gl.load(tile_expert_ptr + tile)
         row = gl.load(tile_row_ptr + tile)
-        column = (item % num_columns) * COLUMNS
+        column = (item % num_columns) * (COLUMNS // NUM_COPIES)
         for k in range(num_steps):
             stage = step % STAGES
             mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
             bar, x_buf, w_buf = ready.index(stage), x_bufs.index(stage), w_bufs.index(stage)
-            mbarrier.expect(bar, x_desc.block_type.nbytes + w_desc.block_type.nbytes)
+            mbarrier.expect(bar, x_desc.block_type.nbytes + NUM_COPIES * w_desc.block_type.nbytes)
             if k < num_base:
-                tma.async_copy_global_to_shared(x_desc, [row, k * DEPTH], bar, x_buf)
-                if IS_K_CONTIGUOUS:
-                    tma.async_copy_global_to_shared(w_desc, [expert * O + column, k * DEPTH], bar, w_buf)
+                first = k * DEPTH
+                tma.async_copy_global_to_shared(x_desc, [row, first], bar, x_buf)
+                if IS_SPLIT:
+                    tma.async_copy_global_to_shared(w_desc, [expert * O + column, first], bar, w_buf.slice(0, HALF))
+                    up = expert * O + O // 2 + column
+                    tma.async_copy_global_to_shared(w_desc, [up, first], bar, w_buf.slice(HALF, HALF))
+                elif IS_K_CONTIGUOUS:
+                    tma.async_copy_global_to_shared(w_desc, [expert * O + column, first], bar, w_buf)
                 else:
-                    tma.async_copy_global_to_shared(w_desc, [expert * I + k * DEPTH, column], bar, w_buf)
+                    tma.async_copy_global_to_shared(w_desc, [expert * I + first, column], bar, w_buf)
             else:
                 first = (k - num_base) * DEPTH
                 tma.async_copy_global_to_shared(mid_desc, [row, first], bar, x_buf)
-                if IS_K_CONTIGUOUS:
+                if IS_SPLIT:
+                    tma.async_copy_global_to_shared(b_desc, [expert * O + column, first], bar, w_buf.slice(0, HALF))
+                    up = expert * O + O // 2 + column
+                    tma.async_copy_global_to_shared(b_desc, [up, first], bar, w_buf.slice(HALF, HALF))
+                elif IS_K_CONTIGUOUS:
                     tma.async_copy_global_to_shared(b_desc, [expert * O + column, first], bar, w_buf)
                 else:
                     tma.async_copy_global_to_shared(b_desc, [expert * R + first, column], bar, w_buf)
@@ -74,40 +96,73 @@ def _copy(descriptors, buffers, barriers, tiles, widths, IS_K_CONTIGUOUS: gl.con
 
 
 @gluon.jit
-def _store(acc, y_ptr, bias_ptr, expert, row, end, column, O, HAS_BIAS: gl.constexpr):  # noqa: E741
-    """Write one tile, half of its columns at a time: the whole at once would not fit the registers."""
+def _store_half(half, y_ptr, row, end, column, width, stride):
+    """Write half a tile: the whole at once would not fit the registers."""
+    ROWS: gl.constexpr = half.type.shape[0]
+    COLUMNS: gl.constexpr = half.type.shape[1]
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    i = row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
+    j = column + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, layout))
+    offset = gl.expand_dims(i.to(gl.int64) * stride, 1) + gl.expand_dims(j, 0)
+    mask = gl.expand_dims(i < end, 1) & gl.expand_dims(j < width, 0)
+    gl.store(y_ptr + offset, gl.convert_layout(half, layout), mask=mask)
+
+
+@gluon.jit
+def _store(
+    acc,
+    outputs,
+    expert,
+    row,
+    end,
+    item_column,
+    O,  # noqa: E741
+    HAS_BIAS: gl.constexpr,
+    IS_SPLIT: gl.constexpr,
+    GATE: gl.constexpr,
+    ALPHA: gl.constexpr,
+    LIMIT: gl.constexpr,
+):
+    """Write one tile of `y`, and with a gate also of `a`, computed from `y` as it is stored."""
+    y_ptr, a_ptr, bias_ptr = outputs
     ROWS: gl.constexpr = acc.type.shape[0]
     COLUMNS: gl.constexpr = acc.type.shape[1]
     HALF: gl.constexpr = COLUMNS // 2
+    if IS_SPLIT:
+        first, width = item_column * HALF, O // 2
+        second = width + first
+    else:
+        first, width = item_column * COLUMNS, O
+        second = first + HALF
     if HAS_BIAS:
-        along: gl.constexpr = gl.SliceLayout(0, acc.type.layout)
-        j = column + gl.arange(0, COLUMNS, layout=along)
+        at = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, acc.type.layout))
+        j = gl.where(at < HALF, first + at, second - HALF + at)
         bias = gl.load(bias_ptr + expert.to(gl.int64) * O + j, mask=j < O, other=0.0).to(gl.float32)
         acc += gl.expand_dims(bias, 0)
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    i = row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
-    offset = gl.expand_dims(i.to(gl.int64) * O, 1)
-    in_expert = gl.expand_dims(i < end, 1)
-    halves = acc.to(y_ptr.dtype.element_ty).reshape([ROWS, 2, HALF]).permute([0, 2, 1]).split()
-    for half in gl.static_range(2):
-        j = column + half * HALF + gl.arange(0, HALF, layout=gl.SliceLayout(0, layout))
-        mask = in_expert & gl.expand_dims(j < O, 0)
-        gl.store(y_ptr + offset + gl.expand_dims(j, 0), gl.convert_layout(halves[half], layout), mask=mask)
+    y = acc.to(y_ptr.dtype.element_ty)
+    left, right = y.reshape([ROWS, 2, HALF]).permute([0, 2, 1]).split()
+    _store_half(left, y_ptr, row, end, first, width, O)
+    _store_half(right, y_ptr, row, end, second, O, O)
+    if GATE is not None:
+        if not IS_SPLIT:
+            left, right = y.reshape([ROWS, HALF, 2]).split()
+        a = GATE(left.to(gl.float32), right.to(gl.float32), ALPHA, LIMIT).to(y_ptr.dtype.element_ty)
+        _store_half(a, a_ptr, row, end, item_column * HALF, O // 2, O // 2)
 
 
 @gluon.jit
 def _multiply(
     ME: gl.constexpr,
-    y_ptr,
-    bias_ptr,
-    buffers,
-    barriers,
-    tiles,
-    widths,
+    work,
     IS_K_CONTIGUOUS: gl.constexpr,
     HAS_BIAS: gl.constexpr,
+    IS_SPLIT: gl.constexpr,
+    GATE: gl.constexpr,
+    ALPHA: gl.constexpr,
+    LIMIT: gl.constexpr,
 ):
     """One of the two groups that multiply: every second item. Its turn comes when the other has issued its own."""
+    outputs, buffers, barriers, tiles, widths = work
     x_bufs, w_bufs = buffers
     ready, empty, turn = barriers
     tile_expert_ptr, tile_row_ptr, num_tiles_ptr, ends_ptr = tiles
@@ -118,7 +173,7 @@ def _multiply(
     COLUMNS: gl.constexpr = w_bufs.type.shape[1] if IS_K_CONTIGUOUS else w_bufs.type.shape[2]
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
     num_steps = gl.cdiv(I, DEPTH) + gl.cdiv(R, DEPTH)
-    num_columns = gl.cdiv(O, COLUMNS)
+    num_columns = _num_column_tiles(O, IS_SPLIT, COLUMNS)
     total = gl.load(num_tiles_ptr) * num_columns
     turns = 0
     step = ME * num_steps
@@ -141,7 +196,7 @@ def _multiply(
         mbarrier.arrive(turn.index(1 - ME), count=1)
         acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
         mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1)
-        _store(acc, y_ptr, bias_ptr, expert, row, end, column=(item % num_columns) * COLUMNS, O=O, HAS_BIAS=HAS_BIAS)
+        _store(acc, outputs, expert, row, end, item % num_columns, O, HAS_BIAS, IS_SPLIT, GATE, ALPHA, LIMIT)
         step += num_steps
         turns += 1
 
@@ -152,8 +207,9 @@ def _linear_kernel(
     w_desc,
     mid_desc,
     b_desc,
-    bias_ptr,
     y_ptr,
+    a_ptr,
+    bias_ptr,
     tile_expert_ptr,
     tile_row_ptr,
     num_tiles_ptr,
@@ -163,11 +219,18 @@ def _linear_kernel(
     R,
     IS_K_CONTIGUOUS: gl.constexpr,
     HAS_BIAS: gl.constexpr,
+    IS_SPLIT: gl.constexpr,
+    GATE: gl.constexpr,
+    ALPHA: gl.constexpr,
+    LIMIT: gl.constexpr,
+    COLUMNS: gl.constexpr,
     STAGES: gl.constexpr,
 ):
     """Persistent: each program walks every `num_programs`-th item, tile by tile of rows, columns fastest."""
+    DEPTH: gl.constexpr = x_desc.block_type.shape[1]
+    w_shape: gl.constexpr = [COLUMNS, DEPTH] if IS_K_CONTIGUOUS else [DEPTH, COLUMNS]
     x_bufs = gl.allocate_shared_memory(x_desc.dtype, [STAGES] + x_desc.block_type.shape, x_desc.layout)
-    w_bufs = gl.allocate_shared_memory(w_desc.dtype, [STAGES] + w_desc.block_type.shape, w_desc.layout)
+    w_bufs = gl.allocate_shared_memory(w_desc.dtype, [STAGES] + w_shape, w_desc.layout)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     turn = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
@@ -177,30 +240,45 @@ def _linear_kernel(
     for group in gl.static_range(2):
         mbarrier.init(turn.index(group), count=1)
     fence_async_shared()
+    outputs = (y_ptr, a_ptr, bias_ptr)
     buffers = (x_bufs, w_bufs)
     barriers = (ready, empty, turn)
     tiles = (tile_expert_ptr, tile_row_ptr, num_tiles_ptr, ends_ptr)
     widths = (I, O, R)
+    work = (outputs, buffers, barriers, tiles, widths)
     gl.warp_specialize(
         [
-            (_multiply, (0, y_ptr, bias_ptr, buffers, barriers, tiles, widths, IS_K_CONTIGUOUS, HAS_BIAS)),
-            (_multiply, (1, y_ptr, bias_ptr, buffers, barriers, tiles, widths, IS_K_CONTIGUOUS, HAS_BIAS)),
-            (_copy, ((x_desc, w_desc, mid_desc, b_desc), buffers, barriers, tiles, widths, IS_K_CONTIGUOUS)),
+            (_multiply, (0, work, IS_K_CONTIGUOUS, HAS_BIAS, IS_SPLIT, GATE, ALPHA, LIMIT)),
+            (_multiply, (1, work, IS_K_CONTIGUOUS, HAS_BIAS, IS_SPLIT, GATE, ALPHA, LIMIT)),
+            (_copy, ((x_desc, w_desc, mid_desc, b_desc), buffers, barriers, tiles, widths, IS_K_CONTIGUOUS, IS_SPLIT)),
         ],
         [4, 1],
         [232, 40],
     )
 
 
-@lru_cache(maxsize=32)
-def _layout(rows: int, columns: int) -> gl.NVMMASharedLayout:
-    return gl.NVMMASharedLayout.get_default_for([rows, columns], gl.bfloat16)
+@lru_cache(maxsize=64)
+def _template(width: int, block: tuple[int, int], dtype: torch.dtype) -> dict[str, Any]:
+    """What descriptors of matrices of one width have in common, checked by Triton once."""
+    row = torch.empty((1, width), dtype=dtype)
+    layout = gl.NVMMASharedLayout.get_default_for(list(block), gl.bfloat16)
+    return dict(vars(TensorDescriptor(row, [1, width], [width, 1], list(block), layout)))
 
 
 def _descriptor(matrix: Tensor, block: tuple[int, int]) -> TensorDescriptor:
-    """A two-dimensional view of a contiguous tensor, its first dimensions joined."""
+    """A two-dimensional view of a contiguous tensor, its first dimensions joined.
+
+    Filled from a template: Triton's constructor checks for longer than a launch takes.
+    """
     width = matrix.shape[-1]
-    return TensorDescriptor(matrix, [matrix.numel() // width, width], [width, 1], list(block), _layout(*block))
+    descriptor = object.__new__(TensorDescriptor)
+    vars(descriptor).update(_template(width, block, matrix.dtype), base=matrix, shape=[matrix.numel() // width, width])
+    return descriptor
+
+
+def fuses(gate: GateKernel, w_EIO: Tensor) -> bool:
+    """Whether `linear` can compute this gate: halves are copied row by row, so they need weights that lie by row."""
+    return not gate.is_concatenated or w_EIO.stride(1) == 1
 
 
 def linear(
@@ -211,16 +289,24 @@ def linear(
     mid_NR: Tensor | None = None,
     b_ERO: Tensor | None = None,
     bias_EO: Tensor | None = None,
-) -> Tensor:
-    """`y_NO`, in the dtype of `x_NI`, summed in float32. See `linear.linear`; `tiles.rows` must be 128."""
+    gate: GateKernel | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`y_NO` and the gate's `a_NF`, in the dtype of `x_NI`, summed in float32; without a gate `a` is `y`.
+
+    For the arguments see `linear.linear`. `tiles.rows` must be 128, and `fuses` true of the gate.
+    """
     num_rows, width = x_NI.shape
     width_out = w_EIO.shape[2]
-    y_NO = x_NI.new_empty((num_rows, width_out))
+    a = y_NO = x_NI.new_empty((num_rows, width_out))
+    if gate is not None:
+        a = x_NI.new_empty((num_rows, width_out // 2))
     if num_rows == 0:
-        return y_NO
+        return y_NO, a
     assert tiles.rows == ROWS
     is_k_contiguous = w_EIO.stride(1) == 1
-    block = (_COLUMNS, _DEPTH) if is_k_contiguous else (_DEPTH, _COLUMNS)
+    is_split = gate is not None and gate.is_concatenated
+    columns = _COLUMNS // 2 if is_split else _COLUMNS
+    block = (columns, _DEPTH) if is_k_contiguous else (_DEPTH, columns)
     x_desc = _descriptor(x_NI, (ROWS, _DEPTH))
     w_desc = _descriptor(w_EIO.mT if is_k_contiguous else w_EIO, block)
     mid_desc, b_desc, rank = x_desc, w_desc, 0
@@ -229,23 +315,25 @@ def linear(
         rank = mid_NR.shape[1]
         mid_desc = _descriptor(mid_NR, (ROWS, _DEPTH))
         b_desc = _descriptor(b_ERO.mT if is_k_contiguous else b_ERO, block)
-    most = tiles.expert.shape[0] * triton.cdiv(width_out, _COLUMNS)
+    most = tiles.expert.shape[0] * ceil_div(width_out, _COLUMNS)
     launch(
         _linear_kernel,
         (min(most, num_programs(x_NI.device)), 1, 1),
-        (
-            bias_EO if bias_EO is not None else y_NO,
-            y_NO,
-            tiles.expert,
-            tiles.row,
-            tiles.count,
-            tiles.ends_E,
-        ),
+        (y_NO, a, y_NO if bias_EO is None else bias_EO, tiles.expert, tiles.row, tiles.count, tiles.ends_E),
         (),
         (width, width_out, rank),
-        {"IS_K_CONTIGUOUS": is_k_contiguous, "HAS_BIAS": bias_EO is not None, "STAGES": _STAGES},
+        {
+            "IS_K_CONTIGUOUS": is_k_contiguous,
+            "HAS_BIAS": bias_EO is not None,
+            "IS_SPLIT": is_split,
+            "GATE": None if gate is None else gate.function,
+            "ALPHA": 1.0 if gate is None else gate.alpha,
+            "LIMIT": 0.0 if gate is None else gate.limit,
+            "COLUMNS": _COLUMNS,
+            "STAGES": _STAGES,
+        },
         descriptors=(x_desc, w_desc, mid_desc, b_desc),
         num_warps=4,
         maxnreg=168,
     )
-    return y_NO
+    return y_NO, a

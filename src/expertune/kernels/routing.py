@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from expertune.kernels.launch import launch
+from expertune.kernels.launch import launch, next_power_of_2
 
 _SLOTS = 512  # slots a block; each block reads the counts of all blocks, so smaller blocks cost more at long context
 
@@ -117,13 +117,13 @@ def sort_by_expert(expert_TK: Tensor, num_experts: int, tile_rows: int) -> tuple
     count = new(num_blocks * num_experts)
     row_slot_N, row_expert_N, slot_row_N, ends_E = new(num_slots), new(num_slots), new(num_slots), new(num_experts)
     tile_expert, tile_row, num_tiles = new(max(most, 1)), new(max(most, 1)), new(1)
-    e_pad = triton.next_power_of_2(num_experts)
+    e_pad = next_power_of_2(num_experts)
     expert_N = expert_TK.reshape(-1)
     grid = (num_blocks, 1, 1)
     shape = {"SLOTS": _SLOTS, "E_PAD": e_pad}
     launch(_count_kernel, grid, (expert_N, count), (num_slots,), (num_experts,), shape)
     outputs = (row_slot_N, row_expert_N, slot_row_N, ends_E, tile_expert, tile_row, num_tiles)
-    shape |= {"BLOCKS": 16, "TILE_ROWS": tile_rows, "TILES": triton.next_power_of_2(max(tiles_a_block, 1))}
+    shape |= {"BLOCKS": 16, "TILE_ROWS": tile_rows, "TILES": next_power_of_2(max(tiles_a_block, 1))}
     sizes = (num_slots, num_blocks, tiles_a_block)
     launch(_place_kernel, grid, (expert_N, count, *outputs), sizes, (num_experts,), shape)
     return outputs

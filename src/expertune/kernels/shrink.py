@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from expertune.kernels.launch import launch
+from expertune.kernels.launch import ceil_div, launch, next_power_of_2
 from expertune.shapes import Tiles
 
 _MAX_RANK_BLOCK = 128  # columns of `mid` a program; a larger rank reads the rows again
@@ -85,10 +85,10 @@ def _launch(
     if mid_NR.shape[0] == 0:
         return
     rank = a_ERI.shape[1]
-    block = min(_MAX_RANK_BLOCK, max(16, triton.next_power_of_2(rank)))
+    block = min(_MAX_RANK_BLOCK, max(16, next_power_of_2(rank)))
     launch(
         _shrink_kernel,
-        (tiles.expert.shape[0], triton.cdiv(rank, block), 1),
+        (tiles.expert.shape[0], ceil_div(rank, block), 1),
         (x, row_slot_N, a_ERI, rows_NI, mid_NR, tiles.expert, tiles.row, tiles.count, tiles.ends_E),
         (),
         (x.shape[1], rank, max(k, 1), *a_ERI.stride()),
