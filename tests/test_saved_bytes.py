@@ -33,7 +33,7 @@ def _inputs(
         )
 
     x_TD = torch.randn(T, D, device=DEVICE).to(dtype).requires_grad_()
-    weight_TK, expert_TK = torch.randn(T, E, device=DEVICE).to(dtype).softmax(-1).topk(K, dim=-1)
+    weight_TK, expert_TK = torch.randn(T, E, device=DEVICE).softmax(-1).topk(K, dim=-1)
     return x_TD, expert_TK, weight_TK.requires_grad_(), (projection(D, 2 * F), projection(F, D))
 
 

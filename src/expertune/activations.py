@@ -4,7 +4,7 @@ A gate's backward also yields `a_NF` again, because the walk recomputes it inste
 `SwiGlu` and its kin are written out; any other function of the host runs through `HostGate`: right, but slower.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-class Gate(Protocol):
+class Gate(Hashable, Protocol):
     """`forward(h_NG) -> a_NF` and `backward(h_NG, da_NF) -> (a_NF, dh_NG)`."""
 
     @property

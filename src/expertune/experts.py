@@ -11,7 +11,7 @@ routed row: `2D + K(4F + 4R + 16)` bytes a token in bfloat16. `a` is computed ag
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
@@ -43,9 +43,12 @@ class Projection:
     adapters: tuple[LoraFactors, ...] = ()
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class ExpertsStep:
-    """What stays the same from batch to batch: how the experts lie, their gate, and the backend that multiplies."""
+    """What stays the same from batch to batch: how the experts lie, their gate, and the backend that multiplies.
+
+    Compared by identity, because it is looked up in every pass.
+    """
 
     layout: ExpertsLayout
     gate: Gate
@@ -83,26 +86,51 @@ def experts(
     """
     first, second = projections
     factors = [factor for p in projections for adapter in p.adapters for factor in (adapter.a, adapter.b)]
-    walk = _Walk(step, tuple(tuple(adapter.scale for adapter in p.adapters) for p in projections), leaves_out)
+    walk = _Walk(
+        step=step,
+        scales=tuple(tuple(adapter.scale for adapter in p.adapters) for p in projections),
+        tile_rows=None if routing.tiles is None else routing.tiles.rows,
+        leaves_out=leaves_out,
+    )
     base = (first.weight, first.bias, second.weight, second.bias)
     # autocast would cast some products and not others; the dtype of the base weights is the one that counts
     with torch.autocast(x_TD.device.type, enabled=False):
         out_TD = _ExpertsFunction.apply(  # type: ignore[no-untyped-call]
-            walk, routing, x_TD.to(first.weight.dtype), weight_TK, *base, *factors
+            walk, x_TD.to(first.weight.dtype), weight_TK, *_routing_tensors(routing), *base, *factors
         )
     return cast(Tensor, out_TD).to(x_TD.dtype)
 
 
 class _Walk(NamedTuple):
-    """What both passes need beside tensors."""
+    """What a pass needs beside tensors.
+
+    Args:
+        step: layout, gate and backend.
+        scales: of the adapters of each projection.
+        tile_rows: rows a tile, where the backend lists tiles.
+        leaves_out: whether the output is left out.
+        overwrites: in backward, whether what was saved may be written over.
+        wants: in backward, which of the function's arguments want a gradient.
+    """
 
     step: ExpertsStep
     scales: tuple[tuple[float, ...], ...]
+    tile_rows: int | None
     leaves_out: bool
+    overwrites: bool = False
+    wants: tuple[bool, ...] = ()
 
-    def linears(self, tensors: Sequence[Tensor | None], routing: Dispatch) -> "tuple[_Linear, _Linear]":
-        """Both linears, from the flat arguments `w1, b1, w2, b2, a, b, a, b, …` of the autograd function."""
-        w1, b1, w2, b2, *factors = tensors
+    @property
+    def wants_factors(self) -> tuple[bool, bool]:
+        """Whether any LoRA factor of the first and of the second projection wants a gradient."""
+        factors = self.wants[_FIRST_FACTOR:]
+        cut = 2 * len(self.scales[0])
+        return any(factors[:cut]), any(factors[cut:])
+
+    def linears(self, tensors: Sequence[Tensor | None]) -> "tuple[Dispatch, _Linear, _Linear]":
+        """The routing and both linears, from flat tensors: the routing's, then `w1, b1, w2, b2, a, b, a, b, …`."""
+        routing = _routing_from(tensors[:_NUM_ROUTING], self.tile_rows)
+        w1, b1, w2, b2, *factors = tensors[_NUM_ROUTING:]
         flat = iter(factors)
         adapters = [
             tuple(LoraFactors(a=cast(Tensor, next(flat)), b=cast(Tensor, next(flat)), scale=s) for s in scales)
@@ -111,6 +139,7 @@ class _Walk(NamedTuple):
         transposed = self.step.layout.is_transposed
         steps = self.step.backend.steps()
         return (
+            routing,
             _Linear(steps, routing, DenseWeights(cast(Tensor, w1), transposed), b1, adapters[0]),
             _Linear(steps, routing, DenseWeights(cast(Tensor, w2), transposed), b2, adapters[1]),
         )
@@ -159,134 +188,129 @@ def _pack(first: _Linear, second: _Linear) -> list[PackedFactors | None]:
     return first.steps.pack([(first.adapters, first.weights), (second.adapters, second.weights)])
 
 
+def _forward(walk: _Walk, tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """`out_TD`, or None where it is left out, and what is saved: `h_NG` and the two mids."""
+    x_TD, weight_TK = cast(tuple[Tensor, Tensor], tensors[:2])
+    steps = walk.step.backend.steps()
+    routing, first, second = walk.linears(tensors[2:])
+    packed1, packed2 = _pack(first, second)
+    x_ND, mid1_NR = steps.gather(x_TD, None if packed1 is None else packed1.a_ERI, routing)
+    h_NG, a_NF = first.gated(walk.step.gate, x_ND, packed1, mid1_NR)
+    del x_ND, packed1
+    mid2_NR = None if packed2 is None else steps.shrink(a_NF, packed2.a_ERI, routing)
+    if walk.leaves_out:
+        return None, h_NG, mid1_NR, mid2_NR
+    y_ND = second.forward(a_NF, packed2, mid2_NR)
+    del a_NF, packed2
+    return steps.combine(y_ND, weight_TK, routing), h_NG, mid1_NR, mid2_NR
+
+
+def _backward(walk: _Walk, tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """Gradients of `x, weight, w1, b1, w2, b2`, then of the factors.
+
+    Of `weight` only `⟨a, da⟩`; `_bias_part` is missing.
+    """
+    dout_TD, x_TD, h_NG, mid1_NR, mid2_NR, weight_TK = cast(tuple[Tensor, ...], tensors[:6])
+    steps = walk.step.backend.steps()
+    routing, first, second = walk.linears(tensors[6:])
+    wants_x, wants_weight = walk.wants[_X : _X + 2]
+    wants_w1, wants_b1, wants_w2, wants_b2 = walk.wants[_FIRST_WEIGHT:_FIRST_FACTOR]
+    wants_first, wants_second = walk.wants_factors
+    dx_TD = dw1 = db1 = dw2 = db2 = None
+    dfirst: list[Tensor] | list[None] = [None] * 2 * len(first.adapters)
+    dsecond: list[Tensor] | list[None] = [None] * 2 * len(second.adapters)
+
+    # Down. The router's weight of a row multiplies the narrow side of every product, never a (N, D) tensor.
+    packed1, packed2 = _pack(first, second)
+    dout_ND, dmid2_NR = steps.gather(dout_TD, None if packed2 is None else packed2.b_EOR.mT, routing)
+    da_NF = second.input_grad(dout_ND, packed2, dmid2_NR)
+    del packed2
+    if not (wants_b2 or wants_w2):
+        del dout_ND
+    a_NF, dh_NG, dweight_TK = steps.gate_backward(
+        walk.step.gate, h_NG, da_NF, weight_TK, routing, overwrites=walk.overwrites
+    )
+    del da_NF, h_NG
+    if wants_b2 or wants_w2:
+        weight_N1 = routing.by_row(weight_TK).to(dout_TD.dtype)
+        db2 = second.bias_grad(dout_ND, weight_N1) if wants_b2 else None
+        dw2 = second.weight_grad(dout_ND, a_NF * weight_N1) if wants_w2 else None
+        del dout_ND
+    if wants_second:
+        a, b = FactorSide(a_NF, cast(Tensor, dmid2_NR)), FactorSide(dout_TD, mid2_NR, by_token=True)
+        dsecond = steps.factor_grads(a, b, second.adapters, routing, weight_TK)
+        del a, b
+    del a_NF, mid2_NR, dmid2_NR
+
+    # gate_up
+    dmid1_NR = None if packed1 is None else steps.shrink(dh_NG, packed1.b_EOR.mT, routing)
+    if wants_x:
+        dx_TD = steps.combine(first.input_grad(dh_NG, packed1, dmid1_NR), None, routing)
+    del packed1
+    db1 = first.bias_grad(dh_NG, None) if wants_b1 else None
+    if wants_w1:
+        dw1 = first.weight_grad(dh_NG, x_TD.index_select(0, routing.row_token_N))
+    if wants_first:
+        a, b = FactorSide(x_TD, cast(Tensor, dmid1_NR), by_token=True), FactorSide(dh_NG, mid1_NR)
+        dfirst = steps.factor_grads(a, b, first.adapters, routing)
+    return (dx_TD, dweight_TK if wants_weight else None, dw1, db1, dw2, db2, *dfirst, *dsecond)
+
+
+# where the arguments of the function below begin
+_X, _NUM_ROUTING = 1, 7
+_FIRST_WEIGHT = _X + 2 + _NUM_ROUTING
+_FIRST_FACTOR = _FIRST_WEIGHT + 4
+
+
 class _ExpertsFunction(torch.autograd.Function):
-    """Arguments: walk, routing, x, weight, w1, b1, w2, b2, then `a, b` of each adapter of the two projections."""
+    """Arguments: walk, x, weight, the routing, w1, b1, w2, b2, then `a, b` of each adapter of the two projections."""
 
     @staticmethod
-    def forward(
-        ctx: Any, walk: _Walk, routing: Dispatch, x_TD: Tensor, weight_TK: Tensor, *tensors: Tensor | None
-    ) -> Tensor:
-        steps = walk.step.backend.steps()
-        first, second = walk.linears(tensors, routing)
-        packed1, packed2 = _pack(first, second)
-        x_ND, mid1_NR = steps.gather(x_TD, None if packed1 is None else packed1.a_ERI, routing)
-        h_NG, a_NF = first.gated(walk.step.gate, x_ND, packed1, mid1_NR)
-        del x_ND, packed1
-        mid2_NR = None if packed2 is None else steps.shrink(a_NF, packed2.a_ERI, routing)
-        if walk.leaves_out:
-            out_TD = torch.zeros_like(x_TD, memory_format=torch.contiguous_format)
-        else:
-            out_TD = steps.combine(second.forward(a_NF, packed2, mid2_NR), weight_TK, routing)
-        del a_NF, packed2
-
-        needs_first, needs_second = _needs_factors(ctx, walk)
-        ctx.walk = walk
-        ctx.weight_dtype = weight_TK.dtype
-        ctx.tile_rows = None if routing.tiles is None else routing.tiles.rows
+    def forward(ctx: Any, walk: _Walk, x_TD: Tensor, weight_TK: Tensor, *tensors: Tensor | None) -> Tensor:
+        weight_TK = weight_TK.contiguous()
+        run = walk.step.backend.steps().run
+        out_TD, h_NG, mid1_NR, mid2_NR = run(_forward, walk, (x_TD, weight_TK, *tensors))
+        ctx.walk = walk = walk._replace(wants=tuple(ctx.needs_input_grad))
+        wants_first, wants_second = walk.wants_factors
         ctx.save_for_backward(
-            x_TD if ctx.needs_input_grad[4] or needs_first else None,
+            x_TD if walk.wants[_FIRST_WEIGHT] or wants_first else None,
             h_NG,
-            mid1_NR if needs_first else None,
-            mid2_NR if needs_second else None,
-            weight_TK.to(torch.promote_types(weight_TK.dtype, torch.float32)).contiguous(),
-            *_routing_tensors(routing),
+            mid1_NR if wants_first else None,
+            mid2_NR if wants_second else None,
+            weight_TK,
             *tensors,
         )
+        if out_TD is None:
+            out_TD = torch.zeros_like(x_TD, memory_format=torch.contiguous_format)
         return out_TD
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout_TD: Tensor) -> tuple[Tensor | None, ...]:
-        x_TD, h_NG, mid1_NR, mid2_NR, weight_TK, *rest = ctx.saved_tensors
-        ctx.maybe_clear_saved_tensors()  # so that `del` frees them, unless the graph is retained
-        routing = _routing_from(rest[:_NUM_ROUTING_TENSORS], ctx.tile_rows)
-        walk: _Walk = ctx.walk
-        steps = walk.step.backend.steps()
-        first, second = walk.linears(rest[_NUM_ROUTING_TENSORS:], routing)
-        _, _, wants_x, wants_weight, wants_w1, wants_b1, wants_w2, wants_b2, *_ = ctx.needs_input_grad
-        needs_first, needs_second = _needs_factors(ctx, walk)
-        grads = _Gradients(len(first.adapters), len(second.adapters))
-
-        # Down. The router's weight of a row multiplies the narrow side of every product, never a (N, D) tensor.
+        saved = ctx.saved_tensors
+        walk: _Walk = ctx.walk._replace(overwrites=not torch._C._autograd._get_current_graph_task_keep_graph())
+        weight_TK, *tensors = saved[4:]
         dout_TD = dout_TD.contiguous()
-        packed1, packed2 = _pack(first, second)
-        dout_ND, dmid2_NR = steps.gather(dout_TD, None if packed2 is None else packed2.b_EOR.mT, routing)
-        da_NF = second.input_grad(dout_ND, packed2, dmid2_NR)
-        del packed2
-        if not (wants_b2 or wants_w2):
-            del dout_ND
-        a_NF, dh_NG, dweight_TK = steps.gate_backward(walk.step.gate, h_NG, da_NF, weight_TK, routing)
-        del da_NF, h_NG
-        if wants_weight:
+        dx_TD, dweight_TK, *others = walk.step.backend.steps().run(_backward, walk, (dout_TD, *saved))
+        if dweight_TK is not None:
+            _, _, second = walk.linears(tensors)
             if second.bias_EO is not None:
-                dweight_TK = dweight_TK + _bias_part(dout_TD, second.bias_EO, routing).to(dweight_TK.dtype)
-            grads.weight_TK = dweight_TK.to(ctx.weight_dtype)
-        if wants_b2 or wants_w2:
-            weight_N1 = routing.by_row(weight_TK).to(dout_TD.dtype)
-            grads.b2 = second.bias_grad(dout_ND, weight_N1) if wants_b2 else None
-            grads.w2 = second.weight_grad(dout_ND, a_NF * weight_N1) if wants_w2 else None
-            del dout_ND
-        if needs_second:
-            a, b = FactorSide(a_NF, cast(Tensor, dmid2_NR)), FactorSide(dout_TD, mid2_NR, by_token=True)
-            grads.second = steps.factor_grads(a, b, second.adapters, routing, weight_TK)
-            del a, b
-        del a_NF, mid2_NR, dmid2_NR
-
-        # gate_up
-        dmid1_NR = None if packed1 is None else steps.shrink(dh_NG, packed1.b_EOR.mT, routing)
-        if wants_x:
-            grads.x_TD = steps.combine(first.input_grad(dh_NG, packed1, dmid1_NR), None, routing)
-        del packed1
-        grads.b1 = first.bias_grad(dh_NG, None) if wants_b1 else None
-        if wants_w1:
-            grads.w1 = first.weight_grad(dh_NG, x_TD.index_select(0, routing.row_token_N))
-        if needs_first:
-            a, b = FactorSide(x_TD, cast(Tensor, dmid1_NR), by_token=True), FactorSide(dh_NG, mid1_NR)
-            grads.first = steps.factor_grads(a, b, first.adapters, routing)
-        return grads.in_order()
-
-
-@dataclass
-class _Gradients:
-    """What backward fills in, in the order of forward's arguments."""
-
-    num_first: int
-    num_second: int
-    x_TD: Tensor | None = None
-    weight_TK: Tensor | None = None
-    w1: Tensor | None = None
-    b1: Tensor | None = None
-    w2: Tensor | None = None
-    b2: Tensor | None = None
-    first: list[Tensor] = field(default_factory=list)
-    second: list[Tensor] = field(default_factory=list)
-
-    def in_order(self) -> tuple[Tensor | None, ...]:
-        first = self.first or [None] * 2 * self.num_first
-        second = self.second or [None] * 2 * self.num_second
-        return (None, None, self.x_TD, self.weight_TK, self.w1, self.b1, self.w2, self.b2, *first, *second)
-
-
-def _needs_factors(ctx: Any, walk: _Walk) -> tuple[bool, bool]:
-    """Whether any LoRA factor of the first and of the second projection wants a gradient."""
-    wants = ctx.needs_input_grad[8:]
-    cut = 2 * len(walk.scales[0])
-    return any(wants[:cut]), any(wants[cut:])
-
-
-_NUM_ROUTING_TENSORS = 7
+                part_TK = _bias_part(dout_TD, second.bias_EO, second.routing)
+                dweight_TK = dweight_TK + part_TK.to(dweight_TK.dtype)
+            dweight_TK = dweight_TK.to(weight_TK.dtype)
+        return (None, dx_TD, dweight_TK, *[None] * _NUM_ROUTING, *others)
 
 
 def _routing_tensors(routing: Dispatch) -> tuple[Tensor | None, ...]:
-    """What `save_for_backward` keeps of a routing."""
+    """A routing as flat tensors."""
     tiles = routing.tiles
     listed = (None, None, None) if tiles is None else (tiles.expert, tiles.row, tiles.count)
     return (routing.row_slot_N, routing.row_expert_N, routing.token_row_TK, routing.ends_E, *listed)
 
 
-def _routing_from(tensors: Sequence[Tensor], tile_rows: int | None) -> Dispatch:
-    """The routing again, from what was kept."""
-    row_slot_N, row_expert_N, token_row_TK, ends_E, expert, row, count = tensors
+def _routing_from(tensors: Sequence[Tensor | None], tile_rows: int | None) -> Dispatch:
+    """The routing again."""
+    row_slot_N, row_expert_N, token_row_TK, ends_E, expert, row, count = cast(tuple[Tensor, ...], tensors)
     tiles = None if tile_rows is None else Tiles(rows=tile_rows, expert=expert, row=row, count=count, ends_E=ends_E)
     return Dispatch(
         row_slot_N=row_slot_N, row_expert_N=row_expert_N, token_row_TK=token_row_TK, ends_E=ends_E, tiles=tiles

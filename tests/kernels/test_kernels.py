@@ -162,6 +162,9 @@ def test_gates(routing: Dispatch, gate: Gate, dtype: torch.dtype) -> None:
     before = h_NG.clone()
     results = [steps().gate_forward(gate, h_NG), *steps().gate_backward(gate, h_NG, da_NF.clone(), weight_TK, routing)]
     assert torch.equal(h_NG, before), "the gate wrote into what was saved for backward"
+    h = h_NG.clone()
+    over = steps().gate_backward(gate, h, da_NF.clone(), weight_TK, routing, overwrites=True)
+    assert all(torch.equal(got, expected) for got, expected in zip(over, results[1:], strict=True))
 
     def define(to: torch.dtype) -> list[Tensor]:
         h, weight = h_NG.to(to), weight_TK.to(torch.promote_types(to, torch.float32))

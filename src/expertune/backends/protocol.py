@@ -3,9 +3,9 @@
 The walk in `experts.py` is written once over these steps. Rows lie sorted by expert, as the `Dispatch` says.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from torch import Tensor
 
@@ -36,8 +36,22 @@ class FactorSide(NamedTuple):
     by_token: bool = False
 
 
+Tensors: TypeAlias = Sequence[Tensor | None]
+Pass: TypeAlias = Callable[[Any, Tensors], Tensors]
+
+
 class Steps(Protocol):
     """The steps of the walk that differ between backends."""
+
+    def run(self, function: Pass, static: Hashable, inputs: Tensors) -> Tensors:
+        """`function(static, inputs)`: a pass of the walk, which calls the other steps.
+
+        Args:
+            function: pure.
+            static: all that decides what it does, beside shapes, strides and dtypes.
+            inputs: tensors of one device.
+        """
+        ...
 
     def dispatch(self, expert_TK: Tensor, num_experts: int) -> Dispatch:
         """Sort the routed rows by expert."""
@@ -85,11 +99,18 @@ class Steps(Protocol):
         ...
 
     def gate_backward(
-        self, gate: Gate, h_NG: Tensor, da_NF: Tensor, weight_TK: Tensor, routing: Dispatch
+        self,
+        gate: Gate,
+        h_NG: Tensor,
+        da_NF: Tensor,
+        weight_TK: Tensor,
+        routing: Dispatch,
+        *,
+        overwrites: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """`a_NF`, `dh_NG` times the router's weight of its row, and `⟨a, da⟩` of every slot, `(T, K)`.
 
-        `da_NF` is the gradient before the router's weight; it may be overwritten.
+        `da_NF` is the gradient before the router's weight; it may be overwritten. So may `h_NG` with `overwrites`.
         """
         ...
 

@@ -1,6 +1,6 @@
 """The steps of the walk in plain torch, over two grouped products that the backends of this kind differ in."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 from expertune import lora
 from expertune import routing as rows
 from expertune.activations import Gate
-from expertune.backends.protocol import FactorSide, PackedFactors
+from expertune.backends.protocol import FactorSide, PackedFactors, Pass, Tensors
 from expertune.routing import Dispatch
 from expertune.shapes import LoraFactors
 from expertune.weights.dense import DenseWeights
@@ -27,6 +27,9 @@ class TorchSteps:
 
     matmul: Callable[[Tensor, Tensor, Tensor], Tensor]
     outer_product: Callable[[Tensor, Tensor, Tensor], Tensor]
+
+    def run(self, function: Pass, static: Hashable, inputs: Tensors) -> Tensors:
+        return function(static, inputs)
 
     def dispatch(self, expert_TK: Tensor, num_experts: int) -> Dispatch:
         return rows.dispatch(expert_TK, num_experts)
@@ -77,7 +80,14 @@ class TorchSteps:
         return gate.forward(h_NG)
 
     def gate_backward(
-        self, gate: Gate, h_NG: Tensor, da_NF: Tensor, weight_TK: Tensor, routing: Dispatch
+        self,
+        gate: Gate,
+        h_NG: Tensor,
+        da_NF: Tensor,
+        weight_TK: Tensor,
+        routing: Dispatch,
+        *,
+        overwrites: bool = False,  # noqa: ARG002  it may, it need not
     ) -> tuple[Tensor, Tensor, Tensor]:
         return gate_backward(gate, h_NG, da_NF, weight_TK, routing)
 

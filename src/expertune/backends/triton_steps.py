@@ -1,7 +1,8 @@
 """The steps of the walk on our Triton kernels. On Hopper the grouped linear is the Gluon kernel, elsewhere its twin."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -9,23 +10,30 @@ from torch import Tensor
 from expertune import lora
 from expertune.activations import ClampedSwiGlu, Gate, GeGlu, SwiGlu
 from expertune.backends import torch_steps
-from expertune.backends.protocol import FactorSide, PackedFactors
+from expertune.backends.protocol import FactorSide, PackedFactors, Pass, Tensors
 from expertune.kernels import combine, gates, linear, linear_hopper, outer, repack, routing, shrink
 from expertune.kernels.device import is_hopper, tile_rows
+from expertune.kernels.program import Programs
 from expertune.kernels.repack import Job
 from expertune.routing import Dispatch
 from expertune.shapes import LoraFactors, Tiles
 from expertune.weights.dense import DenseWeights
 
+_programs = Programs()
+
 
 @dataclass(frozen=True)
 class TritonSteps:
-    """Stateless: every step is a launch or two."""
+    """Stateless: every step is a launch or two. What a pass launches is noted once a shape."""
+
+    def run(self, function: Pass, static: Hashable, inputs: Tensors) -> Tensors:
+        forms = [None if tensor is None else (tensor.dtype, tensor.shape, tensor.stride()) for tensor in inputs]
+        return _programs.run(function, static, inputs, (function, static, *forms))
 
     def dispatch(self, expert_TK: Tensor, num_experts: int) -> Dispatch:
         rows = tile_rows(expert_TK.device)
-        placed = routing.sort_by_expert(expert_TK, num_experts, rows)
-        row_slot_N, row_expert_N, slot_row_N, ends_E, expert, row, count = placed
+        placed = self.run(_sort, (num_experts, rows), (expert_TK,))
+        row_slot_N, row_expert_N, slot_row_N, ends_E, expert, row, count = cast(tuple[Tensor, ...], placed)
         return Dispatch(
             row_slot_N=row_slot_N,
             row_expert_N=row_expert_N,
@@ -38,11 +46,7 @@ class TritonSteps:
         jobs: list[Job] = []
         packed = [_pack(adapters, weights, jobs) if adapters else None for adapters, weights in projections]
         repack.repack(jobs)
-        # factors lie along the same dimension as the weights beside which they are multiplied
-        return [
-            PackedFactors(p.a_ERI.mT.contiguous().mT, p.b_EOR.mT.contiguous().mT) if p and w.is_transposed else p
-            for p, (_, w) in zip(packed, projections, strict=True)
-        ]
+        return packed
 
     def gather(self, x_TI: Tensor, a_ERI: Tensor | None, routing: Dispatch) -> tuple[Tensor, Tensor | None]:
         if a_ERI is None:
@@ -91,11 +95,18 @@ class TritonSteps:
         return gate.forward(h_NG) if kernel is None else gates.gate_forward(h_NG, kernel)
 
     def gate_backward(
-        self, gate: Gate, h_NG: Tensor, da_NF: Tensor, weight_TK: Tensor, routing: Dispatch
+        self,
+        gate: Gate,
+        h_NG: Tensor,
+        da_NF: Tensor,
+        weight_TK: Tensor,
+        routing: Dispatch,
+        *,
+        overwrites: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:
         if (kernel := _gate_kernel(gate)) is None:
             return torch_steps.gate_backward(gate, h_NG, da_NF, weight_TK, routing)
-        return gates.gate_backward(h_NG, da_NF, weight_TK, routing.row_slot_N, kernel)
+        return gates.gate_backward(h_NG, da_NF, weight_TK, routing.row_slot_N, kernel, overwrites=overwrites)
 
     def combine(self, y_ND: Tensor, weight_TK: Tensor | None, routing: Dispatch) -> Tensor:
         return combine.combine(y_ND, routing.token_row_TK, None if weight_TK is None else weight_TK.contiguous())
@@ -125,7 +136,7 @@ class TritonSteps:
             return lora.alternate(das, dbs)
         # written to PEFT's layout at once, every element would be a memory transaction of its own: 4 times the time
         db = torch.empty_like(first.b, memory_format=torch.contiguous_format)
-        repack.repack([Job(db_EOR.view(num_experts, -1), db, first.scale, is_turned=True)])
+        repack.repack([Job(db_EOR, db, first.scale, (1, num_experts, 1, width_out * rank))])
         return [da_ERI.view(first.a.shape), db]
 
     def outer(self, u_NO: Tensor, v_NI: Tensor, routing: Dispatch) -> Tensor:
@@ -143,26 +154,41 @@ class TritonSteps:
 STEPS = TritonSteps()
 
 
+def _sort(static: tuple[int, int], inputs: Tensors) -> Tensors:
+    (expert_TK,) = inputs
+    return routing.sort_by_expert(cast(Tensor, expert_TK), *static)
+
+
 def _is_simple(adapters: Sequence[LoraFactors], num_experts: int) -> bool:
     """One adapter of a rank that needs no padding: its factors go to and from the kernels without a detour."""
     return len(adapters) == 1 and adapters[0].a.shape[0] // num_experts == lora.joined_rank(adapters, num_experts)
 
 
 def _pack(adapters: Sequence[LoraFactors], weights: DenseWeights, jobs: list[Job]) -> PackedFactors:
-    """The adapters of one projection, joined. What one launch can do for both projections is added to `jobs`."""
+    """The adapters of one projection, joined. What one launch can do for both projections is added to `jobs`.
+
+    Factors lie along the same dimension as the weights beside which they are multiplied.
+    """
     num_experts, dtype = weights.tensor.shape[0], weights.tensor.dtype
     if not _is_simple(adapters, num_experts):
-        return PackedFactors(*lora.pack(adapters, num_experts, dtype))
+        packed = PackedFactors(*lora.pack(adapters, num_experts, dtype))
+        return PackedFactors(*[f.mT.contiguous().mT for f in packed]) if weights.is_transposed else packed
     (adapter,) = adapters
     a, b = adapter.a.contiguous(), adapter.b.contiguous()
-    rank = a.shape[0] // num_experts
+    rank, width, width_out = a.shape[0] // num_experts, a.shape[1], b.shape[0]
+    if weights.is_transposed:
+        a_EIR = a.new_empty((num_experts, width, rank), dtype=dtype)
+        b_ERO = b.new_empty((num_experts, rank, width_out), dtype=dtype)
+        jobs.append(Job(a, a_EIR, sides=(num_experts, rank, 1, width)))
+        jobs.append(Job(b, b_ERO, adapter.scale, sides=(1, width_out, rank, num_experts)))
+        return PackedFactors(a_EIR.mT, b_ERO.mT)
     if a.dtype != dtype:
         cast = a.new_empty(a.shape, dtype=dtype)
         jobs.append(Job(a, cast))
         a = cast
-    b_EOR = b.new_empty((num_experts, b.shape[0], rank), dtype=dtype)
-    jobs.append(Job(b.view(-1, num_experts), b_EOR, adapter.scale, is_turned=True))
-    return PackedFactors(a.view(num_experts, rank, -1), b_EOR)
+    b_EOR = b.new_empty((num_experts, width_out, rank), dtype=dtype)
+    jobs.append(Job(b, b_EOR, adapter.scale, sides=(1, width_out * rank, 1, num_experts)))
+    return PackedFactors(a.view(num_experts, rank, width), b_EOR)
 
 
 def _runs_on_hopper(x_NI: Tensor) -> bool:

@@ -8,7 +8,7 @@ flags, register one function, and set that name on the config of the one model.
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -61,7 +61,7 @@ class ExpertsPlan:
         key = (device, dtype)
         if key not in self._steps:
             backend, passed_over = self._choose(device, dtype)
-            step = ExpertsStep(layout=self.layout, gate=self.gate, backend=backend)
+            step = _shared_step(self.layout, self.gate, backend)
             self._steps[key] = (step, passed_over)
         return self._steps[key]
 
@@ -74,6 +74,12 @@ class ExpertsPlan:
             widths=(layout.model_width, layout.first_width, layout.expert_width),
         )
         return choose(problem, self.requested)
+
+
+@lru_cache
+def _shared_step(layout: ExpertsLayout, gate: Gate, backend: Backend) -> ExpertsStep:
+    """One step for all layers that are alike."""
+    return ExpertsStep(layout=layout, gate=gate, backend=backend)
 
 
 def first_name(module: nn.Module) -> str:

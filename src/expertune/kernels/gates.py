@@ -154,7 +154,7 @@ def _backward_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program per block of rows; it walks their columns. `a` may lie where `da` lay."""
+    """One program per block of rows; it walks their columns. `a` may lie where `da` lay, and `dh` where `h` lay."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     in_rows = row < N
     slot = tl.load(row_slot_ptr + row, mask=in_rows, other=0).to(tl.int64)
@@ -203,7 +203,13 @@ def gate_forward(h_NG: Tensor, gate: GateKernel) -> Tensor:
 
 
 def gate_backward(
-    h_NG: Tensor, da_NF: Tensor, weight_TK: Tensor, row_slot_N: Tensor, gate: GateKernel
+    h_NG: Tensor,
+    da_NF: Tensor,
+    weight_TK: Tensor,
+    row_slot_N: Tensor,
+    gate: GateKernel,
+    *,
+    overwrites: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`a_NF` (written where `da_NF` lay), `dh_NG` and `⟨a, da⟩` of every slot, `(T, K)` float32.
 
@@ -213,9 +219,10 @@ def gate_backward(
         weight_TK: the router's weights, contiguous; they multiply `dh_NG`.
         row_slot_N: the slot `t·K + k` of each row, int32.
         gate: the device functions.
+        overwrites: write `dh_NG` where `h_NG` lay.
     """
     num_rows, width = da_NF.shape
-    dh_NG = torch.empty_like(h_NG)
+    dh_NG = h_NG if overwrites else torch.empty_like(h_NG)
     dweight_TK = torch.empty_like(weight_TK, dtype=torch.float32)
     if num_rows:
         tensors = (h_NG, da_NF, weight_TK, row_slot_N, dh_NG, da_NF, dweight_TK)

@@ -5,12 +5,15 @@ measured, which at 1,000 tokens is longer than most of our kernels run. Our kern
 dtypes and widths say which one fits. Tensors that do not start at multiples of 16 bytes go through Triton's own way.
 """
 
-from typing import Any
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-_ALIGNMENT = 16  # what Triton specialises pointers on
+ALIGNMENT = 16  # what Triton specialises pointers on
 _HOOKS = (None, None, None)  # of Triton's own profiler
 _compiled: dict[tuple[Any, ...], tuple[Any, Any, Any]] = {}
 
@@ -48,25 +51,112 @@ def launch(
         descriptors: tensor-memory descriptors, all of the dtype of the first tensor.
         options: `num_warps`, `num_stages`, `maxnreg`.
     """
-    arguments = (*descriptors, *tensors, *sizes, *numbers)
     device = tensors[0].device
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            kernel[grid](*arguments, **constants, **options)
-        return
-    starts = 0
-    for tensor in tensors:
-        starts |= tensor.data_ptr()
-    if device.type != "cuda" or starts % _ALIGNMENT:
-        kernel[grid](*arguments, **constants, **options)
-        return
-    values = tuple(constants.values())
-    key = (id(kernel), device.index, *[t.dtype for t in tensors], *numbers, *values, *options.values())
-    found = _compiled.get(key)
-    if found is None:
-        compiled = kernel[grid](*arguments, **constants, **options)
-        _compiled[key] = (compiled.run, compiled.function, compiled.packed_metadata)
-        return
-    run, function, metadata = found
-    stream = torch._C._cuda_getCurrentRawStream(device.index)
-    run(*grid, stream, function, metadata, *_HOOKS, *arguments, *values)
+    pointers = [tensor.data_ptr() for tensor in tensors]
+    found = None
+    if device.type == "cuda" and are_aligned(pointers) and device.index == torch.cuda.current_device():
+        values = constants.values()
+        key = (id(kernel), device.index, *[t.dtype for t in tensors], *numbers, *values, *options.values())
+        found = _compiled.get(key)
+        if found is None:
+            compiled = kernel[grid](*descriptors, *tensors, *sizes, *numbers, **constants, **options)
+            found = _compiled[key] = (compiled.run, compiled.function, compiled.packed_metadata)
+        else:
+            run, function, metadata = found
+            stream = torch._C._cuda_getCurrentRawStream(device.index)
+            run(*grid, stream, function, metadata, *_HOOKS, *descriptors, *pointers, *sizes, *numbers, *values)
+    else:
+        # the interpreter computes with tensors itself, which is nobody's business
+        with torch.cuda.device(device) if device.type == "cuda" else watched(None):
+            kernel[grid](*descriptors, *tensors, *sizes, *numbers, **constants, **options)
+    if _watcher.note is not None:
+        made = Launch(kernel, grid, _forms(descriptors), (*sizes, *numbers), dict(constants), options, found)
+        _watcher.note(made, [*[d.base for d in descriptors], *tensors])
+
+
+def are_aligned(pointers: Sequence[int]) -> bool:
+    """Whether every address is one that compiled kernels were made for."""
+    joined = 0
+    for pointer in pointers:
+        joined |= pointer
+    return joined % ALIGNMENT == 0
+
+
+class Launch(NamedTuple):
+    """A launch that was made, to be made again with other pointers.
+
+    Args:
+        kernel, grid, constants, options: as for `launch`.
+        forms: of each descriptor its class and what it says beside its address.
+        rest: sizes and numbers.
+        found: the compiled kernel, or None where Triton's own way was taken.
+    """
+
+    kernel: Any
+    grid: tuple[int, int, int]
+    forms: tuple[tuple[Any, dict[str, Any]], ...]
+    rest: tuple[int | float, ...]
+    constants: dict[str, Any]
+    options: dict[str, int]
+    found: tuple[Any, Any, Any] | None
+
+    def repeat(self, stream: int, addresses: Sequence[int]) -> None:
+        """Submit it again to a stream, with the addresses of its descriptors and then of its tensors."""
+        assert self.found is not None
+        run, function, metadata = self.found
+        num = len(self.forms)
+        descriptors = [_described(form, at) for form, at in zip(self.forms, addresses, strict=False)]
+        values = (*addresses[num:], *self.rest, *self.constants.values())
+        run(*self.grid, stream, function, metadata, *_HOOKS, *descriptors, *values)
+
+    def interpret(self, tensors: Sequence[Tensor]) -> None:
+        """Run it again in the interpreter."""
+        self.kernel[self.grid](*tensors, *self.rest, **self.constants, **self.options)
+
+
+class _Address:
+    """What a descriptor asks of a tensor."""
+
+    def __init__(self, address: int) -> None:
+        self._address = address
+
+    def data_ptr(self) -> int:
+        return self._address
+
+
+def _forms(descriptors: Sequence[Any]) -> tuple[tuple[Any, dict[str, Any]], ...]:
+    return tuple((type(d), {key: value for key, value in vars(d).items() if key != "base"}) for d in descriptors)
+
+
+def _described(form: tuple[Any, dict[str, Any]], address: int) -> Any:
+    kind, said = form
+    descriptor = object.__new__(kind)
+    vars(descriptor).update(said, base=_Address(address))
+    return descriptor
+
+
+Note: TypeAlias = Callable[[Launch, Sequence[Tensor]], None]
+
+
+class _Watcher(threading.local):
+    """Who is told of this thread's launches."""
+
+    note: Note | None = None
+
+
+_watcher = _Watcher()
+
+
+def is_watched() -> bool:
+    """Whether anyone is told of this thread's launches."""
+    return _watcher.note is not None
+
+
+@contextmanager
+def watched(note: Note | None) -> Iterator[None]:
+    """Tell `note` of every launch of this thread, with the tensors that its pointers point to; None tells nobody."""
+    outer, _watcher.note = _watcher.note, note
+    try:
+        yield
+    finally:
+        _watcher.note = outer

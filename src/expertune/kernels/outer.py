@@ -77,7 +77,7 @@ def _sum_rows(
             other=0.0,
         )
         if IS_WEIGHTED:
-            weight = tl.load(weight_ptr + slot, mask=in_expert, other=0.0)
+            weight = tl.load(weight_ptr + slot, mask=in_expert, other=0.0).to(tl.float32)
             narrow = (narrow * weight[:, None]).to(narrow.dtype)
         acc = tl.dot(tl.trans(wide), narrow, acc, input_precision="ieee")
     if IS_WIDE_FIRST:
@@ -148,7 +148,7 @@ def outer(
         ends_E: int32, where each expert's rows end.
         row_slot_N: the slot `t·K + k` of each row, int32.
         top_k: `K`.
-        weight_TK: the router's weights, float32, contiguous; each multiplies its row of both sums.
+        weight_TK: the router's weights, contiguous; each multiplies its row of both sums.
     """
     sums = (first, second or first)
     widths = [s.wide.shape[1] for s in sums]

@@ -18,46 +18,52 @@ _MOST = 4  # tensors a launch
 
 
 class Job(NamedTuple):
-    """`out = scale · source`, or with `is_turned` `out = scale · sourceᵀ`, rounded to the dtype of `out`.
+    """`out = scale · source`, rounded to the dtype of `out`; with `sides`, the second and the last of four are swapped.
 
     Args:
         source: contiguous.
-        out: contiguous; of the shape of `source`, or with `is_turned` of its transpose.
+        out: contiguous; of the shape of `source`, or `(G, M, S, P)`.
         scale: multiplies every element before it is rounded.
-        is_turned: whether a two-dimensional `source` is transposed.
+        sides: None, or `(G, P, S, M)`, as which `source` is read. `(1, P, 1, M)` is a matrix to be transposed.
     """
 
     source: Tensor
     out: Tensor
     scale: float = 1.0
-    is_turned: bool = False
+    sides: tuple[int, int, int, int] | None = None
 
     @property
-    def size(self) -> tuple[int, int]:
-        """Rows and columns, as the kernel walks them."""
-        return (self.source.shape[0], self.source.shape[1]) if self.is_turned else (1, self.source.numel())
+    def size(self) -> tuple[int, int, int]:
+        """`P, S, M`, as the kernel walks them."""
+        return (1, 1, self.source.numel()) if self.sides is None else self.sides[1:]
 
     @property
     def num_tiles(self) -> int:
         """Programs that it takes."""
-        rows, columns = self.size
-        if self.is_turned:
-            return ceil_div(rows, _SIDE) * ceil_div(columns, _SIDE)
-        return ceil_div(columns, _SIDE * _SIDE)
+        if self.sides is None:
+            return ceil_div(self.source.numel(), _SIDE * _SIDE)
+        G, P, S, M = self.sides
+        return G * ceil_div(P, _SIDE) * ceil_div(S * M, _SIDE)
 
 
 @triton.jit
-def _repack_tile(in_ptr, out_ptr, P, Q, scale, tile, IS_TURNED: tl.constexpr, SIDE: tl.constexpr):
+def _repack_tile(in_ptr, out_ptr, P, S, M, scale, tile, IS_TURNED: tl.constexpr, SIDE: tl.constexpr):
     """One tile of one job."""
     i, j = tl.arange(0, SIDE), tl.arange(0, SIDE)
+    Q = S * M
     if IS_TURNED:
         num_columns = tl.cdiv(Q, SIDE)
-        p = (tile // num_columns) * SIDE + i
+        num_tiles = tl.cdiv(P, SIDE) * num_columns
+        start = (tile // num_tiles).to(tl.int64) * P * Q
+        p = (tile % num_tiles // num_columns) * SIDE + i
         q = (tile % num_columns) * SIDE + j
         mask = (p < P)[:, None] & (q < Q)[None, :]
-        values = tl.load(in_ptr + p.to(tl.int64)[:, None] * Q + q[None, :], mask=mask, other=0.0).to(tl.float32)
+        source = in_ptr + start + p.to(tl.int64)[:, None] * Q + q[None, :]
+        values = tl.load(source, mask=mask, other=0.0).to(tl.float32)
         turned = tl.trans((values * scale).to(out_ptr.dtype.element_ty))
-        tl.store(out_ptr + q.to(tl.int64)[:, None] * P + p[None, :], turned, mask=(q < Q)[:, None] & (p < P)[None, :])
+        row = (q % M) * S + q // M
+        out = out_ptr + start + row.to(tl.int64)[:, None] * P + p[None, :]
+        tl.store(out, turned, mask=(q < Q)[:, None] & (p < P)[None, :])
     else:
         offset = tile.to(tl.int64) * (SIDE * SIDE) + (i * SIDE)[:, None] + j[None, :]
         values = tl.load(in_ptr + offset, mask=offset < Q, other=0.0).to(tl.float32)
@@ -78,13 +84,17 @@ def _repack_kernel(
     end1,
     end2,
     P0,
-    Q0,
+    S0,
+    M0,
     P1,
-    Q1,
+    S1,
+    M1,
     P2,
-    Q2,
+    S2,
+    M2,
     P3,
-    Q3,
+    S3,
+    M3,
     scale0,
     scale1,
     scale2,
@@ -98,13 +108,13 @@ def _repack_kernel(
     """One program per tile; the jobs' tiles lie one after another, and job `i` ends at tile `end_i`."""
     tile = tl.program_id(0)
     if tile < end0:
-        _repack_tile(in0_ptr, out0_ptr, P0, Q0, scale0, tile, TURNED0, SIDE)
+        _repack_tile(in0_ptr, out0_ptr, P0, S0, M0, scale0, tile, TURNED0, SIDE)
     elif tile < end1:
-        _repack_tile(in1_ptr, out1_ptr, P1, Q1, scale1, tile - end0, TURNED1, SIDE)
+        _repack_tile(in1_ptr, out1_ptr, P1, S1, M1, scale1, tile - end0, TURNED1, SIDE)
     elif tile < end2:
-        _repack_tile(in2_ptr, out2_ptr, P2, Q2, scale2, tile - end1, TURNED2, SIDE)
+        _repack_tile(in2_ptr, out2_ptr, P2, S2, M2, scale2, tile - end1, TURNED2, SIDE)
     else:
-        _repack_tile(in3_ptr, out3_ptr, P3, Q3, scale3, tile - end2, TURNED3, SIDE)
+        _repack_tile(in3_ptr, out3_ptr, P3, S3, M3, scale3, tile - end2, TURNED3, SIDE)
 
 
 def repack(jobs: Sequence[Job]) -> None:
@@ -126,6 +136,6 @@ def _launch(jobs: Sequence[Job]) -> None:
         tuple(tensor for job in filled for tensor in (job.source, job.out)),
         tuple(ends[:3]),
         (*[side for job in filled for side in job.size], *[job.scale for job in filled]),
-        {f"TURNED{i}": job.is_turned for i, job in enumerate(filled)} | {"SIDE": _SIDE},
+        {f"TURNED{i}": job.sides is not None for i, job in enumerate(filled)} | {"SIDE": _SIDE},
         num_warps=4,
     )

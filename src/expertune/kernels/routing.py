@@ -123,7 +123,7 @@ def sort_by_expert(expert_TK: Tensor, num_experts: int, tile_rows: int) -> tuple
     shape = {"SLOTS": _SLOTS, "E_PAD": e_pad}
     launch(_count_kernel, grid, (expert_N, count), (num_slots,), (num_experts,), shape)
     outputs = (row_slot_N, row_expert_N, slot_row_N, ends_E, tile_expert, tile_row, num_tiles)
-    shape |= {"BLOCKS": 16, "TILE_ROWS": tile_rows, "TILES": next_power_of_2(max(tiles_a_block, 1))}
+    shape = shape | {"BLOCKS": 16, "TILE_ROWS": tile_rows, "TILES": next_power_of_2(max(tiles_a_block, 1))}
     sizes = (num_slots, num_blocks, tiles_a_block)
     launch(_place_kernel, grid, (expert_N, count, *outputs), sizes, (num_experts,), shape)
     return outputs

@@ -1,0 +1,146 @@
+"""Programs: the third pass of a shape is repeated launch by launch, and nothing can tell."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from expertune.activations import ClampedSwiGlu, Gate, HostGate, SwiGlu
+from expertune.backends import triton
+from expertune.experts import ExpertsStep, Projection, experts
+from expertune.kernels import program
+from expertune.shapes import ExpertsLayout, LoraFactors
+from tests.cases import DEVICE, ROUTINGS, problem
+
+DTYPES = [d for d in (torch.float16, torch.bfloat16) if triton.BACKEND.why_not(problem(d, 16)) is None]
+pytestmark = pytest.mark.skipif(not DTYPES, reason="needs a GPU, or TRITON_INTERPRET=1 for Triton's interpreter")
+E, D, F, R = 6, 16, 24, 8
+EVEN = ROUTINGS["even"]
+
+
+@pytest.fixture
+def programs(monkeypatch: pytest.MonkeyPatch) -> program.Programs:
+    from expertune.backends import triton_steps
+
+    fresh = program.Programs()
+    monkeypatch.setattr(triton_steps, "_programs", fresh)
+    return fresh
+
+
+def _made(programs: program.Programs) -> int:
+    return sum(isinstance(known, program.Program) for known in programs._known.values())
+
+
+class _Layer:
+    """One layer's experts, with its adapters."""
+
+    def __init__(self, gate: Gate, *, has_bias: bool = False, is_transposed: bool = False, ranks: Any = (R,)) -> None:
+        layout = ExpertsLayout(
+            num_experts=E, model_width=D, expert_width=F, has_gate=True, is_transposed=is_transposed, has_bias=has_bias
+        )
+        self.step = ExpertsStep(layout=layout, gate=gate, backend=triton.BACKEND)
+        self.parts = tuple(self._projection(layout, i, o, ranks) for i, o in ((D, 2 * F), (F, D)))
+
+    def _projection(self, layout: ExpertsLayout, i: int, o: int, ranks: tuple[int, ...]) -> Projection:
+        shape = (E, i, o) if layout.is_transposed else (E, o, i)
+        return Projection(
+            weight=(torch.randn(shape, device=DEVICE) / 8).to(DTYPES[0]),
+            bias=torch.randn(E, o, device=DEVICE).to(DTYPES[0]) if layout.has_bias else None,
+            adapters=tuple(
+                LoraFactors(
+                    a=(torch.randn(E * r, i, device=DEVICE) / 8).requires_grad_(),
+                    b=(torch.randn(o, r * E, device=DEVICE) / 8).requires_grad_(),
+                    scale=0.5,
+                )
+                for r in ranks
+            ),
+        )
+
+    def run(self, expert_TK: Tensor, seed: int, **backward: Any) -> list[Tensor]:
+        """Output and gradients for inputs of a seed."""
+        torch.manual_seed(seed)
+        expert_TK = expert_TK.to(DEVICE)
+        x = torch.randn(len(expert_TK), D, device=DEVICE, dtype=DTYPES[0], requires_grad=True)
+        weight = torch.rand(expert_TK.shape, device=DEVICE, requires_grad=True)
+        out = experts(x, self.step.dispatch(expert_TK), weight, (self.parts[0], self.parts[1]), self.step)
+        factors = [f for p in self.parts for a in p.adapters for f in (a.a, a.b)]
+        grads = torch.autograd.grad(out, [x, weight, *factors], torch.randn_like(out), **backward)
+        return [out.detach(), *grads]
+
+
+LAYERS: dict[str, Callable[[], _Layer]] = {
+    "silu": lambda: _Layer(SwiGlu()),
+    "no adapter": lambda: _Layer(SwiGlu(), ranks=()),
+    "clamped, biases, transposed": lambda: _Layer(ClampedSwiGlu(1.702, 7.0), has_bias=True, is_transposed=True),
+}
+
+
+@pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
+def test_a_repeated_pass_equals_one_that_ran(
+    programs: program.Programs, monkeypatch: pytest.MonkeyPatch, make: Callable[[], _Layer]
+) -> None:
+    layer = make()
+    layer.run(EVEN, 0)
+    assert _made(programs) == 0, "a shape met once is not worth noting"
+    layer.run(EVEN, 0)
+    repeated = [layer.run(EVEN.flip(0), seed) for seed in (1, 2)]
+    num_made = _made(programs)
+    monkeypatch.setattr(programs, "_known", {})
+    for seed, results in zip((1, 2), repeated, strict=True):
+        ran = layer.run(EVEN.flip(0), seed)
+        assert all(torch.equal(a, b) for a, b in zip(results, ran, strict=True))
+    assert num_made == (3 if layer.parts[0].adapters else 1), "the sort; forward and backward, where we gather the rows"
+
+
+def test_nothing_is_noted_of_a_gate_that_only_the_host_knows(programs: program.Programs) -> None:
+    layer = _Layer(HostGate(lambda h: h[..., :F].sigmoid() * h[..., F:]))
+    first, *_, last = (layer.run(EVEN, 3) for _ in range(4))
+    assert all(torch.equal(a, b) for a, b in zip(first, last, strict=True))
+    assert _made(programs) == 1, "the sort alone"
+
+
+def test_another_shape_is_another_program(programs: program.Programs) -> None:
+    layer = _Layer(SwiGlu())
+    for _ in range(3):
+        for name in ("even", "top-1", "one token", "zero tokens"):
+            assert all(torch.isfinite(t).all() for t in layer.run(ROUTINGS[name], 0))
+    assert _made(programs) == 10, "three each, but no tokens have only a sort: their tensors lie nowhere"
+
+
+def test_a_retained_graph_can_be_walked_twice(programs: program.Programs) -> None:
+    layer = _Layer(SwiGlu())
+    for _ in range(3):
+        torch.manual_seed(0)
+        x = torch.randn(len(EVEN), D, device=DEVICE, dtype=DTYPES[0], requires_grad=True)
+        weight = torch.rand(EVEN.shape, device=DEVICE)
+        out = experts(x, layer.step.dispatch(EVEN.to(DEVICE)), weight, (layer.parts[0], layer.parts[1]), layer.step)
+        dout = torch.randn_like(out)
+        (first,) = torch.autograd.grad(out, x, dout, retain_graph=True)
+        (second,) = torch.autograd.grad(out, x, dout)
+        assert torch.equal(first, second)
+
+
+def test_the_oldest_shapes_are_forgotten(programs: program.Programs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(program, "_MOST_PROGRAMS", 4)
+    layer = _Layer(SwiGlu())
+    for num_tokens in (3, 5, 7, 3):
+        layer.run(EVEN[:num_tokens], 0)
+    assert len(programs._known) == 4
+
+
+def test_buffers_that_live_at_once_do_not_overlap() -> None:
+    def buffer(num_bytes: int, first: int, last: int) -> program._Buffer:
+        made = program._Buffer(num_bytes)
+        made.first, made.last = first, last
+        return made
+
+    buffers = [buffer(1000, 0, 2), buffer(300, 0, 0), buffer(500, 1, 3), buffer(200, 1, 1), buffer(900, 3, 4)]
+    offsets, size = program._lay_out(buffers)
+    for a in buffers:
+        for b in buffers:
+            if a is not b and a.first <= b.last and b.first <= a.last:  # type: ignore[operator]
+                assert offsets[a] + a.num_bytes <= offsets[b] or offsets[b] + b.num_bytes <= offsets[a]
+    assert size == max(offsets[b] + -(-b.num_bytes // 256) * 256 for b in buffers)
+    assert size <= 2048, "gaps are not used"
