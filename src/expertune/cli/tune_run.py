@@ -123,7 +123,11 @@ def run(request: Request, console: Console, timer: Timer = median_us) -> None:
     except torch.OutOfMemoryError as error:
         raise UserError("the GPU's memory does not hold one layer of these experts; try fewer --tokens.") from error
     console.print(_table(results))
-    console.print(f"written to {cache.path}", soft_wrap=True)
+    _say(console, f"written to {cache.path}")
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _check(layout: ExpertsLayout, request: Request, device: torch.device) -> None:
@@ -144,7 +148,7 @@ def _cache(device: torch.device, console: Console) -> CacheFile:
     try:
         cache = TUNED.file(device)
         if (reason := cache.read()[1]) is not None:
-            console.print(f"{cache.path} cannot be used ({reason}) and is written anew.", soft_wrap=True)
+            _say(console, f"{cache.path} cannot be used ({reason}) and is written anew.")
         cache.add({})
     except (OSError, RuntimeError) as error:  # RuntimeError: no home folder
         raise UserError(f"the cache cannot be written: {error}") from error
@@ -209,7 +213,10 @@ def _search(task: Task, progress: TuneProgress, timer: Timer) -> Result:
     if result.chosen is None:
         progress.say(f"{name}: nothing was right, so nothing is kept; please report it")
     else:
-        TUNED.keep(task.key, result.chosen.config)
+        try:
+            TUNED.keep(task.key, result.chosen.config)
+        except OSError as error:
+            raise UserError(f"the cache cannot be written: {error}") from error
         progress.end(f"{result.chosen.config}: {result.before.time_us:,.1f} → {result.chosen.time_us:,.1f} µs")
     return result
 

@@ -106,7 +106,7 @@ class TunedConfigs:
         if complaints := self._complaints[device]:
             return "; ".join(complaints) + ". The shipped configuration is used instead; `expertune tune` writes anew"
         if num_tuned := sum(text.startswith(tuple(map(_source, OPERATIONS.values()))) for text in entries):
-            return f"{num_tuned} tuned configurations in {self.file(device).path}"
+            return f"tuned configurations: {num_tuned}, from {self.file(device).path}"
         return "shipped configurations; `expertune tune` measures others on this card"
 
     def _find(self, key: Key) -> Config:

@@ -94,6 +94,7 @@ OPERATIONS: dict[type[Shape], Operation] = {
                 ShrinkConfig(128, 32, 4, 4),
                 ShrinkConfig(128, 32, 8, 4),
                 ShrinkConfig(128, 32, 4, 3),
+                ShrinkConfig(128, 16, 4, 3),
                 ShrinkConfig(64, 32, 4, 2),
             ),
         },
