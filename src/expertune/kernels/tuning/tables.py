@@ -1,7 +1,7 @@
 """The configurations that are shipped, and those that a search tries. To tune another kernel, add it to `OPERATIONS`.
 
-Per architecture a list, best first: the first that fits the dtype and the rank is taken. 9.0 was measured (H100 and
-H200; the linear at 4,096 tokens is 5 to 25 % behind the Hopper kernel); the others are the largest that fit.
+Per architecture a list, best first: the first that fits the dtype and the rank is taken. In 16 bits 9.0 was measured
+(H100 and H200; the linear at 4,096 tokens is 5 to 25 % behind the Hopper kernel); the others are the largest that fit.
 """
 
 from collections.abc import Mapping
