@@ -1,6 +1,7 @@
 import subprocess
 import sys
 
+import pytest
 from typer.testing import CliRunner
 
 import expertune
@@ -15,11 +16,12 @@ def test_version_and_help() -> None:
     assert "RECIPE.yaml" in result.output
 
 
-def test_starts_without_torch() -> None:
+@pytest.mark.parametrize("command", ["train", "tune"])
+def test_starts_without_torch(command: str) -> None:
     code = (
-        "import sys, contextlib\nfrom expertune.cli import main\nsys.argv = ['expertune', 'train', '--help']\n"
+        "import sys, contextlib\nfrom expertune.cli import main\nsys.argv = ['expertune', *sys.argv[1:], '--help']\n"
         "with contextlib.suppress(SystemExit): main()\n"
         "sys.exit(sorted({'torch', 'transformers', 'datasets', 'matplotlib'} & set(sys.modules)) or 0)"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    result = subprocess.run([sys.executable, "-c", code, command], capture_output=True, text=True, timeout=60)
     assert (result.returncode, result.stderr) == (0, "")

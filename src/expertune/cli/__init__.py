@@ -6,6 +6,7 @@ import typer
 
 import expertune
 from expertune.cli.train import train
+from expertune.cli.tune import tune
 
 app = typer.Typer(
     name="expertune",
@@ -15,6 +16,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(train)
+app.command()(tune)
 
 
 def main() -> None:
@@ -34,4 +36,4 @@ def _options(
         bool, typer.Option("--version", help="Print the version and stop.", callback=_show_version, is_eager=True)
     ] = False,
 ) -> None:
-    """Options of the program itself; with this callback, a single command still goes by its name."""
+    """Options of the program itself."""

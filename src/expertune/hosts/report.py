@@ -32,10 +32,17 @@ class LayerReport:
 
 @dataclass(frozen=True, kw_only=True)
 class Explanation:
-    """What `explain` found; `str()` gives it in words."""
+    """What `explain` found; `str()` gives it in words.
+
+    Args:
+        requested: the backend asked for; None for a model that is not optimized.
+        layers: a report a layer.
+        kernels: which configurations our kernels run with, where any layer runs on them.
+    """
 
     requested: str | None
     layers: tuple[LayerReport, ...]
+    kernels: str | None = None
 
     def __str__(self) -> str:
         if self.requested is None:
@@ -47,6 +54,7 @@ class Explanation:
             lines.append(f"{layer.name}: {layer.backend} · {layer.weights} · gate {layer.gate}")
             lines += [f"    adapter  {adapter}" for adapter in layer.adapters] or ["    adapter  none"]
             lines += [f"    passed over  {reason}" for reason in layer.passed_over]
+        lines += [f"kernels: {self.kernels}"] if self.kernels is not None else []
         return "\n".join(lines)
 
 
@@ -57,7 +65,14 @@ def explain(model: nn.Module) -> Explanation:
         return Explanation(requested=None, layers=())
     children = (child for block in blocks(model) for child in block.children())
     layers = [_layer(child, experts) for child in children if (experts := experts_in(child)) is not None]
-    return Explanation(requested=state.requested, layers=tuple(layers))
+    kernels = _kernels(model) if any(layer.backend == "triton" for layer in layers) else None
+    return Explanation(requested=state.requested, layers=tuple(layers), kernels=kernels)
+
+
+def _kernels(model: nn.Module) -> str:
+    from expertune.kernels.tuning.lookup import TUNED  # imports Triton, which is optional
+
+    return TUNED.status(next(model.parameters()).device)
 
 
 def _layer(outermost: nn.Module, experts: nn.Module) -> LayerReport:

@@ -133,7 +133,7 @@ def make_plan(name: str, module: nn.Module, model_type: str, requested: str, rep
     earlier = getattr(module, "_expertune", None)
     plan = ExpertsPlan(
         name=name,
-        layout=_layout(module, first),
+        layout=layout_of(module),
         gate=_gate(module, model_type),
         requested=requested,
         host_config=earlier.host_config if isinstance(earlier, ExpertsPlan) else module.config,
@@ -144,7 +144,9 @@ def make_plan(name: str, module: nn.Module, model_type: str, requested: str, rep
     return plan
 
 
-def _layout(module: nn.Module, first: str) -> ExpertsLayout:
+def layout_of(module: Any) -> ExpertsLayout:
+    """How the weights of an experts module lie, by its own flags and their shapes."""
+    first = first_name(module)
     num_experts, *shape = module.get_parameter(first).shape
     model_width, first_width = shape if module.is_transposed else reversed(shape)
     has_gate = first == "gate_up_proj"

@@ -4,10 +4,11 @@ from functools import lru_cache
 
 import torch
 
+ROWS = 128  # of a tile on a GPU
+
 # In the CPU interpreter a persistent kernel gets few programs, so that each walks several tiles, and tiles are small.
 _INTERPRETER_PROGRAMS = 4
 _INTERPRETER_ROWS = 16
-_ROWS = 128
 
 
 @lru_cache(maxsize=64)
@@ -24,6 +25,21 @@ def is_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9
 
 
+@lru_cache(maxsize=64)
+def architecture(device: torch.device) -> tuple[int, int]:
+    """What configurations are chosen by: the compute capability, or `(0, 0)` for the CPU interpreter."""
+    if device.type != "cuda":
+        return (0, 0)
+    if torch.version.hip is not None:
+        return (7, 5)  # AMD's cards have 64 KiB of shared memory, as Turing has
+    return torch.cuda.get_device_capability(device)
+
+
+def card_name(device: torch.device) -> str:
+    """The card's name, as its driver gives it."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU interpreter"
+
+
 def tile_rows(device: torch.device) -> int:
     """Rows of a tile, the same for every grouped kernel of a layer."""
-    return _ROWS if device.type == "cuda" else _INTERPRETER_ROWS
+    return ROWS if device.type == "cuda" else _INTERPRETER_ROWS

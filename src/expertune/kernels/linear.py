@@ -8,46 +8,15 @@ H200, because its loads do not overlap with anything. Pointers and `cp.async`: a
 interpreter. It is the tested twin of the Hopper kernel.
 """
 
-from dataclasses import dataclass
-from functools import lru_cache
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from expertune.kernels.device import num_programs
 from expertune.kernels.launch import ceil_div, launch
+from expertune.kernels.tuning.configs import LinearConfig, LinearShape
+from expertune.kernels.tuning.lookup import TUNED
 from expertune.shapes import Tiles
-
-
-@dataclass(frozen=True)
-class LinearConfig:
-    """How the product is cut: columns and depth of a tile, warps and pipeline stages. Rows are those of `Tiles`."""
-
-    columns: int
-    depth: int
-    num_warps: int
-    num_stages: int
-
-
-# By compute capability, the newest not beyond the card's; each fits the shared memory of its cards. 9.0 was measured
-# (H100 at 4,096 tokens: 5 to 25 % behind the Hopper kernel); the others are the largest that fit.
-_CONFIGS = {
-    (0, 0): LinearConfig(32, 16, 4, 2),  # the CPU interpreter
-    (7, 5): LinearConfig(64, 32, 4, 2),
-    (8, 0): LinearConfig(256, 64, 8, 3),
-    (8, 6): LinearConfig(128, 64, 8, 3),
-    (9, 0): LinearConfig(256, 64, 8, 4),
-    (12, 0): LinearConfig(128, 64, 8, 3),
-}
-
-
-@lru_cache(maxsize=64)
-def config_for(device: torch.device) -> LinearConfig:
-    """The configuration for a device."""
-    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
-    return _CONFIGS[max(known for known in _CONFIGS if known <= capability)]
 
 
 @triton.jit
@@ -135,20 +104,22 @@ def linear(
         mid_NR: the low-rank inputs, contiguous.
         b_ERO: the low-rank matrices, contiguous along the same dimension as `w_EIO`.
         bias_EO: contiguous, any floating dtype.
-        config: how to cut the product; None takes the one for this device.
+        config: how to cut the product; None takes what was tuned for this shape, or else the shipped one.
     """
     num_rows, width = x_NI.shape
     width_out = w_EIO.shape[2]
     y_NO = x_NI.new_empty((num_rows, width_out))
     if num_rows == 0:
         return y_NO
-    config = config or config_for(x_NI.device)
     is_k_contiguous = w_EIO.stride(1) == 1
     along = 2 if is_k_contiguous else 1
     low, high, rank = x_NI, w_EIO, 0
     if mid_NR is not None and b_ERO is not None:
         low, high, rank = mid_NR, b_ERO, mid_NR.shape[1]
     assert high.stride(3 - along) == 1 == w_EIO.stride(3 - along), "weights and factors lie along different dimensions"
+    if config is None:
+        shape = LinearShape(width, width_out, rank, is_k_contiguous)
+        config = TUNED.config(shape, x_NI.device, x_NI.dtype, num_rows, w_EIO.shape[0])
     most = tiles.expert.shape[0] * ceil_div(width_out, config.columns)
     bias = y_NO if bias_EO is None else bias_EO
     launch(

@@ -9,10 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from expertune.kernels.launch import ceil_div, launch, next_power_of_2
+from expertune.kernels.launch import ceil_div, launch
+from expertune.kernels.tuning.configs import ShrinkConfig, ShrinkShape
+from expertune.kernels.tuning.lookup import TUNED
 from expertune.shapes import Tiles
-
-_MAX_RANK_BLOCK = 128  # columns of `mid` a program; a larger rank reads the rows again
 
 
 @triton.jit
@@ -80,25 +80,43 @@ def _shrink_kernel(
 
 
 def _launch(
-    x: Tensor, a_ERI: Tensor, tiles: Tiles, mid_NR: Tensor, rows_NI: Tensor, row_slot_N: Tensor, k: int
+    x: Tensor,
+    a_ERI: Tensor,
+    tiles: Tiles,
+    mid_NR: Tensor,
+    rows_NI: Tensor,
+    row_slot_N: Tensor,
+    k: int,
+    config: ShrinkConfig | None,
 ) -> None:
-    if mid_NR.shape[0] == 0:
+    num_rows, rank = mid_NR.shape
+    if num_rows == 0:
         return
-    rank = a_ERI.shape[1]
-    block = min(_MAX_RANK_BLOCK, max(16, next_power_of_2(rank)))
+    num_experts, _, width = a_ERI.shape
+    if config is None:
+        shape = ShrinkShape(width, rank, k > 0, a_ERI.stride(2) == 1)
+        config = TUNED.config(shape, x.device, x.dtype, num_rows, num_experts)
+    block = config.block(rank)
     launch(
         _shrink_kernel,
         (tiles.expert.shape[0], ceil_div(rank, block), 1),
         (x, row_slot_N, a_ERI, rows_NI, mid_NR, tiles.expert, tiles.row, tiles.count, tiles.ends_E),
         (),
-        (x.shape[1], rank, max(k, 1), *a_ERI.stride()),
-        {"IS_GATHERED": k > 0, "BM": tiles.rows, "BR": block, "BK": 64},
-        num_warps=4,
-        num_stages=3,
+        (width, rank, max(k, 1), *a_ERI.stride()),
+        {"IS_GATHERED": k > 0, "BM": tiles.rows, "BR": block, "BK": config.depth},
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
     )
 
 
-def gather_shrink(x_TD: Tensor, a_ERD: Tensor, tiles: Tiles, row_slot_N: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+def gather_shrink(
+    x_TD: Tensor,
+    a_ERD: Tensor,
+    tiles: Tiles,
+    row_slot_N: Tensor,
+    top_k: int,
+    config: ShrinkConfig | None = None,
+) -> tuple[Tensor, Tensor]:
     """The tokens copied to rows, `(N, D)`, and `mid_NR`, both in the dtype of `x_TD`.
 
     Args:
@@ -107,15 +125,16 @@ def gather_shrink(x_TD: Tensor, a_ERD: Tensor, tiles: Tiles, row_slot_N: Tensor,
         tiles: where each expert's rows lie.
         row_slot_N: the slot `t·K + k` of each row, int32.
         top_k: `K`.
+        config: how to cut the product; None takes what was tuned for this shape, or else the shipped one.
     """
     x_ND = x_TD.new_empty((row_slot_N.shape[0], x_TD.shape[1]))
     mid_NR = x_TD.new_empty((row_slot_N.shape[0], a_ERD.shape[1]))
-    _launch(x_TD, a_ERD, tiles, mid_NR, x_ND, row_slot_N, top_k)
+    _launch(x_TD, a_ERD, tiles, mid_NR, x_ND, row_slot_N, top_k, config)
     return x_ND, mid_NR
 
 
-def shrink(x_NI: Tensor, a_ERI: Tensor, tiles: Tiles) -> Tensor:
+def shrink(x_NI: Tensor, a_ERI: Tensor, tiles: Tiles, config: ShrinkConfig | None = None) -> Tensor:
     """`mid_NR` of rows that are sorted already, in the dtype of `x_NI`."""
     mid_NR = x_NI.new_empty((x_NI.shape[0], a_ERI.shape[1]))
-    _launch(x_NI, a_ERI, tiles, mid_NR, mid_NR, tiles.expert, 0)
+    _launch(x_NI, a_ERI, tiles, mid_NR, mid_NR, tiles.expert, 0, config)
     return mid_NR

@@ -1,0 +1,117 @@
+"""The configurations that are shipped, and those that a search tries. To tune another kernel, add it to `OPERATIONS`.
+
+Per architecture a list, best first: the first that fits the dtype and the rank is taken. In 16 bits 9.0 was measured
+(H100 and H200; the linear at 4,096 tokens is 5 to 25 % behind the Hopper kernel); the others are the largest that fit.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from expertune.kernels.tuning.configs import (
+    Architecture,
+    Config,
+    LinearConfig,
+    LinearShape,
+    Shape,
+    ShrinkConfig,
+    ShrinkShape,
+    newest,
+    num_columns,
+    why_not,
+)
+
+_MAX_CANDIDATES = 12
+_FLOAT32 = LinearConfig(64, 32, 4, 3)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Operation:
+    """A kernel whose cut is chosen.
+
+    Args:
+        kernel: name of its file in `kernels/`.
+        config: class of its configurations.
+        shipped: per architecture, best first.
+        candidates: per architecture, in the order in which a search tries them.
+    """
+
+    kernel: str
+    config: type[Config]
+    shipped: Mapping[Architecture, tuple[Config, ...]]
+    candidates: Mapping[Architecture, tuple[Config, ...]]
+
+
+OPERATIONS: dict[type[Shape], Operation] = {
+    LinearShape: Operation(
+        kernel="linear",
+        config=LinearConfig,
+        shipped={
+            (0, 0): (LinearConfig(32, 16, 4, 2),),
+            (7, 5): (LinearConfig(64, 32, 4, 2),),
+            (8, 0): (LinearConfig(256, 64, 8, 3), _FLOAT32),
+            (8, 6): (LinearConfig(128, 64, 8, 3), _FLOAT32),
+            (9, 0): (LinearConfig(256, 64, 8, 4), _FLOAT32),
+            (12, 0): (LinearConfig(128, 64, 8, 3), _FLOAT32),
+        },
+        candidates={
+            (0, 0): (LinearConfig(16, 16, 4, 2), LinearConfig(32, 32, 4, 2)),
+            (7, 5): (
+                LinearConfig(256, 64, 8, 4),
+                LinearConfig(256, 64, 8, 3),
+                LinearConfig(256, 64, 8, 2),
+                LinearConfig(256, 32, 8, 4),
+                LinearConfig(256, 32, 8, 3),
+                LinearConfig(128, 64, 8, 4),
+                LinearConfig(128, 64, 8, 3),
+                LinearConfig(128, 64, 4, 4),
+                LinearConfig(128, 64, 4, 3),
+                LinearConfig(128, 32, 4, 4),
+                LinearConfig(128, 128, 8, 3),
+                LinearConfig(64, 64, 4, 4),
+                LinearConfig(64, 64, 4, 3),
+                LinearConfig(128, 32, 8, 2),
+                LinearConfig(64, 32, 4, 3),
+                LinearConfig(64, 32, 4, 2),
+                LinearConfig(32, 32, 4, 3),
+            ),
+        },
+    ),
+    ShrinkShape: Operation(
+        kernel="shrink",
+        config=ShrinkConfig,
+        shipped={(0, 0): (ShrinkConfig(128, 64, 4, 3), ShrinkConfig(128, 32, 4, 3), ShrinkConfig(64, 32, 4, 2))},
+        candidates={
+            (0, 0): (ShrinkConfig(64, 32, 4, 2), ShrinkConfig(16, 64, 4, 2)),
+            (7, 5): (
+                ShrinkConfig(128, 64, 8, 3),
+                ShrinkConfig(128, 64, 4, 4),
+                ShrinkConfig(128, 64, 8, 4),
+                ShrinkConfig(128, 64, 4, 2),
+                ShrinkConfig(128, 128, 4, 2),
+                ShrinkConfig(128, 128, 8, 2),
+                ShrinkConfig(128, 128, 4, 3),
+                ShrinkConfig(128, 128, 8, 3),
+                ShrinkConfig(128, 32, 4, 4),
+                ShrinkConfig(128, 32, 8, 4),
+                ShrinkConfig(128, 32, 4, 3),
+                ShrinkConfig(128, 16, 4, 3),
+                ShrinkConfig(64, 32, 4, 2),
+            ),
+        },
+    ),
+}
+
+
+def shipped(shape: Shape, architecture: Architecture, itemsize: int) -> Config:
+    """The configuration of the tables. Arguments as for `why_not`."""
+    configs = newest(OPERATIONS[type(shape)].shipped, architecture)
+    return next(config for config in configs if why_not(config, shape, architecture, itemsize) is None)
+
+
+def candidates(shape: Shape, architecture: Architecture, itemsize: int, current: Config) -> list[Config]:
+    """What a search tries, `current` first. Those that come down to the same tile are tried once."""
+    tried: dict[tuple[object, ...], Config] = {}
+    for config in (current, *newest(OPERATIONS[type(shape)].candidates, architecture)):
+        if why_not(config, shape, architecture, itemsize) is None:
+            tried.setdefault((num_columns(config, shape), config.depth, config.num_warps, config.num_stages), config)
+    return list(tried.values())[:_MAX_CANDIDATES]
