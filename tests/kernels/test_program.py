@@ -128,19 +128,3 @@ def test_the_oldest_shapes_are_forgotten(programs: program.Programs, monkeypatch
     for num_tokens in (3, 5, 7, 3):
         layer.run(EVEN[:num_tokens], 0)
     assert len(programs._known) == 4
-
-
-def test_buffers_that_live_at_once_do_not_overlap() -> None:
-    def buffer(num_bytes: int, first: int, last: int) -> program._Buffer:
-        made = program._Buffer(num_bytes)
-        made.first, made.last = first, last
-        return made
-
-    buffers = [buffer(1000, 0, 2), buffer(300, 0, 0), buffer(500, 1, 3), buffer(200, 1, 1), buffer(900, 3, 4)]
-    offsets, size = program._lay_out(buffers)
-    for a in buffers:
-        for b in buffers:
-            if a is not b and a.first <= b.last and b.first <= a.last:  # type: ignore[operator]
-                assert offsets[a] + a.num_bytes <= offsets[b] or offsets[b] + b.num_bytes <= offsets[a]
-    assert size == max(offsets[b] + -(-b.num_bytes // 256) * 256 for b in buffers)
-    assert size <= 2048, "gaps are not used"

@@ -102,15 +102,18 @@ SILU, GELU, GELU_TANH, CLAMPED = (
 
 
 @triton.jit
-def _load_gate_up(h_ptr, row, f, F, mask, IS_CONCATENATED: tl.constexpr):
+def _load_gate_up(h_ptr, row, in_rows, first, F, IS_CONCATENATED: tl.constexpr, BLOCK: tl.constexpr):
     """Gate and up of a tile, in float32."""
     offset = row[:, None] * (2 * F)
     if IS_CONCATENATED:
+        f = first + tl.arange(0, BLOCK)
+        mask = in_rows[:, None] & (f < F)[None, :]
         g = tl.load(h_ptr + offset + f[None, :], mask=mask, other=0.0)
         u = tl.load(h_ptr + offset + F + f[None, :], mask=mask, other=0.0)
     else:
-        g = tl.load(h_ptr + offset + 2 * f[None, :], mask=mask, other=0.0)
-        u = tl.load(h_ptr + offset + 2 * f[None, :] + 1, mask=mask, other=0.0)
+        column = 2 * first + tl.arange(0, 2 * BLOCK)
+        pair = tl.load(h_ptr + offset + column[None, :], mask=in_rows[:, None] & (column < 2 * F)[None, :], other=0.0)
+        g, u = tl.split(tl.reshape(pair, (pair.shape[0], BLOCK, 2)))
     return g.to(tl.float32), u.to(tl.float32)
 
 
@@ -129,9 +132,10 @@ def _forward_kernel(
 ):
     """One program per block of rows and columns."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    f = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    first = tl.program_id(1) * BLOCK
+    f = first + tl.arange(0, BLOCK)
     mask = (row < N)[:, None] & (f < F)[None, :]
-    g, u = _load_gate_up(h_ptr, row, f, F, mask, IS_CONCATENATED)
+    g, u = _load_gate_up(h_ptr, row, row < N, first, F, IS_CONCATENATED, BLOCK)
     a = GATE(g, u, ALPHA, LIMIT)
     tl.store(a_ptr + row[:, None] * F + f[None, :], a.to(a_ptr.dtype.element_ty), mask=mask)
 
@@ -163,10 +167,11 @@ def _backward_kernel(
     for first in tl.range(0, F, BLOCK):
         f = first + tl.arange(0, BLOCK)
         mask = in_rows[:, None] & (f < F)[None, :]
-        g, u = _load_gate_up(h_ptr, row, f, F, mask, IS_CONCATENATED)
+        g, u = _load_gate_up(h_ptr, row, in_rows, first, F, IS_CONCATENATED, BLOCK)
         da = tl.load(da_ptr + row[:, None] * F + f[None, :], mask=mask, other=0.0).to(tl.float32)
         a, dg, du = GRAD(g, u, da, ALPHA, LIMIT)
         dweight += tl.sum(a * da, axis=1)
+        tl.debug_barrier()  # another thread may write over what one has still to read
         dg = (dg * weight[:, None]).to(dh_ptr.dtype.element_ty)
         du = (du * weight[:, None]).to(dh_ptr.dtype.element_ty)
         tl.store(a_ptr + row[:, None] * F + f[None, :], a.to(a_ptr.dtype.element_ty), mask=mask)

@@ -53,10 +53,10 @@ def launch(
     """
     device = tensors[0].device
     pointers = [tensor.data_ptr() for tensor in tensors]
+    values = (*sizes, *numbers, *constants.values())
     found = None
     if device.type == "cuda" and are_aligned(pointers) and device.index == torch.cuda.current_device():
-        values = constants.values()
-        key = (id(kernel), device.index, *[t.dtype for t in tensors], *numbers, *values, *options.values())
+        key = (id(kernel), device.index, *[t.dtype for t in tensors], *numbers, *constants.values(), *options.values())
         found = _compiled.get(key)
         if found is None:
             compiled = kernel[grid](*descriptors, *tensors, *sizes, *numbers, **constants, **options)
@@ -64,13 +64,13 @@ def launch(
         else:
             run, function, metadata = found
             stream = torch._C._cuda_getCurrentRawStream(device.index)
-            run(*grid, stream, function, metadata, *_HOOKS, *descriptors, *pointers, *sizes, *numbers, *values)
+            run(*grid, stream, function, metadata, *_HOOKS, *descriptors, *pointers, *values)
     else:
         # the interpreter computes with tensors itself, which is nobody's business
         with torch.cuda.device(device) if device.type == "cuda" else watched(None):
             kernel[grid](*descriptors, *tensors, *sizes, *numbers, **constants, **options)
     if _watcher.note is not None:
-        made = Launch(kernel, grid, _forms(descriptors), (*sizes, *numbers), dict(constants), options, found)
+        made = Launch(kernel, grid, _forms(descriptors), values, options, found)
         _watcher.note(made, [*[d.base for d in descriptors], *tensors])
 
 
@@ -86,32 +86,32 @@ class Launch(NamedTuple):
     """A launch that was made, to be made again with other pointers.
 
     Args:
-        kernel, grid, constants, options: as for `launch`.
+        kernel, grid, options: as for `launch`.
         forms: of each descriptor its class and what it says beside its address.
-        rest: sizes and numbers.
+        values: sizes, numbers and constants.
         found: the compiled kernel, or None where Triton's own way was taken.
     """
 
     kernel: Any
     grid: tuple[int, int, int]
     forms: tuple[tuple[Any, dict[str, Any]], ...]
-    rest: tuple[int | float, ...]
-    constants: dict[str, Any]
+    values: tuple[Any, ...]
     options: dict[str, int]
     found: tuple[Any, Any, Any] | None
 
-    def repeat(self, stream: int, addresses: Sequence[int]) -> None:
+    def repeat(self, stream: int, addresses: list[int]) -> None:
         """Submit it again to a stream, with the addresses of its descriptors and then of its tensors."""
         assert self.found is not None
         run, function, metadata = self.found
-        num = len(self.forms)
-        descriptors = [_described(form, at) for form, at in zip(self.forms, addresses, strict=False)]
-        values = (*addresses[num:], *self.rest, *self.constants.values())
-        run(*self.grid, stream, function, metadata, *_HOOKS, *descriptors, *values)
+        pointers: list[Any] = addresses
+        if self.forms:
+            pointers = [_described(form, at) for form, at in zip(self.forms, addresses, strict=False)]
+            pointers += addresses[len(pointers) :]
+        run(*self.grid, stream, function, metadata, *_HOOKS, *pointers, *self.values)
 
     def interpret(self, tensors: Sequence[Tensor]) -> None:
         """Run it again in the interpreter."""
-        self.kernel[self.grid](*tensors, *self.rest, **self.constants, **self.options)
+        self.kernel[self.grid](*tensors, *self.values, **self.options)
 
 
 class _Address:

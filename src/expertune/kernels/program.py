@@ -1,9 +1,9 @@
 """Program: the launches of a pass, noted once for inputs of a shape and repeated without the Python that led to them.
 
-At short context a pass waits for Python: checks, allocations and views cost several times what submitting its launches
-does. Between two batches of one shape nothing of it changes but addresses. So the second time that a function meets
-inputs of a shape it is watched: every allocation, and every launch with the places its pointers point to. From then on
-one workspace is allocated, with buffers that never live at once on top of each other, and the launches are submitted.
+At short context a pass waits for Python: checks and views cost several times what submitting its launches does. Between
+two batches of one shape nothing of it changes but addresses. So the second time that a function meets inputs of a shape
+it is watched: every allocation, and every launch with the tensors that its pointers point to. From then on only that is
+repeated: each tensor is allocated right before the first launch that takes it and let go after the last.
 
 The idea is that of CUDA graphs, but nothing stays allocated between calls, inputs may lie anywhere, and a program can
 itself be captured in a graph. A function that does more than allocate, view and launch is not noted: it runs as it is.
@@ -28,15 +28,26 @@ _VIEWS = frozenset({
     _aten.view.default, _aten._unsafe_view.default, _aten.transpose.int, _aten.t.default, _aten.unsqueeze.default,
     _aten.detach.default, _aten.alias.default,
 })  # fmt: skip
-_WORKSPACE_ALIGNMENT = 256
 _MOST_PROGRAMS = 256
 
 
-class _Buffer:
-    """One allocation that was watched, and the launches that it was first and last handed to."""
+class _Form(NamedTuple):
+    """A tensor without its numbers."""
 
-    def __init__(self, num_bytes: int) -> None:
-        self.num_bytes = num_bytes
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def _form(tensor: Tensor) -> _Form:
+    return _Form(tensor.shape, tensor.stride(), tensor.dtype)
+
+
+class _Buffer:
+    """An allocation that was watched, and the launches that it was first and last handed to."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.form = _form(tensor)
         self.first: int | None = None
         self.last = 0
 
@@ -47,7 +58,7 @@ class _Watch(TorchDispatchMode):
     def __init__(self, inputs: Tensors) -> None:
         super().__init__()
         self.is_complete = True
-        self.launches: list[tuple[Launch, list[tuple[int | _Buffer, torch.dtype]]]] = []  # and what they point to
+        self.launches: list[tuple[Launch, list[int | _Buffer]]] = []  # with the inputs and buffers they point to
         self._at: dict[int, int | _Buffer] = {}
         for i, tensor in enumerate(inputs):
             if tensor is not None:
@@ -57,7 +68,7 @@ class _Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if func in _ALLOCATIONS and launch.is_watched():
-            self._at[out.data_ptr()] = _Buffer(out.untyped_storage().nbytes())
+            self._at[out.data_ptr()] = _Buffer(out)
         elif func not in _VIEWS and launch.is_watched():
             self.is_complete = False
         return out
@@ -69,9 +80,7 @@ class _Watch(TorchDispatchMode):
             if isinstance(pointee, _Buffer):
                 pointee.last = len(self.launches)
                 pointee.first = pointee.last if pointee.first is None else pointee.first
-        self.launches.append(
-            (made, [(0 if pointee is None else pointee, t.dtype) for pointee, t in zip(pointees, tensors, strict=True)])
-        )
+        self.launches.append((made, [pointee for pointee in pointees if pointee is not None]))
         is_repeatable = made.found is not None or tensors[0].device.type != "cuda"
         self.is_complete &= is_repeatable and None not in pointees
 
@@ -80,80 +89,59 @@ class _Watch(TorchDispatchMode):
         return self._at.get(tensor.data_ptr())
 
 
-class _Output(NamedTuple):
-    shape: torch.Size
-    stride: tuple[int, ...]
-    dtype: torch.dtype
+class _Event(NamedTuple):
+    """A launch, with the places of what it points to, and of what is allocated before it and let go after it."""
+
+    made: Launch
+    places: list[int]
+    born: list[tuple[int, _Form]]
+    dead: list[int]
 
 
 class Program:
-    """What was watched of one function for inputs of one shape.
-
-    Pointers are places: the number of a base (inputs, then outputs, then the workspace) and bytes beyond it.
-    """
+    """What was watched of one function for inputs of one shape. A place is the number of an input or of a buffer."""
 
     def __init__(self, watch: _Watch, num_inputs: int, results: Tensors) -> None:
-        self._outputs: list[_Output] = []
-        self._results: list[int | None] = []  # of each result its base
-        places: dict[_Buffer, tuple[int, int]] = {}
+        buffers: dict[_Buffer, int] = {}
+        for _, pointees in watch.launches:
+            for buffer in pointees:
+                if isinstance(buffer, _Buffer):
+                    buffers.setdefault(buffer, num_inputs + len(buffers))
+        self._num_buffers = len(buffers)
+        self._results: list[int | None] = []
         for result in results:
-            if result is None:
-                self._results.append(None)
-                continue
-            buffer = watch.pointee(result)
-            assert isinstance(buffer, _Buffer)
-            if buffer not in places:
-                places[buffer] = (num_inputs + len(self._outputs), 0)
-                self._outputs.append(_Output(result.shape, result.stride(), result.dtype))
-            self._results.append(places[buffer][0])
-        pointees = {p for _, pointers in watch.launches for p, _ in pointers if isinstance(p, _Buffer)}
-        temporaries = pointees - places.keys()
-        offsets, self._workspace_bytes = _lay_out(sorted(temporaries, key=lambda b: (b.first or 0, b.num_bytes)))
-        workspace = num_inputs + len(self._outputs)
-        places |= {buffer: (workspace, offset) for buffer, offset in offsets.items()}
-        self._launches = [
-            (made, [places[p] if isinstance(p, _Buffer) else (p, 0) for p, _ in pointers], [d for _, d in pointers])
-            for made, pointers in watch.launches
+            pointee = None if result is None else watch.pointee(result)
+            if result is not None and isinstance(pointee, _Buffer):
+                pointee.form = _form(result)
+            self._results.append(buffers[pointee] if isinstance(pointee, _Buffer) else None)
+        self._events = [
+            _Event(
+                made=made,
+                places=[buffers[p] if isinstance(p, _Buffer) else p for p in pointees],
+                born=[(place, buffer.form) for buffer, place in buffers.items() if buffer.first == i],
+                dead=[place for b, place in buffers.items() if b.last == i and place not in self._results],
+            )
+            for i, (made, pointees) in enumerate(watch.launches)
         ]
 
     def __call__(self, inputs: Tensors, device: torch.device) -> list[Tensor | None]:
         """The function's results for other inputs of the same shapes, dtypes and strides."""
-        outputs = [torch.empty_strided(o.shape, o.stride, dtype=o.dtype, device=device) for o in self._outputs]
-        workspace = torch.empty((self._workspace_bytes,), dtype=torch.uint8, device=device)
-        bases = [*inputs, *outputs, workspace]
-        if device.type == "cuda":
-            addresses = [0 if base is None else base.data_ptr() for base in bases]
-            stream = torch._C._cuda_getCurrentRawStream(device.index)
-            for made, places, _ in self._launches:
-                made.repeat(stream, [addresses[base] + offset for base, offset in places])
-        else:
-            for made, places, dtypes in self._launches:
-                made.interpret([_at(bases[b], o, dtype) for (b, o), dtype in zip(places, dtypes, strict=True)])
-        return [None if i is None else bases[i] for i in self._results]
-
-
-def _lay_out(buffers: Sequence[_Buffer]) -> tuple[dict[_Buffer, int], int]:
-    """Offsets of buffers in one workspace, in the order of their first launch, each in the lowest gap; and its size."""
-    offsets: dict[_Buffer, int] = {}
-    size = 0
-    for buffer in buffers:
-        assert buffer.first is not None
-        needed = -(-buffer.num_bytes // _WORKSPACE_ALIGNMENT) * _WORKSPACE_ALIGNMENT
-        offset = 0
-        for other in sorted((b for b in offsets if b.last >= buffer.first), key=offsets.__getitem__):
-            if offset + needed <= offsets[other]:
-                break
-            end = offsets[other] + other.num_bytes
-            offset = max(offset, -(-end // _WORKSPACE_ALIGNMENT) * _WORKSPACE_ALIGNMENT)
-        offsets[buffer] = offset
-        size = max(size, offset + needed)
-    return offsets, size
-
-
-def _at(base: Tensor | None, offset: int, dtype: torch.dtype) -> Tensor:
-    """For the interpreter, which takes tensors where a GPU takes addresses."""
-    assert base is not None
-    return base if base.dtype == dtype else base[offset:].view(dtype)
+        is_cuda = device.type == "cuda"
+        stream = torch._C._cuda_getCurrentRawStream(device.index) if is_cuda else 0
+        tensors: list[Any] = [*inputs, *[None] * self._num_buffers]
+        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+        for made, places, born, dead in self._events:
+            for place, (shape, stride, dtype) in born:
+                tensors[place] = made_now = torch.empty_strided(shape, stride, dtype=dtype, device=device)
+                addresses[place] = made_now.data_ptr()
+                del made_now
+            if is_cuda:
+                made.repeat(stream, [addresses[place] for place in places])
+            else:
+                made.interpret([tensors[place] for place in places])
+            for place in dead:
+                tensors[place] = None
+        return [None if place is None else tensors[place] for place in self._results]
 
 
 class Programs:
@@ -201,8 +189,10 @@ def _is_ready(inputs: Tensors, device: torch.device) -> bool:
 
 
 def _is_whole(result: Tensor | None, watch: _Watch) -> bool:
-    """Whether a result is none, or all of an allocation."""
+    """Whether a result is none, or all of what a launch was handed."""
     if result is None:
         return True
     pointee = watch.pointee(result)
-    return isinstance(pointee, _Buffer) and pointee.num_bytes == result.numel() * result.itemsize
+    if not isinstance(pointee, _Buffer) or pointee.first is None:
+        return False
+    return result.dtype == pointee.form.dtype and result.numel() == pointee.form.shape.numel()

@@ -13,16 +13,20 @@ from torch import Tensor
 from expertune.kernels.launch import launch, next_power_of_2
 
 _SLOTS = 512  # slots a block; each block reads the counts of all blocks, so smaller blocks cost more at long context
+_CHUNK = 32  # of what a block compares at a time, so that it stays in registers
+_WARPS = 8
 
 
 @triton.jit(do_not_specialize=["num_slots"])
-def _count_kernel(expert_ptr, count_ptr, num_slots, E, SLOTS: tl.constexpr, E_PAD: tl.constexpr):
+def _count_kernel(expert_ptr, count_ptr, num_slots, E, SLOTS: tl.constexpr, E_PAD: tl.constexpr, CHUNK: tl.constexpr):
     """One program per block of slots: how many go to each expert."""
     block = tl.program_id(0)
-    slot = block * SLOTS + tl.arange(0, SLOTS)
-    expert = tl.load(expert_ptr + slot, mask=slot < num_slots, other=E_PAD).to(tl.int32)
     experts = tl.arange(0, E_PAD)
-    count = tl.sum((expert[:, None] == experts[None, :]).to(tl.int32), axis=0)
+    count = tl.zeros((E_PAD,), tl.int32)
+    for first in range(0, SLOTS, CHUNK):
+        slot = block * SLOTS + first + tl.arange(0, CHUNK)
+        expert = tl.load(expert_ptr + slot, mask=slot < num_slots, other=E_PAD).to(tl.int32)
+        count += tl.sum((expert[:, None] == experts[None, :]).to(tl.int32), axis=0)
     tl.store(count_ptr + block * E + experts, count, mask=experts < E)
 
 
@@ -43,17 +47,16 @@ def _place_kernel(
     E,
     SLOTS: tl.constexpr,
     E_PAD: tl.constexpr,
-    BLOCKS: tl.constexpr,
+    CHUNK: tl.constexpr,
     TILE_ROWS: tl.constexpr,
-    TILES: tl.constexpr,
 ):
     """One program per block of slots: the rows of its slots, and its share of the tile list."""
     block = tl.program_id(0)
     experts = tl.arange(0, E_PAD)
     before = tl.zeros((E_PAD,), tl.int32)
     total = tl.zeros((E_PAD,), tl.int32)
-    for first in range(0, num_blocks, BLOCKS):
-        other = first + tl.arange(0, BLOCKS)
+    for first in range(0, num_blocks, CHUNK):
+        other = first + tl.arange(0, CHUNK)
         inside = (other[:, None] < num_blocks) & (experts[None, :] < E)
         counts = tl.load(count_ptr + other[:, None] * E + experts[None, :], mask=inside, other=0)
         total += tl.sum(counts, axis=0)
@@ -63,30 +66,33 @@ def _place_kernel(
 
     slot = block * SLOTS + tl.arange(0, SLOTS)
     inside = slot < num_slots
-    expert = tl.load(expert_ptr + slot, mask=inside, other=E_PAD).to(tl.int32)
-    lane = tl.arange(0, SLOTS)
-    is_earlier_twin = (expert[:, None] == expert[None, :]) & (lane[None, :] < lane[:, None])
-    row = tl.sum(is_earlier_twin.to(tl.int32), axis=1)
-    is_own = expert[:, None] == experts[None, :]
-    row += tl.sum(tl.where(is_own, (starts + before)[None, :], 0), axis=1)
+    expert = tl.load(expert_ptr + slot, mask=inside, other=0).to(tl.int32)
+    row = tl.gather(starts + before, expert, 0)
+    for first in range(0, SLOTS, CHUNK):
+        twin = block * SLOTS + first + tl.arange(0, CHUNK)
+        twin_expert = tl.load(expert_ptr + twin, mask=twin < num_slots, other=E_PAD).to(tl.int32)
+        is_earlier_twin = (expert[:, None] == twin_expert[None, :]) & (twin[None, :] < slot[:, None])
+        row += tl.sum(is_earlier_twin.to(tl.int32), axis=1)
     tl.store(slot_row_ptr + slot, row, mask=inside)
     tl.store(row_slot_ptr + row, slot, mask=inside)
     tl.store(row_expert_ptr + row, expert, mask=inside)
 
     num_tiles = (total + TILE_ROWS - 1) // TILE_ROWS
     last_tile = tl.cumsum(num_tiles, axis=0)
+    num_listed = tl.sum(num_tiles, axis=0)
     if block == 0:
         tl.store(ends_ptr + experts, ends, mask=experts < E)
-        tl.store(num_tiles_ptr, tl.sum(num_tiles, axis=0))
-    tile = block * tiles_a_block + tl.arange(0, TILES)
-    in_list = (tl.arange(0, TILES) < tiles_a_block) & (tile < tl.sum(num_tiles, axis=0))
-    tile_expert = tl.sum((last_tile[None, :] <= tile[:, None]).to(tl.int32), axis=1)
-    is_tile_expert = tile_expert[:, None] == experts[None, :]
+        tl.store(num_tiles_ptr, num_listed)
     # the first row of a tile, had its expert's tiles started at tile 0
     offset = starts - (last_tile - num_tiles) * TILE_ROWS
-    tile_row = tile * TILE_ROWS + tl.sum(tl.where(is_tile_expert, offset[None, :], 0), axis=1)
-    tl.store(tile_expert_ptr + tile, tile_expert, mask=in_list)
-    tl.store(tile_row_ptr + tile, tile_row, mask=in_list)
+    for first in range(0, tiles_a_block, CHUNK):
+        mine = first + tl.arange(0, CHUNK)
+        tile = block * tiles_a_block + mine
+        in_list = (mine < tiles_a_block) & (tile < num_listed)
+        tile_expert = tl.sum((last_tile[None, :] <= tile[:, None]).to(tl.int32), axis=1)
+        tile_row = tile * TILE_ROWS + tl.gather(offset, tl.minimum(tile_expert, E_PAD - 1), 0)
+        tl.store(tile_expert_ptr + tile, tile_expert, mask=in_list)
+        tl.store(tile_row_ptr + tile, tile_row, mask=in_list)
 
 
 def max_tiles(num_rows: int, num_experts: int, tile_rows: int) -> int:
@@ -120,10 +126,16 @@ def sort_by_expert(expert_TK: Tensor, num_experts: int, tile_rows: int) -> tuple
     e_pad = next_power_of_2(num_experts)
     expert_N = expert_TK.reshape(-1)
     grid = (num_blocks, 1, 1)
-    shape = {"SLOTS": _SLOTS, "E_PAD": e_pad}
-    launch(_count_kernel, grid, (expert_N, count), (num_slots,), (num_experts,), shape)
+    constants = {"SLOTS": _SLOTS, "E_PAD": e_pad, "CHUNK": _CHUNK}
+    launch(_count_kernel, grid, (expert_N, count), (num_slots,), (num_experts,), constants, num_warps=_WARPS)
     outputs = (row_slot_N, row_expert_N, slot_row_N, ends_E, tile_expert, tile_row, num_tiles)
-    shape = shape | {"BLOCKS": 16, "TILE_ROWS": tile_rows, "TILES": next_power_of_2(max(tiles_a_block, 1))}
-    sizes = (num_slots, num_blocks, tiles_a_block)
-    launch(_place_kernel, grid, (expert_N, count, *outputs), sizes, (num_experts,), shape)
+    launch(
+        _place_kernel,
+        grid,
+        (expert_N, count, *outputs),
+        (num_slots, num_blocks, tiles_a_block),
+        (num_experts,),
+        constants | {"TILE_ROWS": tile_rows},
+        num_warps=_WARPS,
+    )
     return outputs
