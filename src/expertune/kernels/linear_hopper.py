@@ -1,10 +1,14 @@
 """Grouped linear with LoRA and a gate for Hopper (compute capability 9.0, bf16 and fp16), in Gluon.
 
 The same equation as `linear.py` and `gates.py`, its tested twins. One warp copies tiles with the tensor memory
-accelerator; two groups of four warps multiply in turns, so that one stores its tile while the other keeps the tensor
-cores busy. LoRA is one more step of the copying warp, from the descriptors of `mid` and `B`: no copies, weights
-untouched, almost no time. A gate is computed on the tile before it is stored: that too hides behind the other group's
-products. Where gate and up lie in two halves, a tile is one half of columns of each.
+accelerator; two groups of four warps multiply, in one of two schedules (named as in CUTLASS):
+
+- cooperative: each group takes half the rows of a tile of 256 columns, for which a quarter less is read from L2;
+- ping-pong: each has its own tile of 128 columns, in turns, so that one stores its tile while the other multiplies.
+
+LoRA is one more step of the copying warp, from the descriptors of `mid` and `B`: no copies, weights untouched, almost
+no time. A gate is computed on the tile before it is stored. Where gate and up lie in two halves, a tile is one half of
+columns of each.
 A step that reaches beyond a width reads zeros.
 """
 
@@ -31,9 +35,11 @@ from expertune.kernels.launch import ceil_div, launch
 from expertune.shapes import Tiles
 
 ROWS = 128
-_COLUMNS = 128
 _DEPTH = 64
-_STAGES = 6
+_COLUMNS, _STAGES = 128, 6  # of a tile and of the pipeline, ping-pong
+_COOPERATIVE_COLUMNS, _COOPERATIVE_STAGES = 256, 4
+_GROUP = 16  # row tiles that go through the columns together
+_COOPERATIVE_FROM = 1024  # output columns; measured on an H100
 
 
 @gluon.jit
@@ -44,14 +50,43 @@ def _num_column_tiles(O, IS_SPLIT: gl.constexpr, COLUMNS: gl.constexpr):  # noqa
 
 
 @gluon.jit
-def _copy(descriptors, buffers, barriers, tiles, widths, IS_K_CONTIGUOUS: gl.constexpr, IS_SPLIT: gl.constexpr):
+def _locate(item, num_columns, tiles, ROWS: gl.constexpr, GROUP: gl.constexpr):
+    """An item's expert, first row, end of the expert's rows, and column tile.
+
+    Up to `GROUP` row tiles of an expert go through all columns together, rows fastest: what is in flight shares more of
+    its operands in L2 than rows of columns would.
+    """
+    tile_expert_ptr, tile_row_ptr, _num_tiles_ptr, ends_ptr = tiles
+    tile = item // num_columns  # some tile of the same expert
+    expert = gl.load(tile_expert_ptr + tile)
+    start = gl.load(ends_ptr + expert - 1, mask=expert > 0, other=0)
+    end = gl.load(ends_ptr + expert)
+    item -= (tile - (gl.load(tile_row_ptr + tile) - start) // ROWS) * num_columns
+    group = item // (GROUP * num_columns)
+    item -= group * GROUP * num_columns
+    num_rows = gl.minimum(gl.cdiv(end - start, ROWS) - group * GROUP, GROUP)
+    return expert, start + (group * GROUP + item % num_rows) * ROWS, end, item // num_rows
+
+
+@gluon.jit
+def _copy(
+    descriptors,
+    buffers,
+    barriers,
+    tiles,
+    widths,
+    IS_K_CONTIGUOUS: gl.constexpr,
+    IS_SPLIT: gl.constexpr,
+    GROUP: gl.constexpr,
+):
     """The copying warp: for every item in turn its base steps, then its LoRA steps, each into the next free stage."""
     x_desc, w_desc, mid_desc, b_desc = descriptors
     x_bufs, w_bufs = buffers
     ready, empty, _turn = barriers
-    tile_expert_ptr, tile_row_ptr, num_tiles_ptr, _ends_ptr = tiles
+    _tile_expert_ptr, _tile_row_ptr, num_tiles_ptr, _ends_ptr = tiles
     I, O, R = widths  # noqa: E741
     STAGES: gl.constexpr = x_bufs.type.shape[0]
+    ROWS: gl.constexpr = x_bufs.type.shape[1]
     DEPTH: gl.constexpr = x_bufs.type.shape[2]
     COLUMNS: gl.constexpr = w_bufs.type.shape[1] if IS_K_CONTIGUOUS else w_bufs.type.shape[2]
     HALF: gl.constexpr = COLUMNS // 2
@@ -61,10 +96,8 @@ def _copy(descriptors, buffers, barriers, tiles, widths, IS_K_CONTIGUOUS: gl.con
     num_columns = _num_column_tiles(O, IS_SPLIT, COLUMNS)
     step = 0
     for item in range(gl.program_id(0), gl.load(num_tiles_ptr) * num_columns, gl.num_programs(0)):
-        tile = item // num_columns
-        expert = gl.load(tile_expert_ptr + tile)
-        row = gl.load(tile_row_ptr + tile)
-        column = (item % num_columns) * (COLUMNS // NUM_COPIES)
+        expert, row, _end, item_column = _locate(item, num_columns, tiles, ROWS, GROUP)
+        column = item_column * (COLUMNS // NUM_COPIES)
         for k in range(num_steps):
             stage = step % STAGES
             mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
@@ -160,15 +193,23 @@ def _multiply(
     GATE: gl.constexpr,
     ALPHA: gl.constexpr,
     LIMIT: gl.constexpr,
+    IS_COOPERATIVE: gl.constexpr,
+    GROUP: gl.constexpr,
 ):
-    """One of the two groups that multiply: every second item. Its turn comes when the other has issued its own."""
+    """One of the two groups that multiply: its half of every item, or all of every second.
+
+    In ping-pong its turn comes when the other has issued its own.
+    """
     outputs, buffers, barriers, tiles, widths = work
     x_bufs, w_bufs = buffers
     ready, empty, turn = barriers
-    tile_expert_ptr, tile_row_ptr, num_tiles_ptr, ends_ptr = tiles
+    _tile_expert_ptr, _tile_row_ptr, num_tiles_ptr, _ends_ptr = tiles
     I, O, R = widths  # noqa: E741
     STAGES: gl.constexpr = x_bufs.type.shape[0]
-    ROWS: gl.constexpr = x_bufs.type.shape[1]
+    ROWS: gl.constexpr = x_bufs.type.shape[1] // 2 if IS_COOPERATIVE else x_bufs.type.shape[1]
+    FIRST_ROW: gl.constexpr = ME * ROWS if IS_COOPERATIVE else 0
+    FIRST_ITEM: gl.constexpr = 0 if IS_COOPERATIVE else ME
+    NUM_TURNS: gl.constexpr = 1 if IS_COOPERATIVE else 2
     DEPTH: gl.constexpr = x_bufs.type.shape[2]
     COLUMNS: gl.constexpr = w_bufs.type.shape[1] if IS_K_CONTIGUOUS else w_bufs.type.shape[2]
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
@@ -176,28 +217,29 @@ def _multiply(
     num_columns = _num_column_tiles(O, IS_SPLIT, COLUMNS)
     total = gl.load(num_tiles_ptr) * num_columns
     turns = 0
-    step = ME * num_steps
-    for item in range(gl.program_id(0) + ME * gl.num_programs(0), total, 2 * gl.num_programs(0)):
-        tile = item // num_columns
-        expert = gl.load(tile_expert_ptr + tile)
-        row = gl.load(tile_row_ptr + tile)
-        end = gl.load(ends_ptr + expert)
+    step = FIRST_ITEM * num_steps
+    for item in range(gl.program_id(0) + FIRST_ITEM * gl.num_programs(0), total, NUM_TURNS * gl.num_programs(0)):
+        expert, row, end, item_column = _locate(item, num_columns, tiles, x_bufs.type.shape[1], GROUP)
+        row += FIRST_ROW
         # A group that waited for its stages out of turn could take an older fill of the same parity for its own.
-        mbarrier.wait(turn.index(ME), (turns & 1) ^ (1 - ME))
+        if not IS_COOPERATIVE:
+            mbarrier.wait(turn.index(ME), (turns & 1) ^ (1 - ME))
         acc = warpgroup_mma_init(gl.zeros((ROWS, COLUMNS), gl.float32, layout))
         for k in range(num_steps):
             stage = step % STAGES
             mbarrier.wait(ready.index(stage), (step // STAGES) & 1)
             w_buf = w_bufs.index(stage).permute((1, 0)) if IS_K_CONTIGUOUS else w_bufs.index(stage)
-            acc = warpgroup_mma(x_bufs.index(stage), w_buf, acc, is_async=True)
+            x_buf = x_bufs.index(stage).slice(FIRST_ROW, ROWS)
+            acc = warpgroup_mma(x_buf, w_buf, acc, is_async=True)
             acc = warpgroup_mma_init(warpgroup_mma_wait(num_outstanding=1, deps=(acc,)))
             mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1, pred=k > 0)
             step += 1
-        mbarrier.arrive(turn.index(1 - ME), count=1)
+        if not IS_COOPERATIVE:
+            mbarrier.arrive(turn.index(1 - ME), count=1)
         acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
         mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1)
-        _store(acc, outputs, expert, row, end, item % num_columns, O, HAS_BIAS, IS_SPLIT, GATE, ALPHA, LIMIT)
-        step += num_steps
+        _store(acc, outputs, expert, row, end, item_column, O, HAS_BIAS, IS_SPLIT, GATE, ALPHA, LIMIT)
+        step += (NUM_TURNS - 1) * num_steps
         turns += 1
 
 
@@ -225,21 +267,26 @@ def _linear_kernel(
     LIMIT: gl.constexpr,
     COLUMNS: gl.constexpr,
     STAGES: gl.constexpr,
+    IS_COOPERATIVE: gl.constexpr,
+    GROUP: gl.constexpr,
 ):
-    """Persistent: each program walks every `num_programs`-th item, tile by tile of rows, columns fastest."""
+    """Persistent: each program walks every `num_programs`-th item."""
     DEPTH: gl.constexpr = x_desc.block_type.shape[1]
     w_shape: gl.constexpr = [COLUMNS, DEPTH] if IS_K_CONTIGUOUS else [DEPTH, COLUMNS]
     x_bufs = gl.allocate_shared_memory(x_desc.dtype, [STAGES] + x_desc.block_type.shape, x_desc.layout)
     w_bufs = gl.allocate_shared_memory(w_desc.dtype, [STAGES] + w_shape, w_desc.layout)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    turn = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(ready.index(stage), count=1)
-        mbarrier.init(empty.index(stage), count=1)
-    for group in gl.static_range(2):
-        mbarrier.init(turn.index(group), count=1)
+        mbarrier.init(empty.index(stage), count=2 if IS_COOPERATIVE else 1)
+    turn = empty
+    if not IS_COOPERATIVE:  # a barrier that nobody waits for is no barrier to Triton: it puts other data there
+        turn = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+        for group in gl.static_range(2):
+            mbarrier.init(turn.index(group), count=1)
     fence_async_shared()
+    descriptors = (x_desc, w_desc, mid_desc, b_desc)
     outputs = (y_ptr, a_ptr, bias_ptr)
     buffers = (x_bufs, w_bufs)
     barriers = (ready, empty, turn)
@@ -248,9 +295,9 @@ def _linear_kernel(
     work = (outputs, buffers, barriers, tiles, widths)
     gl.warp_specialize(
         [
-            (_multiply, (0, work, IS_K_CONTIGUOUS, HAS_BIAS, IS_SPLIT, GATE, ALPHA, LIMIT)),
-            (_multiply, (1, work, IS_K_CONTIGUOUS, HAS_BIAS, IS_SPLIT, GATE, ALPHA, LIMIT)),
-            (_copy, ((x_desc, w_desc, mid_desc, b_desc), buffers, barriers, tiles, widths, IS_K_CONTIGUOUS, IS_SPLIT)),
+            (_multiply, (0, work, IS_K_CONTIGUOUS, HAS_BIAS, IS_SPLIT, GATE, ALPHA, LIMIT, IS_COOPERATIVE, GROUP)),
+            (_multiply, (1, work, IS_K_CONTIGUOUS, HAS_BIAS, IS_SPLIT, GATE, ALPHA, LIMIT, IS_COOPERATIVE, GROUP)),
+            (_copy, (descriptors, buffers, barriers, tiles, widths, IS_K_CONTIGUOUS, IS_SPLIT, GROUP)),
         ],
         [4, 1],
         [232, 40],
@@ -290,10 +337,12 @@ def linear(
     b_ERO: Tensor | None = None,
     bias_EO: Tensor | None = None,
     gate: GateKernel | None = None,
+    is_cooperative: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`y_NO` and the gate's `a_NF`, in the dtype of `x_NI`, summed in float32; without a gate `a` is `y`.
 
-    For the arguments see `linear.linear`. `tiles.rows` must be 128, and `fuses` true of the gate.
+    For the arguments see `linear.linear`. `tiles.rows` must be 128, and `fuses` true of the gate. The schedule is the
+    one that was measured faster at this width, unless `is_cooperative` is given.
     """
     num_rows, width = x_NI.shape
     width_out = w_EIO.shape[2]
@@ -305,8 +354,11 @@ def linear(
     assert tiles.rows == ROWS
     is_k_contiguous = w_EIO.stride(1) == 1
     is_split = gate is not None and gate.is_concatenated
-    columns = _COLUMNS // 2 if is_split else _COLUMNS
-    block = (columns, _DEPTH) if is_k_contiguous else (_DEPTH, columns)
+    if is_cooperative is None:
+        is_cooperative = width_out >= _COOPERATIVE_FROM
+    columns, stages = (_COOPERATIVE_COLUMNS, _COOPERATIVE_STAGES) if is_cooperative else (_COLUMNS, _STAGES)
+    copied = columns // 2 if is_split else columns
+    block = (copied, _DEPTH) if is_k_contiguous else (_DEPTH, copied)
     x_desc = _descriptor(x_NI, (ROWS, _DEPTH))
     w_desc = _descriptor(w_EIO.mT if is_k_contiguous else w_EIO, block)
     mid_desc, b_desc, rank = x_desc, w_desc, 0
@@ -315,7 +367,7 @@ def linear(
         rank = mid_NR.shape[1]
         mid_desc = _descriptor(mid_NR, (ROWS, _DEPTH))
         b_desc = _descriptor(b_ERO.mT if is_k_contiguous else b_ERO, block)
-    most = tiles.expert.shape[0] * ceil_div(width_out, _COLUMNS)
+    most = tiles.expert.shape[0] * ceil_div(width_out, columns)
     launch(
         _linear_kernel,
         (min(most, num_programs(x_NI.device)), 1, 1),
@@ -329,8 +381,10 @@ def linear(
             "GATE": None if gate is None else gate.function,
             "ALPHA": 1.0 if gate is None else gate.alpha,
             "LIMIT": 0.0 if gate is None else gate.limit,
-            "COLUMNS": _COLUMNS,
-            "STAGES": _STAGES,
+            "COLUMNS": columns,
+            "STAGES": stages,
+            "IS_COOPERATIVE": is_cooperative,
+            "GROUP": _GROUP,
         },
         descriptors=(x_desc, w_desc, mid_desc, b_desc),
         num_warps=4,

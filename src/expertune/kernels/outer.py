@@ -177,6 +177,6 @@ def outer(
             "BI": block,
             "BR": block_rank,
         },
-        num_warps=4,
+        num_warps=8 if block == 128 else 4,
         num_stages=3,
     )

@@ -71,8 +71,8 @@ def _place_kernel(
     for first in range(0, SLOTS, CHUNK):
         twin = block * SLOTS + first + tl.arange(0, CHUNK)
         twin_expert = tl.load(expert_ptr + twin, mask=twin < num_slots, other=E_PAD).to(tl.int32)
-        is_earlier_twin = (expert[:, None] == twin_expert[None, :]) & (twin[None, :] < slot[:, None])
-        row += tl.sum(is_earlier_twin.to(tl.int32), axis=1)
+        is_earlier_twin = (twin_expert[:, None] == expert[None, :]) & (twin[:, None] < slot[None, :])
+        row += tl.sum(is_earlier_twin.to(tl.int32), axis=0)
     tl.store(slot_row_ptr + slot, row, mask=inside)
     tl.store(row_slot_ptr + row, slot, mask=inside)
     tl.store(row_expert_ptr + row, expert, mask=inside)
@@ -89,7 +89,7 @@ def _place_kernel(
         mine = first + tl.arange(0, CHUNK)
         tile = block * tiles_a_block + mine
         in_list = (mine < tiles_a_block) & (tile < num_listed)
-        tile_expert = tl.sum((last_tile[None, :] <= tile[:, None]).to(tl.int32), axis=1)
+        tile_expert = tl.sum((last_tile[:, None] <= tile[None, :]).to(tl.int32), axis=0)
         tile_row = tile * TILE_ROWS + tl.gather(offset, tl.minimum(tile_expert, E_PAD - 1), 0)
         tl.store(tile_expert_ptr + tile, tile_expert, mask=in_list)
         tl.store(tile_row_ptr + tile, tile_row, mask=in_list)

@@ -79,7 +79,11 @@ OPERATIONS: dict[type[Shape], Operation] = {
     ShrinkShape: Operation(
         kernel="shrink",
         config=ShrinkConfig,
-        shipped={(0, 0): (ShrinkConfig(128, 64, 4, 3), ShrinkConfig(128, 32, 4, 3), ShrinkConfig(64, 32, 4, 2))},
+        shipped={
+            (0, 0): (ShrinkConfig(128, 64, 4, 3), ShrinkConfig(128, 32, 4, 3), ShrinkConfig(64, 32, 4, 2)),
+            (9, 0): (ShrinkConfig(128, 64, 8, 3), ShrinkConfig(128, 32, 4, 3), ShrinkConfig(64, 32, 4, 2)),
+            (10, 0): (ShrinkConfig(128, 64, 4, 3), ShrinkConfig(128, 32, 4, 3), ShrinkConfig(64, 32, 4, 2)),
+        },
         candidates={
             (0, 0): (ShrinkConfig(64, 32, 4, 2), ShrinkConfig(16, 64, 4, 2)),
             (7, 5): (

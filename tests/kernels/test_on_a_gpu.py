@@ -1,0 +1,134 @@
+"""What only a GPU can show: races, the schedules of the Hopper kernel, graphs."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from expertune.activations import ClampedSwiGlu, Gate, SwiGlu
+from expertune.backends import triton
+from expertune.backends.triton_steps import STEPS, _gate_kernel
+from expertune.experts import ExpertsStep, Projection, experts
+from expertune.kernels.device import is_hopper
+from expertune.shapes import ExpertsLayout, LoraFactors
+from tests.cases import problem
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+CUDA = torch.device("cuda", 0)
+DTYPE = torch.bfloat16
+
+
+def normal(*shape: int, dtype: torch.dtype = DTYPE) -> Tensor:
+    return torch.randn(*shape, device=CUDA).mul_(0.05).to(dtype)
+
+
+class _Layer:
+    """Experts of the widths of Qwen3-30B-A3B, rank 64, with what a batch brings."""
+
+    def __init__(self, num_tokens: int) -> None:
+        torch.manual_seed(0)
+        E, D, F, K, R = 128, 2048, 768, 8, 64
+        layout = ExpertsLayout(
+            num_experts=E, model_width=D, expert_width=F, has_gate=True, is_transposed=False, has_bias=False
+        )
+        self.step = ExpertsStep(layout=layout, gate=SwiGlu(), backend=triton.BACKEND)
+        self.adapters = [
+            LoraFactors(
+                a=normal(E * R, i, dtype=torch.float32).requires_grad_(),
+                b=normal(o, R * E, dtype=torch.float32).requires_grad_(),
+                scale=2.0,
+            )
+            for i, o in ((D, 2 * F), (F, D))
+        ]
+        first, second = (
+            Projection(weight=normal(E, o, i), adapters=(adapter,))
+            for (i, o), adapter in zip(((D, 2 * F), (F, D)), self.adapters, strict=True)
+        )
+        self.projections = (first, second)
+        self.x = torch.randn(num_tokens, D, device=CUDA, dtype=DTYPE).requires_grad_()
+        self.expert_TK = torch.rand(num_tokens, E, device=CUDA).topk(K, dim=-1).indices
+        self.weight = torch.rand(num_tokens, K, device=CUDA).softmax(-1).requires_grad_()
+        self.dout = torch.randn(num_tokens, D, device=CUDA, dtype=DTYPE)
+
+    def run(self) -> list[Tensor]:
+        """Output and every gradient."""
+        out = experts(self.x, self.step.dispatch(self.expert_TK), self.weight, self.projections, self.step)
+        factors = [f for adapter in self.adapters for f in (adapter.a, adapter.b)]
+        return [out.detach(), *torch.autograd.grad(out, [self.x, self.weight, *factors], self.dout)]
+
+
+@pytest.fixture(params=[1024, 4096])
+def layer(request: pytest.FixtureRequest) -> _Layer:
+    if reason := triton.BACKEND.why_not(problem(DTYPE, 16)):
+        pytest.skip(reason)
+    return _Layer(request.param)
+
+
+def test_every_run_has_the_same_bits(layer: _Layer) -> None:
+    first = layer.run()
+    for _ in range(200):
+        assert all(torch.equal(a, b) for a, b in zip(layer.run(), first, strict=True))
+
+
+def test_a_captured_graph_has_the_same_bits(layer: _Layer) -> None:
+    first, *_ = [layer.run() for _ in range(3)]
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        layer.run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = layer.run()
+    for _ in range(50):
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(captured, first, strict=True))
+
+
+def test_nothing_waits_for_the_host(layer: _Layer) -> None:
+    layer.run()
+    for _ in range(3):  # run, watched, repeated
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            layer.run()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("gate", [None, SwiGlu(), ClampedSwiGlu(1.702, 7.0)], ids=["no gate", "silu", "clamped"])
+@pytest.mark.parametrize("is_k_contiguous", [True, False])
+@pytest.mark.parametrize(
+    ("width", "width_out", "hot_rows"), [(2048, 1536, 0), (768, 2048, 0), (200, 328, 0), (256, 1064, 5000)]
+)
+def test_both_schedules_on_hopper_have_the_same_bits(
+    width: int, width_out: int, hot_rows: int, is_k_contiguous: bool, gate: Gate | None
+) -> None:
+    if not is_hopper(CUDA):
+        pytest.skip("needs a Hopper GPU")
+    from expertune.kernels import linear_hopper  # Gluon's names for Hopper are imported where there is one
+
+    torch.manual_seed(0)
+    E, T, K, R = 16, 700, 4, 24
+    expert_TK = torch.rand(T, E, device=CUDA).topk(K, dim=-1).indices
+    if hot_rows:  # more row tiles than one group takes
+        expert_TK = torch.cat([expert_TK.reshape(-1, 1), torch.full((hot_rows, 1), 5, device=CUDA)])
+    routing = STEPS.dispatch(expert_TK, E)
+    kernel = None if gate is None else _gate_kernel(gate)
+    x, mid, bias = normal(expert_TK.numel(), width), normal(expert_TK.numel(), R), normal(E, width_out)
+    w, b = normal(E, width, width_out), normal(E, R, width_out)
+    if is_k_contiguous:
+        w, b = w.mT.contiguous().mT, b.mT.contiguous().mT
+    if kernel is not None and not linear_hopper.fuses(kernel, w):
+        pytest.skip("this gate is a launch of its own for such weights")
+    assert routing.tiles is not None
+    cooperative, ping_pong = (
+        linear_hopper.linear(
+            x, w, routing.tiles, mid_NR=mid, b_ERO=b, bias_EO=bias, gate=kernel, is_cooperative=is_cooperative
+        )
+        for is_cooperative in (True, False)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(cooperative, ping_pong, strict=True))
+    y_NO, a_NF = cooperative
+    twin = STEPS.linear(x.float(), w.float(), routing, low_rank=(mid.float(), b.float()), bias_EO=bias.float())
+    assert (y_NO.float() - twin).norm() <= 0.005 * twin.norm()
+    if gate is not None:
+        assert torch.equal(a_NF, STEPS.gate_forward(gate, y_NO))
