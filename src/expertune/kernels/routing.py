@@ -22,12 +22,12 @@ def _count_kernel(expert_ptr, count_ptr, num_slots, E, SLOTS: tl.constexpr, E_PA
     """One program per block of slots: how many go to each expert."""
     block = tl.program_id(0)
     experts = tl.arange(0, E_PAD)
-    count = tl.zeros((E_PAD,), tl.int32)
-    for first in range(0, SLOTS, CHUNK):
+    is_own = tl.zeros((CHUNK, E_PAD), tl.int32)
+    for first in tl.range(0, SLOTS, CHUNK, loop_unroll_factor=4):
         slot = block * SLOTS + first + tl.arange(0, CHUNK)
         expert = tl.load(expert_ptr + slot, mask=slot < num_slots, other=E_PAD).to(tl.int32)
-        count += tl.sum((expert[:, None] == experts[None, :]).to(tl.int32), axis=0)
-    tl.store(count_ptr + block * E + experts, count, mask=experts < E)
+        is_own += (expert[:, None] == experts[None, :]).to(tl.int32)
+    tl.store(count_ptr + block * E + experts, tl.sum(is_own, axis=0), mask=experts < E)
 
 
 @triton.jit(do_not_specialize=["num_slots", "num_blocks", "tiles_a_block"])
@@ -53,22 +53,23 @@ def _place_kernel(
     """One program per block of slots: the rows of its slots, and its share of the tile list."""
     block = tl.program_id(0)
     experts = tl.arange(0, E_PAD)
-    before = tl.zeros((E_PAD,), tl.int32)
-    total = tl.zeros((E_PAD,), tl.int32)
+    before = tl.zeros((CHUNK, E_PAD), tl.int32)
+    all_counts = tl.zeros((CHUNK, E_PAD), tl.int32)
     for first in range(0, num_blocks, CHUNK):
         other = first + tl.arange(0, CHUNK)
         inside = (other[:, None] < num_blocks) & (experts[None, :] < E)
         counts = tl.load(count_ptr + other[:, None] * E + experts[None, :], mask=inside, other=0)
-        total += tl.sum(counts, axis=0)
-        before += tl.sum(tl.where((other < block)[:, None], counts, 0), axis=0)
+        all_counts += counts
+        before += tl.where((other < block)[:, None], counts, 0)
+    total = tl.sum(all_counts, axis=0)
     ends = tl.cumsum(total, axis=0)
     starts = ends - total
 
     slot = block * SLOTS + tl.arange(0, SLOTS)
     inside = slot < num_slots
     expert = tl.load(expert_ptr + slot, mask=inside, other=0).to(tl.int32)
-    row = tl.gather(starts + before, expert, 0)
-    for first in range(0, SLOTS, CHUNK):
+    row = tl.gather(starts + tl.sum(before, axis=0), expert, 0)
+    for first in tl.range(0, SLOTS, CHUNK, loop_unroll_factor=4):
         twin = block * SLOTS + first + tl.arange(0, CHUNK)
         twin_expert = tl.load(expert_ptr + twin, mask=twin < num_slots, other=E_PAD).to(tl.int32)
         is_earlier_twin = (twin_expert[:, None] == expert[None, :]) & (twin[:, None] < slot[None, :])
