@@ -44,7 +44,7 @@ def load(
         max_seq_length: tokens in the longest sequence; the tokenizer truncates there. None: the model's own limit.
         load_in_4bit: not supported yet.
         dtype: of the weights; None takes the checkpoint's.
-        backend: "auto", "grouped_mm" or "native_torch". None: `EXPERTUNE_MOE_BACKEND` if set, else "auto".
+        backend: "auto", "triton", "grouped_mm" or "native_torch". None: `EXPERTUNE_MOE_BACKEND` if set, else "auto".
         memory: "auto" and "lean" turn gradient checkpointing on, with the routing replayed; "fast" turns it off.
         full_finetuning: train all base weights. Otherwise they are frozen, until `add_lora` adds what is trained.
         from_pretrained: more arguments for `AutoModelForCausalLM.from_pretrained` (`revision`, `trust_remote_code`, …).
@@ -172,7 +172,7 @@ def trained(model: nn.Module) -> Coverage:
 
 def _requested(backend: str | None, memory: str | None) -> str:
     """The backend asked for, by argument or else by the environment. Refuses unknown names."""
-    requested = backend if backend is not None else os.environ.get(_BACKEND_VARIABLE, "auto")
+    requested = backend if backend is not None else os.environ.get(_BACKEND_VARIABLE) or "auto"
     known = sorted(backend.name for backend in PREFERRED)
     if requested != "auto" and requested not in known:
         raise ValueError(f"unknown backend {requested!r}; choose one of {known} or 'auto'")

@@ -114,6 +114,8 @@ def test_the_variable_names_the_backend_and_an_argument_wins(
     monkeypatch.setenv("EXPERTUNE_MOE_BACKEND", "fastest")
     with pytest.raises(ValueError, match="unknown backend 'fastest'"):
         expertune.optimize(model)
+    monkeypatch.setenv("EXPERTUNE_MOE_BACKEND", "")  # as unset
+    expertune.optimize(model)
 
 
 @pytest.mark.parametrize("memory", [None, "fast", "auto"])

@@ -328,6 +328,12 @@ def fuses(gate: GateKernel, w_EIO: Tensor) -> bool:
     return not gate.is_concatenated or w_EIO.stride(1) == 1
 
 
+def _gate_constants(gate: GateKernel | None) -> dict[str, Any]:
+    if gate is None:
+        return {"IS_SPLIT": False, "GATE": None, "ALPHA": 1.0, "LIMIT": 0.0}
+    return {"IS_SPLIT": gate.is_concatenated, "GATE": gate.function, "ALPHA": gate.alpha, "LIMIT": gate.limit}
+
+
 def linear(
     x_NI: Tensor,
     w_EIO: Tensor,
@@ -353,11 +359,10 @@ def linear(
         return y_NO, a
     assert tiles.rows == ROWS
     is_k_contiguous = w_EIO.stride(1) == 1
-    is_split = gate is not None and gate.is_concatenated
     if is_cooperative is None:
         is_cooperative = width_out >= _COOPERATIVE_FROM
     columns, stages = (_COOPERATIVE_COLUMNS, _COOPERATIVE_STAGES) if is_cooperative else (_COLUMNS, _STAGES)
-    copied = columns // 2 if is_split else columns
+    copied = columns // 2 if gate is not None and gate.is_concatenated else columns
     block = (copied, _DEPTH) if is_k_contiguous else (_DEPTH, copied)
     x_desc = _descriptor(x_NI, (ROWS, _DEPTH))
     w_desc = _descriptor(w_EIO.mT if is_k_contiguous else w_EIO, block)
@@ -377,10 +382,7 @@ def linear(
         {
             "IS_K_CONTIGUOUS": is_k_contiguous,
             "HAS_BIAS": bias_EO is not None,
-            "IS_SPLIT": is_split,
-            "GATE": None if gate is None else gate.function,
-            "ALPHA": 1.0 if gate is None else gate.alpha,
-            "LIMIT": 0.0 if gate is None else gate.limit,
+            **_gate_constants(gate),
             "COLUMNS": columns,
             "STAGES": stages,
             "IS_COOPERATIVE": is_cooperative,
