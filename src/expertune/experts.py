@@ -10,9 +10,11 @@ routed row: `2D + K(4F + 4R + 16)` bytes a token in bfloat16. `a` is computed ag
 `⟨dout, y⟩ = ⟨a, da⟩ + ⟨dout, b2⟩` (Guo et al. 2025, "SonicMoE"). A frozen weight gets no gradient and keeps no input.
 """
 
+import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias, cast
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -47,12 +49,17 @@ class Projection:
 class ExpertsStep:
     """What stays the same from batch to batch: how the experts lie, their gate, and the backend that multiplies.
 
-    Compared by identity, because it is looked up in every pass.
+    Compared by identity, because it is looked up in every pass. Its number in `STEPS` stands for it where only numbers
+    can be passed.
     """
 
     layout: ExpertsLayout
     gate: Gate
     backend: Backend
+    number: int = field(init=False, default_factory=itertools.count().__next__)
+
+    def __post_init__(self) -> None:
+        STEPS[self.number] = self
 
     def dispatch(self, expert_TK: Tensor) -> Dispatch:
         """The rows of a batch, sorted by expert, as the backend reads them.
@@ -61,6 +68,9 @@ class ExpertsStep:
             expert_TK: the experts that the router chose, integers below `E`.
         """
         return self.backend.steps().dispatch(expert_TK, self.layout.num_experts)
+
+
+STEPS: "WeakValueDictionary[int, ExpertsStep]" = WeakValueDictionary()
 
 
 def experts(
@@ -86,7 +96,7 @@ def experts(
     """
     first, second = projections
     factors = [factor for p in projections for adapter in p.adapters for factor in (adapter.a, adapter.b)]
-    walk = _Walk(
+    walk = Walk(
         step=step,
         scales=tuple(tuple(adapter.scale for adapter in p.adapters) for p in projections),
         tile_rows=None if routing.tiles is None else routing.tiles.rows,
@@ -96,12 +106,12 @@ def experts(
     # autocast would cast some products and not others; the dtype of the base weights is the one that counts
     with torch.autocast(x_TD.device.type, enabled=False):
         out_TD = _ExpertsFunction.apply(  # type: ignore[no-untyped-call]
-            walk, x_TD.to(first.weight.dtype), weight_TK, *_routing_tensors(routing), *base, *factors
+            walk, x_TD.to(first.weight.dtype), weight_TK, *routing_tensors(routing), *base, *factors
         )
     return cast(Tensor, out_TD).to(x_TD.dtype)
 
 
-class _Walk(NamedTuple):
+class Walk(NamedTuple):
     """What a pass needs beside tensors.
 
     Args:
@@ -188,7 +198,7 @@ def _pack(first: _Linear, second: _Linear) -> list[PackedFactors | None]:
     return first.steps.pack([(first.adapters, first.weights), (second.adapters, second.weights)])
 
 
-def _forward(walk: _Walk, tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+def _forward(walk: Walk, tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
     """`out_TD`, or None where it is left out, and what is saved: `h_NG` and the two mids."""
     x_TD, weight_TK = cast(tuple[Tensor, Tensor], tensors[:2])
     steps = walk.step.backend.steps()
@@ -205,7 +215,7 @@ def _forward(walk: _Walk, tensors: Sequence[Tensor | None]) -> tuple[Tensor | No
     return steps.combine(y_ND, weight_TK, routing), h_NG, mid1_NR, mid2_NR
 
 
-def _backward(walk: _Walk, tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+def _backward(walk: Walk, tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
     """Gradients of `x, weight, w1, b1, w2, b2`, then of the factors.
 
     Of `weight` only `⟨a, da⟩`; `_bias_part` is missing.
@@ -256,6 +266,40 @@ def _backward(walk: _Walk, tensors: Sequence[Tensor | None]) -> tuple[Tensor | N
     return (dx_TD, dweight_TK if wants_weight else None, dw1, db1, dw2, db2, *dfirst, *dsecond)
 
 
+def run_forward(
+    walk: Walk, x_TD: Tensor, weight_TK: Tensor, tensors: Sequence[Tensor | None]
+) -> tuple[Tensor | None, ...]:
+    """`_forward`, as the backend runs it.
+
+    Args:
+        walk: what else it needs.
+        x_TD: the tokens, in the dtype of the base weights.
+        weight_TK: the router's weights, contiguous.
+        tensors: `routing_tensors`, then `w1, b1, w2, b2`, then the factors.
+    """
+    return tuple(walk.step.backend.steps().run(_forward, walk, (x_TD, weight_TK, *tensors)))
+
+
+def run_backward(walk: Walk, dout_TD: Tensor, saved: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """Gradients of `x, weight, w1, b1, w2, b2`, then of the factors; None where `walk.wants` none.
+
+    Args:
+        walk: what else it needs.
+        dout_TD: the gradient of the output.
+        saved: `x` (or None where only frozen weights would read it), `h`, both mids, `weight`, then as in forward.
+    """
+    dout_TD = dout_TD.contiguous()
+    dx_TD, dweight_TK, *others = walk.step.backend.steps().run(_backward, walk, (dout_TD, *saved))
+    if dweight_TK is not None:
+        weight_TK, *tensors = cast(Sequence[Tensor], saved[4:])
+        _, _, second = walk.linears(tensors)
+        if second.bias_EO is not None:
+            part_TK = _bias_part(dout_TD, second.bias_EO, second.routing)
+            dweight_TK = dweight_TK + part_TK.to(dweight_TK.dtype)
+        dweight_TK = dweight_TK.to(weight_TK.dtype)
+    return (dx_TD, dweight_TK, *others)
+
+
 # where the arguments of the function below begin
 _X, _NUM_ROUTING = 1, 7
 _FIRST_WEIGHT = _X + 2 + _NUM_ROUTING
@@ -266,10 +310,9 @@ class _ExpertsFunction(torch.autograd.Function):
     """Arguments: walk, x, weight, the routing, w1, b1, w2, b2, then `a, b` of each adapter of the two projections."""
 
     @staticmethod
-    def forward(ctx: Any, walk: _Walk, x_TD: Tensor, weight_TK: Tensor, *tensors: Tensor | None) -> Tensor:
+    def forward(ctx: Any, walk: Walk, x_TD: Tensor, weight_TK: Tensor, *tensors: Tensor | None) -> Tensor:
         weight_TK = weight_TK.contiguous()
-        run = walk.step.backend.steps().run
-        out_TD, h_NG, mid1_NR, mid2_NR = run(_forward, walk, (x_TD, weight_TK, *tensors))
+        out_TD, h_NG, mid1_NR, mid2_NR = run_forward(walk, x_TD, weight_TK, tensors)
         ctx.walk = walk = walk._replace(wants=tuple(ctx.needs_input_grad))
         wants_first, wants_second = walk.wants_factors
         ctx.save_for_backward(
@@ -287,21 +330,12 @@ class _ExpertsFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout_TD: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        walk: _Walk = ctx.walk._replace(overwrites=not torch._C._autograd._get_current_graph_task_keep_graph())
-        weight_TK, *tensors = saved[4:]
-        dout_TD = dout_TD.contiguous()
-        dx_TD, dweight_TK, *others = walk.step.backend.steps().run(_backward, walk, (dout_TD, *saved))
-        if dweight_TK is not None:
-            _, _, second = walk.linears(tensors)
-            if second.bias_EO is not None:
-                part_TK = _bias_part(dout_TD, second.bias_EO, second.routing)
-                dweight_TK = dweight_TK + part_TK.to(dweight_TK.dtype)
-            dweight_TK = dweight_TK.to(weight_TK.dtype)
+        walk: Walk = ctx.walk._replace(overwrites=not torch._C._autograd._get_current_graph_task_keep_graph())
+        dx_TD, dweight_TK, *others = run_backward(walk, dout_TD, ctx.saved_tensors)
         return (None, dx_TD, dweight_TK, *[None] * _NUM_ROUTING, *others)
 
 
-def _routing_tensors(routing: Dispatch) -> tuple[Tensor | None, ...]:
+def routing_tensors(routing: Dispatch) -> tuple[Tensor | None, ...]:
     """A routing as flat tensors."""
     tiles = routing.tiles
     listed = (None, None, None) if tiles is None else (tiles.expert, tiles.row, tiles.count)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
 
-from expertune import families
+from expertune import compiled, families
 from expertune.activations import Gate, GeGlu, HostGate, SwiGlu
 from expertune.backends import choose
 from expertune.backends.protocol import Backend
@@ -195,7 +195,6 @@ def experts_forward(
             "Call expertune.optimize(model) after adapters were attached."
         )
     plan = plan_of(self)
-    plan.replay.leave_block()  # the router has chosen; what follows need not pass through Python operation by operation
     first = first_name(self)
     weight = self.get_parameter(first)
     step, _ = plan.step(weight.device, weight.dtype)
@@ -204,8 +203,11 @@ def experts_forward(
         Projection(weight=w, bias=self.get_parameter(b) if step.layout.has_bias else None, adapters=a)
         for w, b, a in zip((weight, self.get_parameter("down_proj")), biases, adapters, strict=True)
     )
-    choose_rows = partial(step.dispatch, top_k_index)
     arguments = (top_k_weights, (projections[0], projections[1]), step)
+    if torch.compiler.is_compiling():
+        return compiled.experts(hidden_states, top_k_index, *arguments)
+    plan.replay.leave_block()  # the router has chosen; what follows need not pass through Python operation by operation
+    choose_rows = partial(step.dispatch, top_k_index)
     if (tape := plan.replay.tape) is None:
         return experts(hidden_states, choose_rows(), *arguments)
     out_TD = experts(hidden_states, tape.once(choose_rows), *arguments, leaves_out=tape.leave_out.is_on)

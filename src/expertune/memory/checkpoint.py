@@ -2,13 +2,14 @@
 
 torch has two ways. The reentrant one runs the first forward without autograd and saves through no hook, which costs the
 CPU far less; but it carries gradient through positional tensors alone, and none where no such tensor requires it. The
-other is right everywhere. A layer takes the first where it is right.
+other is right everywhere, and the one that `torch.compile` knows. A layer takes the first where it is right.
 """
 
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -22,7 +23,8 @@ def checkpoint_layer(function: Callable[..., Any], *args: Any, **kwargs: Any) ->
         kwargs: its keyword inputs.
     """
     keywords = kwargs | (function.keywords if isinstance(function, partial) else {})
-    use_reentrant = _any_requires_grad(args) and not _any_requires_grad(keywords.values())
+    is_right = _any_requires_grad(args) and not _any_requires_grad(keywords.values())
+    use_reentrant = is_right and not torch.compiler.is_compiling()
     return checkpoint(partial(function, **kwargs), *args, use_reentrant=use_reentrant)
 
 

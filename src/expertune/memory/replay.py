@@ -115,6 +115,8 @@ class RoutingReplay:
 
     def enter_block(self) -> None:
         """At the start of a MoE block: catch its `topk`, if a tape is running."""
+        if torch.compiler.is_compiling():
+            return
         if (tape := self.tape) is not None:
             mode = _TopKMode(tape)
             mode.__enter__()  # type: ignore[no-untyped-call]
@@ -122,6 +124,8 @@ class RoutingReplay:
 
     def leave_block(self) -> None:
         """Once a MoE block has routed, and at its end, also when it raised. Twice does no harm."""
+        if torch.compiler.is_compiling():
+            return
         if (mode := self._modes.pop(threading.get_ident(), None)) is not None:
             mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
@@ -137,6 +141,8 @@ class ReplayingCheckpoint:
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run `function` under the host's checkpoint."""
+        if torch.compiler.is_compiling():  # the compiler decides itself what runs again, and traces no tape
+            return self.checkpoint(function, *args, **kwargs)
         tape = Tape(self._leave_out)
         keywords: dict[str, Any] = {}
         if isinstance(function, partial):  # hosts bind a layer's keywords this way; the checkpoint may look at them

@@ -1,0 +1,95 @@
+"""A model under `torch.compile`: its experts are one operator, without a graph break, and equal to plain execution."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import expertune
+from expertune.activations import SwiGlu
+from expertune.backends import native_torch
+from expertune.experts import ExpertsStep
+from expertune.shapes import ExpertsLayout
+from tests.conftest import Checkpoint
+from tests.hosts.models import batch, load_tiny
+
+TARGETS = ["q_proj", "gate_up_proj", "down_proj"]
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def _model(checkpoint: Checkpoint, family: str, backend: str, memory: str = "fast", *, rank: int = 4) -> nn.Module:
+    """A tiny model with LoRA whose factors are not zero, or with rank 0 for full fine-tuning."""
+    model: Any = load_tiny(checkpoint(family), torch.float64 if backend == "native_torch" else torch.float32)
+    expertune.optimize(model, backend=backend, memory=memory)
+    if rank:
+        model = expertune.add_lora(model, r=rank, lora_alpha=8, target_modules=TARGETS)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
+    return cast(nn.Module, model.train())
+
+
+def _results(model: nn.Module, function: Callable[..., Any]) -> list[Tensor]:
+    model.zero_grad(set_to_none=True)
+    loss = function(**batch(), use_cache=False).loss
+    loss.backward()
+    grads = [p.grad for p in model.parameters() if p.requires_grad]
+    assert all(grad is not None for grad in grads)
+    return [loss.detach(), *[grad.clone() for grad in grads if grad is not None]]
+
+
+@pytest.mark.parametrize("backend", ["native_torch", "grouped_mm"])
+@pytest.mark.parametrize(("family", "rank"), [("qwen3_moe", 4), ("gpt_oss", 4), ("qwen3_moe", 0)], ids=str)
+def test_a_compiled_model_is_one_graph(
+    checkpoint: Checkpoint, walks: list[str], family: str, rank: int, backend: str
+) -> None:
+    model = _model(checkpoint, family, backend, rank=rank)
+    plain = _results(model, model)
+    num_walks = len(walks)
+    compiled = _results(model, torch.compile(model, backend="aot_eager", fullgraph=True))
+    assert len(walks) == num_walks, "a compiled model went through the plain walk"
+    assert all(torch.equal(a, b) for a, b in zip(plain, compiled, strict=True))
+
+
+def test_gradient_checkpointing_of_a_compiled_model(checkpoint: Checkpoint) -> None:
+    # the host's own hook on the embeddings breaks the graph; its layers do not
+    model = _model(checkpoint, "qwen3_moe", "native_torch", "auto")
+    compiled = _results(model, torch.compile(model, backend="aot_eager"))
+    torch.testing.assert_close(compiled, _results(model, model), rtol=1e-12, atol=1e-14)
+
+
+def test_another_length_and_another_adapter(checkpoint: Checkpoint) -> None:
+    model = _model(checkpoint, "qwen3_moe", "native_torch")
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for length in (11, 7, 5):
+        inputs = batch(length=length) | {"use_cache": False}
+        assert torch.equal(compiled(**inputs).loss, model(**inputs).loss)
+    with model.disable_adapter():
+        inputs = batch() | {"use_cache": False}
+        assert torch.equal(compiled(**inputs).loss, model(**inputs).loss)
+
+
+def test_the_operators_are_what_they_say() -> None:
+    """Schema, fake counterparts and autograd, as torch checks them."""
+    E, D, F, T, K = 4, 16, 8, 5, 2
+    layout = ExpertsLayout(
+        num_experts=E, model_width=D, expert_width=F, has_gate=True, is_transposed=True, has_bias=True
+    )
+    step = ExpertsStep(layout=layout, gate=SwiGlu(), backend=native_torch.BACKEND)
+
+    def leaf(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=torch.float64).mul_(0.3).requires_grad_()
+
+    expert_TK = torch.rand(T, E).topk(K, dim=-1).indices
+    factors = [leaf(E * 3, D), leaf(2 * F, 3 * E), leaf(E * 2, F), leaf(D, 2 * E)]
+    weights = (leaf(E, D, 2 * F), leaf(E, 2 * F), leaf(E, F, D), leaf(E, D))
+    inputs = (leaf(T, D), expert_TK, leaf(T, K), *weights, factors, [0.5, 2.0], 1, step.number)
+    torch.library.opcheck(torch.ops.expertune.experts, inputs)
