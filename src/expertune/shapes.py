@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+ALIGNMENT = 16  # bytes that vector loads, `cp.async` and tensor-memory descriptors read at once
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertsLayout:
@@ -86,9 +88,19 @@ class Problem:
         capability: CUDA compute capability, or None elsewhere.
         dtype: what the matrix products are computed in.
         widths: every row width that is multiplied, in elements.
+        is_dense: whether every weight is contiguous and starts at a multiple of `ALIGNMENT`.
     """
 
     device: str
     capability: tuple[int, int] | None
     dtype: torch.dtype
     widths: tuple[int, ...]
+    is_dense: bool = True
+
+    def why_not_rows(self) -> str | None:
+        """Why a backend that reads whole multiples of `ALIGNMENT` cannot run it, or None if it can."""
+        if bad := sorted({width for width in self.widths if width * self.dtype.itemsize % ALIGNMENT}):
+            return f"needs rows that are multiples of {ALIGNMENT} bytes, got widths {bad} in {self.dtype}"
+        if not self.is_dense:
+            return f"needs contiguous weights that start at a multiple of {ALIGNMENT} bytes"
+        return None

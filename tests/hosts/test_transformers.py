@@ -87,6 +87,36 @@ def test_what_cannot_be_done_is_refused_and_changes_nothing(
     assert fingerprint(model) == before
 
 
+@pytest.mark.parametrize("defect", ["strided", "unaligned"])
+def test_weights_that_no_kernel_reads_take_another_backend(
+    checkpoint: Checkpoint, walks: list[str], defect: str
+) -> None:
+    model, stock = (load_tiny(checkpoint("qwen3_moe"), torch.float32) for _ in range(2))
+    for layer in model.model.layers:
+        experts = layer.mlp.experts
+        weight = experts.gate_up_proj.detach()
+        if defect == "strided":
+            view = torch.stack([weight, weight], dim=-1)[..., 0]
+        else:
+            view = torch.cat([weight.new_zeros(1), weight.flatten()])[1:].view(weight.shape)
+        experts.gate_up_proj = nn.Parameter(view)
+    with pytest.raises(ValueError, match=r"cannot run here: it needs contiguous weights that start at a multiple"):
+        expertune.optimize(model, backend="grouped_mm")
+    expertune.optimize(model)
+    torch.testing.assert_close(model(**batch()).loss, stock(**batch()).loss)
+    assert set(walks) == {"native_torch"}
+    assert "grouped_mm: needs contiguous weights" in str(expertune.explain(model))
+
+
+def test_weights_of_two_dtypes_are_refused_in_words(checkpoint: Checkpoint) -> None:
+    model = load_tiny(checkpoint("qwen3_moe"), torch.float32)
+    model.model.layers[1].mlp.experts.down_proj.data = model.model.layers[1].mlp.experts.down_proj.data.bfloat16()
+    before = fingerprint(model)
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.experts have different dtypes, torch.float32 and"):
+        expertune.optimize(model)
+    assert fingerprint(model) == before
+
+
 @pytest.mark.parametrize("trait", ["has_post_expert_norm", "_is_expert_parallel", "parameter"])
 def test_experts_that_the_walk_does_not_know_are_refused(checkpoint: Checkpoint, trait: str) -> None:
     model = load_tiny(checkpoint("qwen3_moe"))

@@ -12,8 +12,6 @@ from expertune.backends.protocol import Backend
 from expertune.backends.torch_steps import TorchSteps
 from expertune.shapes import Problem
 
-_ROW_BYTES = 16  # grouped_mm refuses rows that are not whole multiples of this
-
 
 def matmul(x_NI: Tensor, w_EIO: Tensor, ends_E: Tensor) -> Tensor:
     """`y[n] = x[n] @ w[e(n)]`, shape `(N, O)`."""
@@ -32,9 +30,7 @@ def _why_not(problem: Problem) -> str | None:
         return f"needs compute capability 8.0 or later, got {'.'.join(map(str, problem.capability))}"
     if problem.device not in ("cpu", "cuda"):
         return f"needs a CPU or CUDA device, got {problem.device}"
-    if bad := sorted({width for width in problem.widths if width * problem.dtype.itemsize % _ROW_BYTES}):
-        return f"needs rows that are multiples of {_ROW_BYTES} bytes, got widths {bad} in {problem.dtype}"
-    return None
+    return problem.why_not_rows()
 
 
 STEPS = TorchSteps(matmul=matmul, outer_product=outer)

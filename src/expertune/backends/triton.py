@@ -12,7 +12,6 @@ import torch
 from expertune.backends.protocol import Backend, Steps
 from expertune.shapes import Problem
 
-_ROW_BYTES = 16  # loads and tensor-memory descriptors read whole multiples of this
 _OLDEST = (7, 5)
 
 
@@ -30,9 +29,7 @@ def _why_not(problem: Problem) -> str | None:
             return f"needs compute capability 7.5 or later, got {'.'.join(map(str, problem.capability))}"
         if problem.dtype == torch.bfloat16 and problem.capability < (8, 0):
             return "needs compute capability 8.0 or later for bfloat16; load the model in float16"
-    if bad := sorted({width for width in problem.widths if width * problem.dtype.itemsize % _ROW_BYTES}):
-        return f"needs rows that are multiples of {_ROW_BYTES} bytes, got widths {bad} in {problem.dtype}"
-    return None
+    return problem.why_not_rows()
 
 
 def _steps() -> Steps:

@@ -79,7 +79,7 @@ def _layer(outermost: nn.Module, experts: nn.Module) -> LayerReport:
     nest, _ = wrappers_of(outermost)
     plan = plan_of(experts)
     weight = experts.get_parameter(first_name(experts))
-    step, passed_over = plan.step(weight.device, weight.dtype)
+    step, passed_over = plan.step(weight, experts.get_parameter("down_proj"))
     adapters = []
     for wrapper in reversed(nest):
         active = [f"{name} (r={wrapper.r[name]})" for name in wrapper.active_adapters if name in wrapper.lora_A]

@@ -22,7 +22,7 @@ from expertune.backends import choose
 from expertune.backends.protocol import Backend
 from expertune.experts import ExpertsStep, Projection, experts
 from expertune.memory.replay import RoutingReplay
-from expertune.shapes import ExpertsLayout, LoraFactors, Problem
+from expertune.shapes import ALIGNMENT, ExpertsLayout, LoraFactors, Problem
 
 IMPLEMENTATION = "expertune"
 
@@ -54,24 +54,36 @@ class ExpertsPlan:
     requested: str
     host_config: Any
     replay: RoutingReplay
-    _steps: dict[tuple[torch.device, torch.dtype], tuple[ExpertsStep, list[str]]] = field(default_factory=dict)
+    _steps: dict[tuple[torch.device, torch.dtype, torch.dtype], tuple[ExpertsStep, list[str]]] = field(
+        default_factory=dict
+    )
 
-    def step(self, device: torch.device, dtype: torch.dtype) -> tuple[ExpertsStep, list[str]]:
-        """The step for weights of this device and dtype, and why better backends were passed over."""
-        key = (device, dtype)
+    def step(self, first: Tensor, second: Tensor) -> tuple[ExpertsStep, list[str]]:
+        """The step for the weights of both projections, and why better backends were passed over.
+
+        Raises:
+            ValueError: they differ in dtype, or the backend asked for cannot run them.
+        """
+        key = (first.device, first.dtype, second.dtype)
         if key not in self._steps:
-            backend, passed_over = self._choose(device, dtype)
+            backend, passed_over = self._choose(first, second)
             step = _shared_step(self.layout, self.gate, backend)
             self._steps[key] = (step, passed_over)
         return self._steps[key]
 
-    def _choose(self, device: torch.device, dtype: torch.dtype) -> tuple[Backend, list[str]]:
-        layout = self.layout
+    def _choose(self, first: Tensor, second: Tensor) -> tuple[Backend, list[str]]:
+        layout, device = self.layout, first.device
+        if first.dtype != second.dtype:
+            raise ValueError(
+                f"the two weights of {self.name} have different dtypes, {first.dtype} and {second.dtype} (down_proj). "
+                "Cast the model to one dtype, for instance with model.to(torch.bfloat16)."
+            )
         problem = Problem(
             device=device.type,
             capability=torch.cuda.get_device_capability(device) if device.type == "cuda" else None,
-            dtype=dtype,
+            dtype=first.dtype,
             widths=(layout.model_width, layout.first_width, layout.expert_width),
+            is_dense=all(w.is_contiguous() and w.data_ptr() % ALIGNMENT == 0 for w in (first, second)),
         )
         return choose(problem, self.requested)
 
@@ -139,8 +151,9 @@ def make_plan(name: str, module: nn.Module, model_type: str, requested: str, rep
         host_config=earlier.host_config if isinstance(earlier, ExpertsPlan) else module.config,
         replay=replay,
     )
-    weight = module.get_parameter(first)
-    plan.step(weight.device, weight.dtype)  # refuses now what was asked for by name and cannot run
+    plan.step(
+        module.get_parameter(first), module.get_parameter("down_proj")
+    )  # refuses now what was asked for by name and cannot run
     return plan
 
 
@@ -196,12 +209,12 @@ def experts_forward(
         )
     plan = plan_of(self)
     first = first_name(self)
-    weight = self.get_parameter(first)
-    step, _ = plan.step(weight.device, weight.dtype)
+    weights = self.get_parameter(first), self.get_parameter("down_proj")
+    step, _ = plan.step(*weights)
     biases = (f"{first}_bias", "down_proj_bias")
     projections = tuple(
         Projection(weight=w, bias=self.get_parameter(b) if step.layout.has_bias else None, adapters=a)
-        for w, b, a in zip((weight, self.get_parameter("down_proj")), biases, adapters, strict=True)
+        for w, b, a in zip(weights, biases, adapters, strict=True)
     )
     arguments = (top_k_weights, (projections[0], projections[1]), step)
     if torch.compiler.is_compiling():

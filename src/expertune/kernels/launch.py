@@ -13,7 +13,8 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-ALIGNMENT = 16  # what Triton specialises pointers on
+from expertune.shapes import ALIGNMENT
+
 _HOOKS = (None, None, None)  # of Triton's own profiler
 _compiled: dict[tuple[Any, ...], tuple[Any, Any, Any]] = {}
 
@@ -79,7 +80,7 @@ def are_aligned(pointers: Sequence[int]) -> bool:
     joined = 0
     for pointer in pointers:
         joined |= pointer
-    return joined % ALIGNMENT == 0
+    return joined % ALIGNMENT == 0  # on which Triton specialises pointers
 
 
 class Launch(NamedTuple):
