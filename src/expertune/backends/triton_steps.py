@@ -28,7 +28,8 @@ class TritonSteps:
 
     def run(self, function: Pass, static: Hashable, inputs: Tensors) -> Tensors:
         forms = [None if tensor is None else (tensor.dtype, tensor.shape, tensor.stride()) for tensor in inputs]
-        return _programs.run(function, static, inputs, (function, static, *forms))
+        device = inputs[0].device if inputs[0] is not None else None
+        return _programs.run(function, static, inputs, (function, static, device, *forms))
 
     def dispatch(self, expert_TK: Tensor, num_experts: int) -> Dispatch:
         rows = tile_rows(expert_TK.device)

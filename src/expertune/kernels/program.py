@@ -157,7 +157,8 @@ class Programs:
             function: pure, on tensors of one device; its results are none of its inputs.
             static: what else it takes.
             inputs: tensors.
-            key: tells apart all that decides which launches it makes: `static`, and shapes, strides, dtypes of inputs.
+            key: tells apart all that decides which launches it makes: function, `static`, device, and shapes, strides
+                and dtypes of inputs.
         """
         program = self._known.get(key)
         if isinstance(program, Program):
