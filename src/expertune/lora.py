@@ -28,6 +28,11 @@ def pack(adapters: Sequence[LoraFactors], num_experts: int, dtype: torch.dtype) 
     """
     rank = joined_rank(adapters, num_experts)
     first = adapters[0]
+    if len(adapters) == 1 and rank * num_experts == first.a.shape[0]:
+        a_ERI = first.a.to(dtype).view(num_experts, rank, -1)
+        b_EOR = first.b.new_empty((num_experts, first.b.shape[0], rank), dtype=dtype)
+        torch.mul(first.b.view(-1, rank, num_experts).permute(2, 0, 1), first.scale, out=b_EOR)
+        return a_ERI, b_EOR
     a_ERI = first.a.new_empty((num_experts, rank, first.a.shape[1]), dtype=dtype)
     b_EOR = first.b.new_empty((num_experts, first.b.shape[0], rank), dtype=dtype)
     start = 0
@@ -49,7 +54,8 @@ def unpack_a_grads(da_ERI: Tensor, adapters: Sequence[LoraFactors]) -> list[Tens
     grads, start = [], 0
     for adapter in adapters:
         rank = adapter.a.shape[0] // da_ERI.shape[0]
-        grads.append(da_ERI[:, start : start + rank].reshape(adapter.a.shape).to(adapter.a.dtype))
+        own = da_ERI if rank == da_ERI.shape[1] else da_ERI[:, start : start + rank]
+        grads.append(own.reshape(adapter.a.shape).to(adapter.a.dtype))
         start += rank
     return grads
 

@@ -104,10 +104,11 @@ class TorchSteps:
         routing: Dispatch,
         weight_TK: Tensor | None = None,
     ) -> list[Tensor]:
-        wide_NI, narrow_NR = _by_row(a, routing, weight_TK)
+        weight_N1 = None if weight_TK is None else routing.by_row(weight_TK).to(a.narrow_NR.dtype)
+        wide_NI, narrow_NR = _by_row(a, routing, weight_N1)
         das = lora.unpack_a_grads(self.outer_product(narrow_NR, wide_NI, routing.ends_E), adapters)
         del wide_NI
-        wide_NO, narrow_NR = _by_row(b, routing, weight_TK)
+        wide_NO, narrow_NR = _by_row(b, routing, weight_N1)
         dbs = lora.unpack_b_grads(self.outer_product(wide_NO, narrow_NR, routing.ends_E), adapters)
         return lora.alternate(das, dbs)
 
@@ -124,9 +125,7 @@ def gate_backward(
     return a_NF, dh_NG, dweight_N.index_select(0, routing.token_row_TK.reshape(-1)).view_as(weight_TK)
 
 
-def _by_row(side: FactorSide, routing: Dispatch, weight_TK: Tensor | None) -> tuple[Tensor, Tensor]:
+def _by_row(side: FactorSide, routing: Dispatch, weight_N1: Tensor | None) -> tuple[Tensor, Tensor]:
     """Both operands by row. The weight multiplies the narrow one: the cheaper."""
-    narrow_NR = side.narrow_NR
-    if weight_TK is not None:
-        narrow_NR = narrow_NR * routing.by_row(weight_TK).to(narrow_NR.dtype)
-    return side.wide.index_select(0, routing.row_token_N) if side.by_token else side.wide, narrow_NR
+    wide = side.wide.index_select(0, routing.row_token_N) if side.by_token else side.wide
+    return wide, side.narrow_NR if weight_N1 is None else side.narrow_NR * weight_N1

@@ -21,6 +21,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from expertune.hosts.transformers import ExpertsPlan, first_name, is_experts, named_experts
+from expertune.lora_linear import lora_linear
 from expertune.shapes import LoraFactors
 
 # PEFT before 0.19.1 wrote the factors of weights that lie as (E, O, I) with input and output swapped.
@@ -213,7 +214,27 @@ def _lora_linear_forward(layer: LoraLinear, x: Tensor, *args: Any, **kwargs: Any
     )
     if not is_plain:
         return cast(Tensor, LoraLinear.forward(layer, x, *args, **kwargs))
-    return _add_low_rank(cast(Tensor, layer.base_layer(x)), x, _active_factors(layer))
+    base, factors = layer.base_layer, _active_factors(layer)
+    if len(factors) == 1 and _is_frozen_linear(base) and _computes_in(base.weight.dtype, x, factors[0]):
+        return lora_linear(x, base.weight, base.bias, factors[0])
+    return _add_low_rank(cast(Tensor, base(x)), x, factors)
+
+
+def _is_frozen_linear(base: nn.Module) -> bool:
+    """Whether a module is torch's own frozen linear, and nobody looks on while it runs."""
+    return (
+        type(base) is nn.Linear
+        and not (base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad))
+        and "forward" not in vars(base)
+        and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
+    )
+
+
+def _computes_in(dtype: torch.dtype, x: Tensor, adapter: LoraFactors) -> bool:
+    """Whether PEFT would compute everything in one dtype: by autocast, or because nothing has another."""
+    if torch.is_autocast_enabled(x.device.type):
+        return x.dtype == torch.get_autocast_dtype(x.device.type) == dtype
+    return x.dtype == adapter.a.dtype == adapter.b.dtype == dtype
 
 
 def _add_low_rank(result: Tensor, x: Tensor, adapters: tuple[LoraFactors, ...]) -> Tensor:
