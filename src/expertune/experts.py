@@ -61,6 +61,9 @@ class ExpertsStep:
     def __post_init__(self) -> None:
         STEPS[self.number] = self
 
+    def __deepcopy__(self, _memo: dict[int, Any]) -> "ExpertsStep":
+        return self
+
     def dispatch(self, expert_TK: Tensor) -> Dispatch:
         """The rows of a batch, sorted by expert, as the backend reads them.
 

@@ -1,5 +1,7 @@
 """A model under `torch.compile`: its experts are one operator, without a graph break, and equal to plain execution."""
 
+import copy
+import gc
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
@@ -11,6 +13,7 @@ import expertune
 from expertune.activations import SwiGlu
 from expertune.backends import native_torch
 from expertune.experts import ExpertsStep
+from expertune.hosts.transformers import _shared_step
 from expertune.shapes import ExpertsLayout
 from tests.conftest import Checkpoint
 from tests.hosts.models import batch, load_tiny
@@ -75,6 +78,19 @@ def test_another_length_and_another_adapter(checkpoint: Checkpoint) -> None:
     with model.disable_adapter():
         inputs = batch() | {"use_cache": False}
         assert torch.equal(compiled(**inputs).loss, model(**inputs).loss)
+
+
+def test_a_copy_of_a_model_is_compiled_after_the_model_is_gone(checkpoint: Checkpoint) -> None:
+    model = _model(checkpoint, "qwen3_moe", "native_torch")
+    expected = _results(model, model)
+    copied = copy.deepcopy(model)
+    del model
+    _shared_step.cache_clear()
+    gc.collect()
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(_results(copied, torch.compile(copied, backend="aot_eager")), expected, strict=True)
+    )
 
 
 def test_the_operators_are_what_they_say() -> None:

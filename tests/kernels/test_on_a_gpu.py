@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from expertune import compiled
 from expertune.activations import ClampedSwiGlu, Gate, SwiGlu
 from expertune.backends import triton
 from expertune.backends.triton_steps import STEPS, _gate_kernel
@@ -92,6 +93,17 @@ def test_nothing_waits_for_the_host(layer: _Layer) -> None:
             layer.run()
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+def test_the_operator_of_a_compiled_model_has_the_same_bits(layer: _Layer) -> None:
+    def run() -> Tensor:
+        return compiled.experts(layer.x, layer.expert_TK, layer.weight, layer.projections, layer.step)
+
+    plain = layer.run()
+    factors = [f for adapter in layer.adapters for f in (adapter.a, adapter.b)]
+    out = torch.compile(run, fullgraph=True, backend="aot_eager")()
+    results = [out.detach(), *torch.autograd.grad(out, [layer.x, layer.weight, *factors], layer.dout)]
+    assert all(torch.equal(a, b) for a, b in zip(results, plain, strict=True))
 
 
 @pytest.mark.parametrize("gate", [None, SwiGlu(), ClampedSwiGlu(1.702, 7.0)], ids=["no gate", "silu", "clamped"])

@@ -184,9 +184,9 @@ def _pack(adapters: Sequence[LoraFactors], weights: DenseWeights, jobs: list[Job
         jobs.append(Job(b, b_ERO, adapter.scale, sides=(1, width_out, rank, num_experts)))
         return PackedFactors(a_EIR.mT, b_ERO.mT)
     if a.dtype != dtype:
-        cast = a.new_empty(a.shape, dtype=dtype)
-        jobs.append(Job(a, cast))
-        a = cast
+        narrowed = a.new_empty(a.shape, dtype=dtype)
+        jobs.append(Job(a, narrowed))
+        a = narrowed
     b_EOR = b.new_empty((num_experts, width_out, rank), dtype=dtype)
     jobs.append(Job(b, b_EOR, adapter.scale, sides=(1, width_out * rank, 1, num_experts)))
     return PackedFactors(a.view(num_experts, rank, width), b_EOR)
