@@ -18,16 +18,14 @@ def lora_linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, adapter: Lo
     """`F.linear(x, weight, bias) + s · x Aᵀ Bᵀ`, `(…, O)` in the dtype of the weight.
 
     Args:
-        x: `(…, I)`, in the dtype of the weight.
+        x: `(…, I)`, in the dtype of the weight, which under autocast is autocast's.
         weight_OI: frozen.
         bias_O: frozen, or None.
         adapter: factors `(R, I)` and `(O, R)`, cast to the dtype of the weight; they receive gradients.
     """
-    # what autocast would do has been decided: everything is computed in the dtype of the weight
-    with torch.autocast(x.device.type, enabled=False):
-        return _LoraLinear.apply(  # type: ignore[no-untyped-call,no-any-return]
-            x, weight_OI, bias_O, adapter.a, adapter.b, adapter.scale
-        )
+    return _LoraLinear.apply(  # type: ignore[no-untyped-call,no-any-return]
+        x, weight_OI, bias_O, adapter.a, adapter.b, adapter.scale
+    )
 
 
 class _LoraLinear(torch.autograd.Function):
