@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from expertune.backends import PREFERRED, choose
+from expertune.backends import PREFERRED, choose, triton
 from expertune.backends.protocol import Backend
 from expertune.shapes import Problem
 from tests.cases import DEVICE, NUM_EXPERTS, ROUTINGS, pair_id, runnable
@@ -53,6 +53,16 @@ def test_auto_takes_the_best_that_runs_and_says_why_others_do_not() -> None:
     assert passed_over[-1] == "grouped_mm: needs rows that are multiples of 16 bytes, got widths [30] in torch.float32"
     assert passed_over[0].startswith("triton: needs ")
     assert "got torch.float64" in choose(problem(torch.float64))[1][-1]
+
+
+def test_auto_passes_over_what_runs_slowly_and_a_name_does_not() -> None:
+    turing = problem(torch.float16, device="cuda", capability=(7, 5))
+    backend, passed_over = choose(turing)
+    assert backend.name == "native_torch"
+    assert passed_over[0].startswith(("triton: is slow before compute capability 8.0", "triton: needs Triton"))
+    ampere = problem(torch.bfloat16, device="cuda", capability=(8, 0))
+    if triton.BACKEND.why_not(ampere) is None:
+        assert choose(turing, "triton")[0].name == choose(ampere)[0].name == "triton"
 
 
 def test_a_name_is_done_or_refused() -> None:

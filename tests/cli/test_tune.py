@@ -58,10 +58,10 @@ def test_the_next_process_takes_what_was_tuned(run: Run, tmp_path: Path) -> None
     entry = text[text.index("width_in=16 width_out=32 rank=8 is_k_contiguous=1 rows=32") :]
     # the choice depends on the machine's speed; another one is laid in its place, so that it cannot come from the table
     start, end = entry.index("{"), entry.index("}") + 1
-    changed = entry[:start] + '{"columns": 64, "depth": 16, "num_warps": 4, "num_stages": 2}' + entry[end:]
+    changed = entry[:start] + '{"columns": 64, "depth": 16, "num_warps": 8, "num_stages": 2}' + entry[end:]
     path.write_text(text.replace(entry, changed), encoding="utf-8")
     answer = run(ASK)
-    assert answer.stdout.splitlines() == ["64x16 4 warps 2 stages", f"tuned configurations: 8, from {path}"], (
+    assert answer.stdout.splitlines() == ["64x16 8 warps 2 stages", f"tuned configurations: 8, from {path}"], (
         answer.stderr
     )
 

@@ -28,7 +28,7 @@ def choose(problem: Problem, requested: str = "auto") -> tuple[Backend, list[str
         return known[requested], []
     passed_over: list[str] = []
     for backend in PREFERRED:
-        if (reason := backend.why_not(problem)) is None:
+        if (reason := backend.why_not(problem) or backend.why_slow(problem)) is None:
             return backend, passed_over
         passed_over.append(f"{backend.name}: {reason}")
     raise RuntimeError("no backend can run this model:\n  " + "\n  ".join(passed_over))

@@ -150,8 +150,10 @@ class Backend:
         name: what `requested` and the report call it.
         why_not: in words why it cannot run a problem ("needs …"), or None if it can. Never raises.
         steps: its steps. What they need is imported by the first call.
+        why_slow: in words why another is faster though it can run ("…"), or None. Never raises.
     """
 
     name: str
     why_not: Callable[[Problem], str | None]
     steps: Callable[[], Steps]
+    why_slow: Callable[[Problem], str | None] = lambda _problem: None

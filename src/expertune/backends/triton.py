@@ -13,6 +13,7 @@ from expertune.backends.protocol import Backend, Steps
 from expertune.shapes import Problem
 
 _OLDEST = (7, 5)
+_TENSOR_CORES = (8, 0)  # what Triton 3.6 compiles `dot` to is `fma` for 7.5 and `mma` from here on
 
 
 def _why_not(problem: Problem) -> str | None:
@@ -32,10 +33,16 @@ def _why_not(problem: Problem) -> str | None:
     return problem.why_not_rows()
 
 
+def _why_slow(problem: Problem) -> str | None:
+    if problem.capability is not None and problem.capability < _TENSOR_CORES:
+        return "is slow before compute capability 8.0, for which Triton compiles no matrix unit"
+    return None
+
+
 def _steps() -> Steps:
     from expertune.backends.triton_steps import STEPS  # imports Triton, which is optional
 
     return STEPS
 
 
-BACKEND = Backend(name="triton", why_not=_why_not, steps=_steps)
+BACKEND = Backend(name="triton", why_not=_why_not, steps=_steps, why_slow=_why_slow)

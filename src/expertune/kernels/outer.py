@@ -9,6 +9,7 @@ straight from `(T, I)`: at these widths they come from L2, and reading them ther
 
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -154,7 +155,8 @@ def outer(
     widths = [s.wide.shape[1] for s in sums]
     ranks = [s.narrow_NR.shape[1] for s in sums]
     block_rank = min(64, max(16, next_power_of_2(max(ranks))))
-    block = 128 if max(widths) >= 128 else max(16, next_power_of_2(max(widths)))
+    is_narrow = first.wide.itemsize < torch.float32.itemsize  # float32 is multiplied from registers, which hold less
+    block = min(128 if is_narrow else 64, max(16, next_power_of_2(max(widths))))
     num_blocks = ceil_div(widths[0], block) + (ceil_div(widths[1], block) if second else 0)
     launch(
         _outer_kernel,
@@ -173,10 +175,10 @@ def outer(
             "BY_TOKEN1": sums[1].by_token,
             "IS_WIDE_FIRST1": sums[1].is_wide_first,
             "IS_WEIGHTED": weight_TK is not None,
-            "BN": 64,
+            "BN": 64 if is_narrow else 32,
             "BI": block,
             "BR": block_rank,
         },
-        num_warps=8 if block == 128 else 4,
+        num_warps=8 if block >= 64 else 4,
         num_stages=3,
     )

@@ -34,6 +34,7 @@ SHAPES += [ShrinkShape(7168, rank, False, False) for rank in (64, 128, 512)]
         (LinearConfig(256, 16, 8, 1), LINEAR, (7, 5), 4, "128 KiB of shared memory"),  # the tile that is stored
         (LinearConfig(256, 64, 4, 3), LINEAR, (9, 0), 2, "256 registers a thread for its sums, 128 can be had"),
         (LinearConfig(512, 16, 16, 2), LINEAR, (9, 0), 2, "128 registers a thread for its sums, 64 can be had"),
+        (LinearConfig(64, 32, 4, 3), LINEAR, (9, 0), 4, "64 registers a thread for its sums, 32 can be had"),
         (LinearConfig(96, 64, 4, 3), LINEAR, (9, 0), 2, "columns must be a power of two, got 96"),
         (LinearConfig(64, 8, 4, 3), LINEAR, (9, 0), 2, "depth must be from 16 to 1024, got 8"),
         (LinearConfig(64, 64, 0, 3), LINEAR, (9, 0), 2, "num_warps must be from 1 to 16, got 0"),

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import NamedTuple, TypeVar
 
+import torch
+
 from expertune.kernels.device import ROWS
 
 Architecture = tuple[int, int]
@@ -88,7 +90,8 @@ def why_not(config: Config, shape: Shape, architecture: Architecture, itemsize: 
     """In words why a card cannot run a configuration, or None if it can.
 
     The model: every stage holds both operands of a step in shared memory, the tile that is stored may take their place,
-    and the sums take at most half of the registers.
+    and the sums take at most half of the registers; in float32 an eighth, because no matrix unit multiplies it exactly
+    and the operands pass through registers too (more spills, as Triton 3.6 compiles it for 8.0 and 9.0).
 
     Args:
         config: how the kernel is cut.
@@ -108,7 +111,7 @@ def why_not(config: Config, shape: Shape, architecture: Architecture, itemsize: 
     if shared > limit:
         return f"needs {shared / 1024:.0f} KiB of shared memory, the card has {limit // 1024}"
     threads = 32 * config.num_warps
-    limit = min(_REGISTERS_A_THREAD, _REGISTERS // threads) // 2
+    limit = min(_REGISTERS_A_THREAD, _REGISTERS // threads) // (8 if itemsize == torch.float32.itemsize else 2)
     if (sums := ROWS * columns // threads) > limit:
         return f"needs {sums} registers a thread for its sums, {limit} can be had"
     return None

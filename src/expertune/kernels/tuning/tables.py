@@ -21,7 +21,7 @@ from expertune.kernels.tuning.configs import (
 )
 
 _MAX_CANDIDATES = 12
-_FLOAT32 = LinearConfig(64, 32, 4, 3)
+_FLOAT32 = LinearConfig(64, 32, 8, 3)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ OPERATIONS: dict[type[Shape], Operation] = {
         config=LinearConfig,
         shipped={
             (0, 0): (LinearConfig(32, 16, 4, 2),),
-            (7, 5): (LinearConfig(64, 32, 4, 2),),
+            (7, 5): (LinearConfig(64, 32, 4, 2), LinearConfig(64, 32, 8, 2)),
             (8, 0): (LinearConfig(256, 64, 8, 3), _FLOAT32),
             (8, 6): (LinearConfig(128, 64, 8, 3), _FLOAT32),
             (9, 0): (LinearConfig(256, 64, 8, 4), _FLOAT32),
@@ -80,9 +80,9 @@ OPERATIONS: dict[type[Shape], Operation] = {
         kernel="shrink",
         config=ShrinkConfig,
         shipped={
-            (0, 0): (ShrinkConfig(128, 64, 4, 3), ShrinkConfig(128, 32, 4, 3), ShrinkConfig(64, 32, 4, 2)),
-            (9, 0): (ShrinkConfig(128, 64, 8, 3), ShrinkConfig(128, 32, 4, 3), ShrinkConfig(64, 32, 4, 2)),
-            (10, 0): (ShrinkConfig(128, 64, 4, 3), ShrinkConfig(128, 32, 4, 3), ShrinkConfig(64, 32, 4, 2)),
+            (0, 0): (ShrinkConfig(128, 64, 4, 3), ShrinkConfig(128, 32, 4, 3), ShrinkConfig(64, 32, 8, 2)),
+            (9, 0): (ShrinkConfig(128, 64, 8, 3), ShrinkConfig(128, 32, 4, 3), ShrinkConfig(64, 32, 8, 2)),
+            (10, 0): (ShrinkConfig(128, 64, 4, 3), ShrinkConfig(128, 32, 4, 3), ShrinkConfig(64, 32, 8, 2)),
         },
         candidates={
             (0, 0): (ShrinkConfig(64, 32, 4, 2), ShrinkConfig(16, 64, 4, 2)),
@@ -98,8 +98,9 @@ OPERATIONS: dict[type[Shape], Operation] = {
                 ShrinkConfig(128, 32, 4, 4),
                 ShrinkConfig(128, 32, 8, 4),
                 ShrinkConfig(128, 32, 4, 3),
-                ShrinkConfig(128, 16, 4, 3),
-                ShrinkConfig(64, 32, 4, 2),
+                ShrinkConfig(64, 32, 8, 3),
+                ShrinkConfig(64, 32, 8, 2),
+                ShrinkConfig(64, 16, 8, 3),
             ),
         },
     ),
