@@ -7,7 +7,6 @@ from torch import Tensor
 from expertune import compiled
 from expertune.activations import ClampedSwiGlu, Gate, SwiGlu
 from expertune.backends import triton
-from expertune.backends.triton_steps import STEPS, _gate_kernel
 from expertune.experts import ExpertsStep, Projection, experts
 from expertune.kernels.device import is_hopper
 from expertune.shapes import ExpertsLayout, LoraFactors
@@ -116,7 +115,8 @@ def test_both_schedules_on_hopper_have_the_same_bits(
 ) -> None:
     if not is_hopper(CUDA):
         pytest.skip("needs a Hopper GPU")
-    from expertune.kernels import linear_hopper  # Gluon's names for Hopper are imported where there is one
+    from expertune.backends.triton_steps import STEPS, _gate_kernel  # Triton and Gluon, where they are
+    from expertune.kernels import linear_hopper
 
     torch.manual_seed(0)
     E, T, K, R = 16, 700, 4, 24
