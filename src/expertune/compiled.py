@@ -40,7 +40,7 @@ def experts(
         first.bias,
         second.weight,
         second.bias,
-        [factor for adapter in adapters for factor in (adapter.a, adapter.b)],
+        lora.alternate([adapter.a for adapter in adapters], [adapter.b for adapter in adapters]),
         [adapter.scale for adapter in adapters],
         len(first.adapters),
         step.number,
@@ -82,7 +82,7 @@ def _backward(
 ) -> list[Tensor]:
     """Gradients of `x, weight, w1, b1, w2, b2`, then of the factors; empty where none is wanted."""
     walk, tensors = _walk(expert, *shared)
-    walk = walk._replace(wants=(False, *wants[:2], *[False] * (len(tensors) - len(wants) + 2), *wants[2:]))
+    walk = walk._replace(wants=tuple(wants))
     mids = (mid if mid.numel() or not x.numel() else None for mid in (mid1, mid2))
     with torch.autocast(x.device.type, enabled=False), torch.no_grad():
         grads = run_backward(walk, dout, (x, h, *mids, weight, *tensors))
@@ -104,8 +104,7 @@ def _walk(
     walk = Walk(
         step=STEPS[step],
         scales=(tuple(scales[:num_first]), tuple(scales[num_first:])),
-        tile_rows=None if routing.tiles is None else routing.tiles.rows,
-        leaves_out=False,
+        tile_rows=routing.tile_rows,
     )
     return walk, (*routing_tensors(routing), w1, b1, w2, b2, *factors)
 

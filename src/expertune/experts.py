@@ -11,7 +11,6 @@ routed row: `2D + K(4F + 4R + 16)` bytes a token in bfloat16. `a` is computed ag
 """
 
 import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias, cast
 from weakref import WeakValueDictionary
@@ -24,7 +23,7 @@ from expertune import lora
 from expertune.activations import Gate
 from expertune.backends.protocol import Backend, FactorSide, PackedFactors, Steps
 from expertune.routing import Dispatch
-from expertune.shapes import ExpertsLayout, LoraFactors, Tiles
+from expertune.shapes import ExpertsLayout, LoraFactors, Tensors, Tiles
 from expertune.weights.dense import DenseWeights
 
 _Pair: TypeAlias = tuple[Tensor, Tensor]
@@ -98,11 +97,12 @@ def experts(
     Differentiable in `x_TD`, `weight_TK`, base weights, biases and LoRA factors, each only where it asks for it.
     """
     first, second = projections
-    factors = [factor for p in projections for adapter in p.adapters for factor in (adapter.a, adapter.b)]
+    adapters = (*first.adapters, *second.adapters)
+    factors = lora.alternate([adapter.a for adapter in adapters], [adapter.b for adapter in adapters])
     walk = Walk(
         step=step,
         scales=tuple(tuple(adapter.scale for adapter in p.adapters) for p in projections),
-        tile_rows=None if routing.tiles is None else routing.tiles.rows,
+        tile_rows=routing.tile_rows,
         leaves_out=leaves_out,
     )
     base = (first.weight, first.bias, second.weight, second.bias)
@@ -123,24 +123,24 @@ class Walk(NamedTuple):
         tile_rows: rows a tile, where the backend lists tiles.
         leaves_out: whether the output is left out.
         overwrites: in backward, whether what was saved may be written over.
-        wants: in backward, which of the function's arguments want a gradient.
+        wants: in backward, which of `x, weight, w1, b1, w2, b2` and of the factors want a gradient.
     """
 
     step: ExpertsStep
     scales: tuple[tuple[float, ...], ...]
     tile_rows: int | None
-    leaves_out: bool
+    leaves_out: bool = False
     overwrites: bool = False
     wants: tuple[bool, ...] = ()
 
     @property
     def wants_factors(self) -> tuple[bool, bool]:
         """Whether any LoRA factor of the first and of the second projection wants a gradient."""
-        factors = self.wants[_FIRST_FACTOR:]
+        factors = self.wants[6:]
         cut = 2 * len(self.scales[0])
         return any(factors[:cut]), any(factors[cut:])
 
-    def linears(self, tensors: Sequence[Tensor | None]) -> "tuple[Dispatch, _Linear, _Linear]":
+    def linears(self, tensors: Tensors) -> "tuple[Dispatch, _Linear, _Linear]":
         """The routing and both linears, from flat tensors: the routing's, then `w1, b1, w2, b2, a, b, a, b, …`."""
         routing = _routing_from(tensors[:_NUM_ROUTING], self.tile_rows)
         w1, b1, w2, b2, *factors = tensors[_NUM_ROUTING:]
@@ -201,7 +201,7 @@ def _pack(first: _Linear, second: _Linear) -> list[PackedFactors | None]:
     return first.steps.pack([(first.adapters, first.weights), (second.adapters, second.weights)])
 
 
-def _forward(walk: Walk, tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+def _forward(walk: Walk, tensors: Tensors) -> tuple[Tensor | None, ...]:
     """`out_TD`, or None where it is left out, and what is saved: `h_NG` and the two mids."""
     x_TD, weight_TK = cast(tuple[Tensor, Tensor], tensors[:2])
     steps = walk.step.backend.steps()
@@ -218,7 +218,7 @@ def _forward(walk: Walk, tensors: Sequence[Tensor | None]) -> tuple[Tensor | Non
     return steps.combine(y_ND, weight_TK, routing), h_NG, mid1_NR, mid2_NR
 
 
-def _backward(walk: Walk, tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+def _backward(walk: Walk, tensors: Tensors) -> tuple[Tensor | None, ...]:
     """Gradients of `x, weight, w1, b1, w2, b2`, then of the factors.
 
     Of `weight` only `⟨a, da⟩`; `_bias_part` is missing.
@@ -226,8 +226,7 @@ def _backward(walk: Walk, tensors: Sequence[Tensor | None]) -> tuple[Tensor | No
     dout_TD, x_TD, h_NG, mid1_NR, mid2_NR, weight_TK = cast(tuple[Tensor, ...], tensors[:6])
     steps = walk.step.backend.steps()
     routing, first, second = walk.linears(tensors[6:])
-    wants_x, wants_weight = walk.wants[_X : _X + 2]
-    wants_w1, wants_b1, wants_w2, wants_b2 = walk.wants[_FIRST_WEIGHT:_FIRST_FACTOR]
+    wants_x, wants_weight, wants_w1, wants_b1, wants_w2, wants_b2 = walk.wants[:6]
     wants_first, wants_second = walk.wants_factors
     dx_TD = dw1 = db1 = dw2 = db2 = None
     dfirst: list[Tensor] | list[None] = [None] * 2 * len(first.adapters)
@@ -269,9 +268,7 @@ def _backward(walk: Walk, tensors: Sequence[Tensor | None]) -> tuple[Tensor | No
     return (dx_TD, dweight_TK if wants_weight else None, dw1, db1, dw2, db2, *dfirst, *dsecond)
 
 
-def run_forward(
-    walk: Walk, x_TD: Tensor, weight_TK: Tensor, tensors: Sequence[Tensor | None]
-) -> tuple[Tensor | None, ...]:
+def run_forward(walk: Walk, x_TD: Tensor, weight_TK: Tensor, tensors: Tensors) -> tuple[Tensor | None, ...]:
     """`_forward`, as the backend runs it.
 
     Args:
@@ -283,7 +280,7 @@ def run_forward(
     return tuple(walk.step.backend.steps().run(_forward, walk, (x_TD, weight_TK, *tensors)))
 
 
-def run_backward(walk: Walk, dout_TD: Tensor, saved: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+def run_backward(walk: Walk, dout_TD: Tensor, saved: Tensors) -> tuple[Tensor | None, ...]:
     """Gradients of `x, weight, w1, b1, w2, b2`, then of the factors; None where `walk.wants` none.
 
     Args:
@@ -294,19 +291,13 @@ def run_backward(walk: Walk, dout_TD: Tensor, saved: Sequence[Tensor | None]) ->
     dout_TD = dout_TD.contiguous()
     dx_TD, dweight_TK, *others = walk.step.backend.steps().run(_backward, walk, (dout_TD, *saved))
     if dweight_TK is not None:
-        weight_TK, *tensors = cast(Sequence[Tensor], saved[4:])
-        _, _, second = walk.linears(tensors)
-        if second.bias_EO is not None:
-            part_TK = _bias_part(dout_TD, second.bias_EO, second.routing)
+        weight_TK, *tensors = saved[4:]
+        _, _, _, b2, *_ = tensors[_NUM_ROUTING:]
+        if b2 is not None:
+            part_TK = _bias_part(dout_TD, b2, _routing_from(tensors[:_NUM_ROUTING], walk.tile_rows))
             dweight_TK = dweight_TK + part_TK.to(dweight_TK.dtype)
-        dweight_TK = dweight_TK.to(weight_TK.dtype)
+        dweight_TK = dweight_TK.to(cast(Tensor, weight_TK).dtype)
     return (dx_TD, dweight_TK, *others)
-
-
-# where the arguments of the function below begin
-_X, _NUM_ROUTING = 1, 7
-_FIRST_WEIGHT = _X + 2 + _NUM_ROUTING
-_FIRST_FACTOR = _FIRST_WEIGHT + 4
 
 
 class _ExpertsFunction(torch.autograd.Function):
@@ -316,10 +307,12 @@ class _ExpertsFunction(torch.autograd.Function):
     def forward(ctx: Any, walk: Walk, x_TD: Tensor, weight_TK: Tensor, *tensors: Tensor | None) -> Tensor:
         weight_TK = weight_TK.contiguous()
         out_TD, h_NG, mid1_NR, mid2_NR = run_forward(walk, x_TD, weight_TK, tensors)
-        ctx.walk = walk = walk._replace(wants=tuple(ctx.needs_input_grad))
+        _, wants_x, wants_weight, *wants = ctx.needs_input_grad
+        ctx.walk = walk = walk._replace(wants=(wants_x, wants_weight, *wants[_NUM_ROUTING:]))
+        wants_w1 = wants[_NUM_ROUTING]
         wants_first, wants_second = walk.wants_factors
         ctx.save_for_backward(
-            x_TD if walk.wants[_FIRST_WEIGHT] or wants_first else None,
+            x_TD if wants_w1 or wants_first else None,
             h_NG,
             mid1_NR if wants_first else None,
             mid2_NR if wants_second else None,
@@ -338,14 +331,17 @@ class _ExpertsFunction(torch.autograd.Function):
         return (None, dx_TD, dweight_TK, *[None] * _NUM_ROUTING, *others)
 
 
+_NUM_ROUTING = 7
+
+
 def routing_tensors(routing: Dispatch) -> tuple[Tensor | None, ...]:
-    """A routing as flat tensors."""
+    """A routing as `_NUM_ROUTING` flat tensors; what else it needs is `routing.tile_rows`."""
     tiles = routing.tiles
     listed = (None, None, None) if tiles is None else (tiles.expert, tiles.row, tiles.count)
     return (routing.row_slot_N, routing.row_expert_N, routing.token_row_TK, routing.ends_E, *listed)
 
 
-def _routing_from(tensors: Sequence[Tensor | None], tile_rows: int | None) -> Dispatch:
+def _routing_from(tensors: Tensors, tile_rows: int | None) -> Dispatch:
     """The routing again."""
     row_slot_N, row_expert_N, token_row_TK, ends_E, expert, row, count = cast(tuple[Tensor, ...], tensors)
     tiles = None if tile_rows is None else Tiles(rows=tile_rows, expert=expert, row=row, count=count, ends_E=ends_E)

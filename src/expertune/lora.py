@@ -21,6 +21,11 @@ def joined_rank(adapters: Sequence[LoraFactors], num_experts: int) -> int:
     return -(-rank // RANK_MULTIPLE) * RANK_MULTIPLE
 
 
+def is_plain(adapters: Sequence[LoraFactors], num_experts: int) -> bool:
+    """Whether nothing is joined: one adapter, of a rank that needs no padding."""
+    return len(adapters) == 1 and adapters[0].a.shape[0] // num_experts == joined_rank(adapters, num_experts)
+
+
 def pack(adapters: Sequence[LoraFactors], num_experts: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Join the adapters of one projection to `a_ERI` and `scale · b_EOR`.
 
@@ -28,7 +33,7 @@ def pack(adapters: Sequence[LoraFactors], num_experts: int, dtype: torch.dtype) 
     """
     rank = joined_rank(adapters, num_experts)
     first = adapters[0]
-    if len(adapters) == 1 and rank * num_experts == first.a.shape[0]:
+    if is_plain(adapters, num_experts):
         a_ERI = first.a.to(dtype).view(num_experts, rank, -1)
         b_EOR = first.b.new_empty((num_experts, first.b.shape[0], rank), dtype=dtype)
         torch.mul(first.b.view(-1, rank, num_experts).permute(2, 0, 1), first.scale, out=b_EOR)
@@ -54,8 +59,7 @@ def unpack_a_grads(da_ERI: Tensor, adapters: Sequence[LoraFactors]) -> list[Tens
     grads, start = [], 0
     for adapter in adapters:
         rank = adapter.a.shape[0] // da_ERI.shape[0]
-        own = da_ERI if rank == da_ERI.shape[1] else da_ERI[:, start : start + rank]
-        grads.append(own.reshape(adapter.a.shape).to(adapter.a.dtype))
+        grads.append(da_ERI[:, start : start + rank].reshape(adapter.a.shape).to(adapter.a.dtype))
         start += rank
     return grads
 

@@ -35,6 +35,11 @@ class Dispatch:
         """`K`."""
         return self.token_row_TK.shape[1]
 
+    @property
+    def tile_rows(self) -> int | None:
+        """Rows a tile, or None where the rows are not cut."""
+        return None if self.tiles is None else self.tiles.rows
+
     @cached_property
     def row_token_N(self) -> Tensor:
         """The token that a row copies."""

@@ -6,11 +6,15 @@ Shape letters, used as suffixes of tensor names everywhere:
 `I, O` input and output width of any linear. So `x_TD`, `w_EOI`, `ends_E`.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+Tensors: TypeAlias = Sequence[Tensor | None]
+Pass: TypeAlias = Callable[[Any, Tensors], Tensors]  # from what is static, and tensors
 ALIGNMENT = 16  # bytes that vector loads, `cp.async` and tensor-memory descriptors read at once
 
 

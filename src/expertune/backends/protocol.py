@@ -5,13 +5,13 @@ The walk in `experts.py` is written once over these steps. Rows lie sorted by ex
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
 from expertune.activations import Gate
 from expertune.routing import Dispatch
-from expertune.shapes import LoraFactors, Problem
+from expertune.shapes import LoraFactors, Pass, Problem, Tensors
 from expertune.weights.dense import DenseWeights
 
 
@@ -34,10 +34,6 @@ class FactorSide(NamedTuple):
     wide: Tensor
     narrow_NR: Tensor
     by_token: bool = False
-
-
-Tensors: TypeAlias = Sequence[Tensor | None]
-Pass: TypeAlias = Callable[[Any, Tensors], Tensors]
 
 
 class Steps(Protocol):
@@ -150,7 +146,7 @@ class Backend:
         name: what `requested` and the report call it.
         why_not: in words why it cannot run a problem ("needs …"), or None if it can. Never raises.
         steps: its steps. What they need is imported by the first call.
-        why_slow: in words why another is faster though it can run ("…"), or None. Never raises.
+        why_slow: in words why another is taken first though it can run ("is slow …"), or None. Never raises.
     """
 
     name: str

@@ -9,9 +9,9 @@ from torch import Tensor
 from expertune import lora
 from expertune import routing as rows
 from expertune.activations import Gate
-from expertune.backends.protocol import FactorSide, PackedFactors, Pass, Tensors
+from expertune.backends.protocol import FactorSide, PackedFactors
 from expertune.routing import Dispatch
-from expertune.shapes import LoraFactors
+from expertune.shapes import LoraFactors, Pass, Tensors
 from expertune.weights.dense import DenseWeights
 
 

@@ -10,13 +10,13 @@ from torch import Tensor
 from expertune import lora
 from expertune.activations import ClampedSwiGlu, Gate, GeGlu, SwiGlu
 from expertune.backends import torch_steps
-from expertune.backends.protocol import FactorSide, PackedFactors, Pass, Tensors
+from expertune.backends.protocol import FactorSide, PackedFactors
 from expertune.kernels import combine, gates, linear, linear_hopper, outer, repack, routing, shrink
 from expertune.kernels.device import is_hopper, tile_rows
 from expertune.kernels.program import Programs
 from expertune.kernels.repack import Job
 from expertune.routing import Dispatch
-from expertune.shapes import LoraFactors, Tiles
+from expertune.shapes import LoraFactors, Pass, Tensors, Tiles
 from expertune.weights.dense import DenseWeights
 
 _programs = Programs()
@@ -27,9 +27,7 @@ class TritonSteps:
     """Stateless: every step is a launch or two. What a pass launches is noted once a shape."""
 
     def run(self, function: Pass, static: Hashable, inputs: Tensors) -> Tensors:
-        forms = [None if tensor is None else (tensor.dtype, tensor.shape, tensor.stride()) for tensor in inputs]
-        device = inputs[0].device if inputs[0] is not None else None
-        return _programs.run(function, static, inputs, (function, static, device, *forms))
+        return _programs.run(function, static, inputs)
 
     def dispatch(self, expert_TK: Tensor, num_experts: int) -> Dispatch:
         rows = tile_rows(expert_TK.device)
@@ -132,7 +130,7 @@ class TritonSteps:
             top_k=routing.top_k,
             weight_TK=weight_TK,
         )
-        if not _is_simple(adapters, num_experts):
+        if not lora.is_plain(adapters, num_experts):
             das, dbs = lora.unpack_a_grads(da_ERI, adapters), lora.unpack_b_grads(db_EOR, adapters)
             return lora.alternate(das, dbs)
         # written to PEFT's layout at once, every element would be a memory transaction of its own: 4 times the time
@@ -160,18 +158,13 @@ def _sort(static: tuple[int, int], inputs: Tensors) -> Tensors:
     return routing.sort_by_expert(cast(Tensor, expert_TK), *static)
 
 
-def _is_simple(adapters: Sequence[LoraFactors], num_experts: int) -> bool:
-    """One adapter of a rank that needs no padding: its factors go to and from the kernels without a detour."""
-    return len(adapters) == 1 and adapters[0].a.shape[0] // num_experts == lora.joined_rank(adapters, num_experts)
-
-
 def _pack(adapters: Sequence[LoraFactors], weights: DenseWeights, jobs: list[Job]) -> PackedFactors:
     """The adapters of one projection, joined. What one launch can do for both projections is added to `jobs`.
 
     Factors lie along the same dimension as the weights beside which they are multiplied.
     """
     num_experts, dtype = weights.tensor.shape[0], weights.tensor.dtype
-    if not _is_simple(adapters, num_experts):
+    if not lora.is_plain(adapters, num_experts):
         packed = PackedFactors(*lora.pack(adapters, num_experts, dtype))
         return PackedFactors(*[f.mT.contiguous().mT for f in packed]) if weights.is_transposed else packed
     (adapter,) = adapters

@@ -151,9 +151,8 @@ def make_plan(name: str, module: nn.Module, model_type: str, requested: str, rep
         host_config=earlier.host_config if isinstance(earlier, ExpertsPlan) else module.config,
         replay=replay,
     )
-    plan.step(
-        module.get_parameter(first), module.get_parameter("down_proj")
-    )  # refuses now what was asked for by name and cannot run
+    # refuses now what was asked for by name and cannot run
+    plan.step(module.get_parameter(first), module.get_parameter("down_proj"))
     return plan
 
 

@@ -9,8 +9,8 @@ The idea is that of CUDA graphs, but nothing stays allocated between calls, inpu
 itself be captured in a graph. A function that does more than allocate, view and launch is not noted: it runs as it is.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,9 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from expertune.kernels import launch
 from expertune.kernels.launch import Launch, are_aligned
-
-Tensors: TypeAlias = Sequence[Tensor | None]
-Function: TypeAlias = Callable[[Any, Tensors], Tensors]
+from expertune.shapes import Pass, Tensors
 
 _aten = torch.ops.aten
 _ALLOCATIONS = frozenset({_aten.new_empty.default, _aten.empty.memory_format, _aten.empty_like.default})
@@ -67,10 +65,11 @@ class _Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if func in _ALLOCATIONS and launch.is_watched():
-            self._at[out.data_ptr()] = _Buffer(out)
-        elif func not in _VIEWS and launch.is_watched():
-            self.is_complete = False
+        if launch.is_watched():
+            if func in _ALLOCATIONS:
+                self._at[out.data_ptr()] = _Buffer(out)
+            else:
+                self.is_complete &= func in _VIEWS
         return out
 
     def note(self, made: Launch, tensors: Sequence[Tensor]) -> None:
@@ -124,17 +123,16 @@ class Program:
             for i, (made, pointees) in enumerate(watch.launches)
         ]
 
-    def __call__(self, inputs: Tensors, device: torch.device) -> list[Tensor | None]:
-        """The function's results for other inputs of the same shapes, dtypes and strides."""
+    def __call__(self, inputs: Tensors, input_addresses: list[int], device: torch.device) -> list[Tensor | None]:
+        """The function's results for other inputs, with their addresses, of the same shapes, dtypes and strides."""
         is_cuda = device.type == "cuda"
         stream = torch._C._cuda_getCurrentRawStream(device.index) if is_cuda else 0
         tensors: list[Any] = [*inputs, *[None] * self._num_buffers]
-        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+        addresses = [*input_addresses, *[0] * self._num_buffers]
         for made, places, born, dead in self._events:
             for place, (shape, stride, dtype) in born:
-                tensors[place] = made_now = torch.empty_strided(shape, stride, dtype=dtype, device=device)
-                addresses[place] = made_now.data_ptr()
-                del made_now
+                tensors[place] = torch.empty_strided(shape, stride, dtype=dtype, device=device)
+                addresses[place] = tensors[place].data_ptr()
             if is_cuda:
                 made.repeat(stream, [addresses[place] for place in places])
             else:
@@ -150,21 +148,24 @@ class Programs:
     def __init__(self) -> None:
         self._known: dict[tuple[Any, ...], Program | bool] = {}
 
-    def run(self, function: Function, static: Any, inputs: Tensors, key: tuple[Any, ...]) -> Tensors:
+    def run(self, function: Pass, static: Any, inputs: Tensors) -> Tensors:
         """`function(static, inputs)`, by its program if there is one.
 
         Args:
             function: pure, on tensors of one device; its results are none of its inputs.
-            static: what else it takes.
-            inputs: tensors.
-            key: tells apart all that decides which launches it makes: function, `static`, device, and shapes, strides
-                and dtypes of inputs.
+            static: all that decides which launches it makes, beside that device and the inputs' shapes, strides and
+                dtypes. Hashable.
+            inputs: tensors; the first is one.
         """
+        assert inputs[0] is not None
+        device = inputs[0].device
+        forms = [None if tensor is None else (tensor.dtype, tensor.shape, tensor.stride()) for tensor in inputs]
+        key = (function, static, device, *forms)
         program = self._known.get(key)
-        if isinstance(program, Program):
-            device = next(tensor for tensor in inputs if tensor is not None).device
-            if _is_ready(inputs, device):
-                return program(inputs, device)
+        if isinstance(program, Program) and (device.type != "cuda" or device.index == torch.cuda.current_device()):
+            addresses = [0 if tensor is None else tensor.data_ptr() for tensor in inputs]
+            if are_aligned(addresses):
+                return program(inputs, addresses, device)
         if program is not True:
             if program is None:
                 self._remember(key, True)
@@ -180,13 +181,6 @@ class Programs:
         if len(self._known) >= _MOST_PROGRAMS and key not in self._known:
             del self._known[next(iter(self._known))]
         self._known[key] = known
-
-
-def _is_ready(inputs: Tensors, device: torch.device) -> bool:
-    """Whether every input starts where compiled kernels expect it, and the device is the current one."""
-    return are_aligned([tensor.data_ptr() for tensor in inputs if tensor is not None]) and (
-        device.type != "cuda" or device.index == torch.cuda.current_device()
-    )
 
 
 def _is_whole(result: Tensor | None, watch: _Watch) -> bool:

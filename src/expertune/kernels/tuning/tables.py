@@ -22,6 +22,7 @@ from expertune.kernels.tuning.configs import (
 
 _MAX_CANDIDATES = 12
 _FLOAT32 = LinearConfig(64, 32, 8, 3)
+_SMALL_SHRINKS = (ShrinkConfig(128, 32, 4, 3), ShrinkConfig(64, 32, 8, 2))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,9 +81,9 @@ OPERATIONS: dict[type[Shape], Operation] = {
         kernel="shrink",
         config=ShrinkConfig,
         shipped={
-            (0, 0): (ShrinkConfig(128, 64, 4, 3), ShrinkConfig(128, 32, 4, 3), ShrinkConfig(64, 32, 8, 2)),
-            (9, 0): (ShrinkConfig(128, 64, 8, 3), ShrinkConfig(128, 32, 4, 3), ShrinkConfig(64, 32, 8, 2)),
-            (10, 0): (ShrinkConfig(128, 64, 4, 3), ShrinkConfig(128, 32, 4, 3), ShrinkConfig(64, 32, 8, 2)),
+            (0, 0): (ShrinkConfig(128, 64, 4, 3), *_SMALL_SHRINKS),
+            (9, 0): (ShrinkConfig(128, 64, 8, 3), *_SMALL_SHRINKS),
+            (10, 0): (ShrinkConfig(128, 64, 4, 3), *_SMALL_SHRINKS),
         },
         candidates={
             (0, 0): (ShrinkConfig(64, 32, 4, 2), ShrinkConfig(16, 64, 4, 2)),
