@@ -2,7 +2,7 @@
 
 Its tracer follows Python that plain execution needs for speed: noted launches, threads, caches. So a compiled model
 calls two operators with fake counterparts, which run the same two passes; the rows are sorted again in backward, which
-keeps 8 bytes a slot instead of 16 a row and makes one list of tensors less. Plain execution never comes here.
+keeps 8 bytes a slot instead of 16 a row. Plain execution never comes here.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from expertune import lora
-from expertune.experts import STEPS, ExpertsStep, Projection, Walk, routing_tensors, run_backward, run_forward
+from expertune.experts import STEPS, ExpertsStep, Projection, Walk, run_backward, run_forward
 from expertune.shapes import LoraFactors
 
 _SHARED = "Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor[] factors, float[] scales, int num_first, int step"
@@ -56,7 +56,7 @@ def experts(
 def _forward(x: Tensor, expert: Tensor, weight: Tensor, *shared: Any) -> tuple[Tensor, ...]:
     """`out_TD`, `h_NG` and the two mids; empty where there is none."""
     walk, tensors = _walk(expert, *shared)
-    with torch.autocast(x.device.type, enabled=False), torch.no_grad():
+    with torch.no_grad():
         results = run_forward(walk, x, weight, tensors)
     return tuple(x.new_empty(0) if result is None else result.contiguous() for result in results)
 
@@ -84,7 +84,7 @@ def _backward(
     walk, tensors = _walk(expert, *shared)
     walk = walk._replace(wants=tuple(wants))
     mids = (mid if mid.numel() or not x.numel() else None for mid in (mid1, mid2))
-    with torch.autocast(x.device.type, enabled=False), torch.no_grad():
+    with torch.no_grad():
         grads = run_backward(walk, dout, (x, h, *mids, weight, *tensors))
     return [x.new_empty(0) if grad is None else grad.contiguous() for grad in grads]
 
@@ -104,9 +104,9 @@ def _walk(
     walk = Walk(
         step=STEPS[step],
         scales=(tuple(scales[:num_first]), tuple(scales[num_first:])),
-        tile_rows=routing.tile_rows,
+        routing=routing.shape,
     )
-    return walk, (*routing_tensors(routing), w1, b1, w2, b2, *factors)
+    return walk, (routing.words, w1, b1, w2, b2, *factors)
 
 
 @_forward.register_fake

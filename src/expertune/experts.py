@@ -22,8 +22,7 @@ from torch.autograd.function import once_differentiable
 from expertune import lora
 from expertune.activations import Gate
 from expertune.backends.protocol import Backend, FactorSide, PackedFactors, Steps
-from expertune.routing import Dispatch
-from expertune.shapes import ExpertsLayout, LoraFactors, Tensors, Tiles
+from expertune.shapes import Dispatch, ExpertsLayout, LoraFactors, RoutingShape, Tensors
 from expertune.weights.dense import DenseWeights
 
 _Pair: TypeAlias = tuple[Tensor, Tensor]
@@ -102,15 +101,13 @@ def experts(
     walk = Walk(
         step=step,
         scales=tuple(tuple(adapter.scale for adapter in p.adapters) for p in projections),
-        tile_rows=routing.tile_rows,
+        routing=routing.shape,
         leaves_out=leaves_out,
     )
     base = (first.weight, first.bias, second.weight, second.bias)
-    # autocast would cast some products and not others; the dtype of the base weights is the one that counts
-    with torch.autocast(x_TD.device.type, enabled=False):
-        out_TD = _ExpertsFunction.apply(  # type: ignore[no-untyped-call]
-            walk, x_TD.to(first.weight.dtype), weight_TK, *routing_tensors(routing), *base, *factors
-        )
+    out_TD = _ExpertsFunction.apply(  # type: ignore[no-untyped-call]
+        walk, x_TD.to(first.weight.dtype), weight_TK, routing.words, *base, *factors
+    )
     return cast(Tensor, out_TD).to(x_TD.dtype)
 
 
@@ -120,7 +117,7 @@ class Walk(NamedTuple):
     Args:
         step: layout, gate and backend.
         scales: of the adapters of each projection.
-        tile_rows: rows a tile, where the backend lists tiles.
+        routing: the sizes of the routing.
         leaves_out: whether the output is left out.
         overwrites: in backward, whether what was saved may be written over.
         wants: in backward, which of `x, weight, w1, b1, w2, b2` and of the factors want a gradient.
@@ -128,7 +125,7 @@ class Walk(NamedTuple):
 
     step: ExpertsStep
     scales: tuple[tuple[float, ...], ...]
-    tile_rows: int | None
+    routing: RoutingShape
     leaves_out: bool = False
     overwrites: bool = False
     wants: tuple[bool, ...] = ()
@@ -141,9 +138,9 @@ class Walk(NamedTuple):
         return any(factors[:cut]), any(factors[cut:])
 
     def linears(self, tensors: Tensors) -> "tuple[Dispatch, _Linear, _Linear]":
-        """The routing and both linears, from flat tensors: the routing's, then `w1, b1, w2, b2, a, b, a, b, …`."""
-        routing = _routing_from(tensors[:_NUM_ROUTING], self.tile_rows)
-        w1, b1, w2, b2, *factors = tensors[_NUM_ROUTING:]
+        """The routing and both linears, from its words, then `w1, b1, w2, b2, a, b, a, b, …`."""
+        words, w1, b1, w2, b2, *factors = tensors
+        routing = Dispatch(self.routing, cast(Tensor, words))
         flat = iter(factors)
         adapters = [
             tuple(LoraFactors(a=cast(Tensor, next(flat)), b=cast(Tensor, next(flat)), scale=s) for s in scales)
@@ -275,7 +272,7 @@ def run_forward(walk: Walk, x_TD: Tensor, weight_TK: Tensor, tensors: Tensors) -
         walk: what else it needs.
         x_TD: the tokens, in the dtype of the base weights.
         weight_TK: the router's weights, contiguous.
-        tensors: `routing_tensors`, then `w1, b1, w2, b2`, then the factors.
+        tensors: the routing's words, then `w1, b1, w2, b2`, then the factors.
     """
     return tuple(walk.step.backend.steps().run(_forward, walk, (x_TD, weight_TK, *tensors)))
 
@@ -291,25 +288,23 @@ def run_backward(walk: Walk, dout_TD: Tensor, saved: Tensors) -> tuple[Tensor | 
     dout_TD = dout_TD.contiguous()
     dx_TD, dweight_TK, *others = walk.step.backend.steps().run(_backward, walk, (dout_TD, *saved))
     if dweight_TK is not None:
-        weight_TK, *tensors = saved[4:]
-        _, _, _, b2, *_ = tensors[_NUM_ROUTING:]
+        weight_TK, words, _, _, _, b2, *_ = saved[4:]
         if b2 is not None:
-            part_TK = _bias_part(dout_TD, b2, _routing_from(tensors[:_NUM_ROUTING], walk.tile_rows))
+            part_TK = _bias_part(dout_TD, b2, Dispatch(walk.routing, cast(Tensor, words)))
             dweight_TK = dweight_TK + part_TK.to(dweight_TK.dtype)
         dweight_TK = dweight_TK.to(cast(Tensor, weight_TK).dtype)
     return (dx_TD, dweight_TK, *others)
 
 
 class _ExpertsFunction(torch.autograd.Function):
-    """Arguments: walk, x, weight, the routing, w1, b1, w2, b2, then `a, b` of each adapter of the two projections."""
+    """Arguments: walk, x, weight, words, w1, b1, w2, b2, then `a, b` of each adapter of the two projections."""
 
     @staticmethod
     def forward(ctx: Any, walk: Walk, x_TD: Tensor, weight_TK: Tensor, *tensors: Tensor | None) -> Tensor:
         weight_TK = weight_TK.contiguous()
         out_TD, h_NG, mid1_NR, mid2_NR = run_forward(walk, x_TD, weight_TK, tensors)
-        _, wants_x, wants_weight, *wants = ctx.needs_input_grad
-        ctx.walk = walk = walk._replace(wants=(wants_x, wants_weight, *wants[_NUM_ROUTING:]))
-        wants_w1 = wants[_NUM_ROUTING]
+        _, wants_x, wants_weight, _, wants_w1, *wants = ctx.needs_input_grad
+        ctx.walk = walk = walk._replace(wants=(wants_x, wants_weight, wants_w1, *wants))
         wants_first, wants_second = walk.wants_factors
         ctx.save_for_backward(
             x_TD if wants_w1 or wants_first else None,
@@ -328,30 +323,12 @@ class _ExpertsFunction(torch.autograd.Function):
     def backward(ctx: Any, dout_TD: Tensor) -> tuple[Tensor | None, ...]:
         walk: Walk = ctx.walk._replace(overwrites=not torch._C._autograd._get_current_graph_task_keep_graph())
         dx_TD, dweight_TK, *others = run_backward(walk, dout_TD, ctx.saved_tensors)
-        return (None, dx_TD, dweight_TK, *[None] * _NUM_ROUTING, *others)
-
-
-_NUM_ROUTING = 7
-
-
-def routing_tensors(routing: Dispatch) -> tuple[Tensor | None, ...]:
-    """A routing as `_NUM_ROUTING` flat tensors; what else it needs is `routing.tile_rows`."""
-    tiles = routing.tiles
-    listed = (None, None, None) if tiles is None else (tiles.expert, tiles.row, tiles.count)
-    return (routing.row_slot_N, routing.row_expert_N, routing.token_row_TK, routing.ends_E, *listed)
-
-
-def _routing_from(tensors: Tensors, tile_rows: int | None) -> Dispatch:
-    """The routing again."""
-    row_slot_N, row_expert_N, token_row_TK, ends_E, expert, row, count = cast(tuple[Tensor, ...], tensors)
-    tiles = None if tile_rows is None else Tiles(rows=tile_rows, expert=expert, row=row, count=count, ends_E=ends_E)
-    return Dispatch(
-        row_slot_N=row_slot_N, row_expert_N=row_expert_N, token_row_TK=token_row_TK, ends_E=ends_E, tiles=tiles
-    )
+        return (None, dx_TD, dweight_TK, None, *others)
 
 
 def _bias_part(dout_TD: Tensor, bias_EO: Tensor, routing: Dispatch) -> Tensor:
     """The bias's share of the router's gradient, `⟨dout, b2⟩` of every slot, `(T, K)`."""
-    dout_bias_TE = dout_TD @ bias_EO.to(dout_TD.dtype).mT
+    with torch.autocast(dout_TD.device.type, enabled=False):
+        dout_bias_TE = dout_TD @ bias_EO.to(dout_TD.dtype).mT
     expert_TK = routing.row_expert_N.index_select(0, routing.token_row_TK.reshape(-1)).view_as(routing.token_row_TK)
     return dout_bias_TE.gather(1, expert_TK.long())

@@ -8,7 +8,8 @@ Shape letters, used as suffixes of tensor names everywhere:
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from functools import cached_property, lru_cache
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -81,6 +82,106 @@ class Tiles:
     row: Tensor
     count: Tensor
     ends_E: Tensor
+
+
+class RoutingShape(NamedTuple):
+    """What the sizes of a routing follow from.
+
+    Args:
+        num_tokens: `T`.
+        top_k: `K`.
+        num_experts: `E`.
+        tile_rows: rows a tile, or None where the rows are not cut into tiles.
+    """
+
+    num_tokens: int
+    top_k: int
+    num_experts: int
+    tile_rows: int | None = None
+
+    @property
+    def max_tiles(self) -> int:
+        """The most tiles that any choice can need: every expert with rows may have one tile that is not full."""
+        if self.tile_rows is None:
+            return 0
+        num_rows = self.num_tokens * self.top_k
+        return -(-num_rows // self.tile_rows) + min(self.num_experts, num_rows)
+
+
+@dataclass(frozen=True)
+class Dispatch:
+    """Where each routed row comes from and where each token's rows lie: one int32 tensor, and views of it.
+
+    One, because a step hands it on, keeps it for backward and allocates it once a layer.
+
+    Args:
+        shape: the sizes of its parts.
+        words: all parts, one behind the other.
+    """
+
+    shape: RoutingShape
+    words: Tensor
+
+    @classmethod
+    def empty(cls, shape: RoutingShape, device: torch.device) -> "Dispatch":
+        """One to be written to."""
+        return cls(shape, torch.empty(_parts(shape)[-1].stop, dtype=torch.int32, device=device))
+
+    @property
+    def top_k(self) -> int:
+        """`K`."""
+        return self.shape.top_k
+
+    @cached_property
+    def row_slot_N(self) -> Tensor:
+        """The slot `t·K + k` that a row copies: token `t`, its `k`-th choice."""
+        return self._part(0)
+
+    @cached_property
+    def row_expert_N(self) -> Tensor:
+        """The expert that a row goes to; ascending."""
+        return self._part(1)
+
+    @cached_property
+    def token_row_TK(self) -> Tensor:
+        """The rows of a token, in the order of its router weights."""
+        return self._part(2).view(self.shape.num_tokens, self.shape.top_k)
+
+    @cached_property
+    def ends_E(self) -> Tensor:
+        """Expert `e` owns rows `ends_E[e-1]` to `ends_E[e]`."""
+        return self._part(3)
+
+    @cached_property
+    def tiles(self) -> Tiles:
+        """The rows cut into tiles, for backends that need them."""
+        assert self.shape.tile_rows is not None
+        expert, row, count = (self._part(i) for i in (4, 5, 6))
+        return Tiles(rows=self.shape.tile_rows, expert=expert, row=row, count=count, ends_E=self.ends_E)
+
+    @cached_property
+    def row_token_N(self) -> Tensor:
+        """The token that a row copies."""
+        return self.row_slot_N // max(self.top_k, 1)
+
+    def by_row(self, weight_TK: Tensor) -> Tensor:
+        """The router's weight of each row, `(N, 1)`."""
+        return weight_TK.reshape(-1, 1).index_select(0, self.row_slot_N)
+
+    def _part(self, number: int) -> Tensor:
+        return self.words[_parts(self.shape)[number]]
+
+
+@lru_cache(maxsize=256)
+def _parts(shape: RoutingShape) -> list[slice]:
+    """Where the parts of a routing lie in its words; each starts where vector loads may."""
+    num_rows, most = shape.num_tokens * shape.top_k, max(shape.max_tiles, 1)
+    tiles = () if shape.tile_rows is None else (most, most, 1)
+    parts, start = [], 0
+    for length in (num_rows, num_rows, num_rows, shape.num_experts, *tiles):
+        parts.append(slice(start, start + length))
+        start = -(-(start + length) * 4 // ALIGNMENT) * ALIGNMENT // 4
+    return parts
 
 
 @dataclass(frozen=True, kw_only=True)

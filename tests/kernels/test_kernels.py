@@ -11,8 +11,7 @@ from torch import Tensor
 from expertune.activations import ClampedSwiGlu, Gate, GeGlu, SwiGlu
 from expertune.backends import native_torch, triton
 from expertune.backends.protocol import FactorSide
-from expertune.routing import Dispatch
-from expertune.shapes import LoraFactors
+from expertune.shapes import Dispatch, LoraFactors
 from expertune.weights.dense import DenseWeights
 from tests.cases import DEVICE, NUM_EXPERTS, ROUTINGS, problem
 from tests.numerics import assert_no_worse

@@ -10,8 +10,7 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 
 from expertune.activations import Gate
-from expertune.routing import Dispatch
-from expertune.shapes import LoraFactors, Pass, Problem, Tensors
+from expertune.shapes import Dispatch, LoraFactors, Pass, Problem, Tensors
 from expertune.weights.dense import DenseWeights
 
 
@@ -41,6 +40,8 @@ class Steps(Protocol):
 
     def run(self, function: Pass, static: Hashable, inputs: Tensors) -> Tensors:
         """`function(static, inputs)`: a pass of the walk, which calls the other steps.
+
+        Autocast is off in it: it would cast some products and not others, and the base weights' dtype is what counts.
 
         Args:
             function: pure.

@@ -10,8 +10,7 @@ from expertune import lora
 from expertune import routing as rows
 from expertune.activations import Gate
 from expertune.backends.protocol import FactorSide, PackedFactors
-from expertune.routing import Dispatch
-from expertune.shapes import LoraFactors, Pass, Tensors
+from expertune.shapes import Dispatch, LoraFactors, Pass, Tensors
 from expertune.weights.dense import DenseWeights
 
 
@@ -29,7 +28,9 @@ class TorchSteps:
     outer_product: Callable[[Tensor, Tensor, Tensor], Tensor]
 
     def run(self, function: Pass, static: Hashable, inputs: Tensors) -> Tensors:
-        return function(static, inputs)
+        assert inputs[0] is not None
+        with torch.autocast(inputs[0].device.type, enabled=False):
+            return function(static, inputs)
 
     def dispatch(self, expert_TK: Tensor, num_experts: int) -> Dispatch:
         return rows.dispatch(expert_TK, num_experts)

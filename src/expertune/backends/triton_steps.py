@@ -15,8 +15,7 @@ from expertune.kernels import combine, gates, linear, linear_hopper, outer, repa
 from expertune.kernels.device import is_hopper, tile_rows
 from expertune.kernels.program import Programs
 from expertune.kernels.repack import Job
-from expertune.routing import Dispatch
-from expertune.shapes import LoraFactors, Pass, Tensors, Tiles
+from expertune.shapes import Dispatch, LoraFactors, Pass, RoutingShape, Tensors
 from expertune.weights.dense import DenseWeights
 
 _programs = Programs()
@@ -30,16 +29,10 @@ class TritonSteps:
         return _programs.run(function, static, inputs)
 
     def dispatch(self, expert_TK: Tensor, num_experts: int) -> Dispatch:
-        rows = tile_rows(expert_TK.device)
-        placed = self.run(_sort, (num_experts, rows), (expert_TK,))
-        row_slot_N, row_expert_N, slot_row_N, ends_E, expert, row, count = cast(tuple[Tensor, ...], placed)
-        return Dispatch(
-            row_slot_N=row_slot_N,
-            row_expert_N=row_expert_N,
-            token_row_TK=slot_row_N.view(expert_TK.shape),
-            ends_E=ends_E,
-            tiles=Tiles(rows=rows, expert=expert, row=row, count=count, ends_E=ends_E),
-        )
+        num_tokens, top_k = expert_TK.shape
+        shape = RoutingShape(num_tokens, top_k, num_experts, tile_rows(expert_TK.device))
+        (words,) = self.run(_sort, shape, (expert_TK,))
+        return Dispatch(shape, cast(Tensor, words))
 
     def pack(self, projections: Sequence[tuple[Sequence[LoraFactors], DenseWeights]]) -> list[PackedFactors | None]:
         jobs: list[Job] = []
@@ -50,10 +43,10 @@ class TritonSteps:
     def gather(self, x_TI: Tensor, a_ERI: Tensor | None, routing: Dispatch) -> tuple[Tensor, Tensor | None]:
         if a_ERI is None:
             return x_TI.index_select(0, routing.row_token_N), None
-        return shrink.gather_shrink(x_TI.contiguous(), a_ERI, _tiles(routing), routing.row_slot_N, routing.top_k)
+        return shrink.gather_shrink(x_TI.contiguous(), a_ERI, routing.tiles, routing.row_slot_N, routing.top_k)
 
     def shrink(self, x_NI: Tensor, a_ERI: Tensor, routing: Dispatch) -> Tensor:
-        return shrink.shrink(x_NI, a_ERI, _tiles(routing))
+        return shrink.shrink(x_NI, a_ERI, routing.tiles)
 
     def linear(
         self,
@@ -65,7 +58,7 @@ class TritonSteps:
         bias_EO: Tensor | None = None,
     ) -> Tensor:
         mid_NR, b_ERO = low_rank or (None, None)
-        tiles = _tiles(routing)
+        tiles = routing.tiles
         if _runs_on_hopper(x_NI):
             return linear_hopper.linear(x_NI, w_EIO, tiles, mid_NR=mid_NR, b_ERO=b_ERO, bias_EO=bias_EO)[0]
         return linear.linear(x_NI, w_EIO, tiles, mid_NR=mid_NR, b_ERO=b_ERO, bias_EO=bias_EO)
@@ -84,7 +77,7 @@ class TritonSteps:
         if kernel is not None and _runs_on_hopper(x_NI) and linear_hopper.fuses(kernel, w_EIO):
             mid_NR, b_ERO = low_rank or (None, None)
             return linear_hopper.linear(
-                x_NI, w_EIO, _tiles(routing), mid_NR=mid_NR, b_ERO=b_ERO, bias_EO=bias_EO, gate=kernel
+                x_NI, w_EIO, routing.tiles, mid_NR=mid_NR, b_ERO=b_ERO, bias_EO=bias_EO, gate=kernel
             )
         h_NG = self.linear(x_NI, w_EIO, routing, low_rank=low_rank, bias_EO=bias_EO)
         return h_NG, self.gate_forward(gate, h_NG)
@@ -153,9 +146,10 @@ class TritonSteps:
 STEPS = TritonSteps()
 
 
-def _sort(static: tuple[int, int], inputs: Tensors) -> Tensors:
+def _sort(shape: RoutingShape, inputs: Tensors) -> Tensors:
     (expert_TK,) = inputs
-    return routing.sort_by_expert(cast(Tensor, expert_TK), *static)
+    assert shape.tile_rows is not None
+    return (routing.sort_by_expert(cast(Tensor, expert_TK), shape.num_experts, shape.tile_rows).words,)
 
 
 def _pack(adapters: Sequence[LoraFactors], weights: DenseWeights, jobs: list[Job]) -> PackedFactors:
@@ -187,11 +181,6 @@ def _pack(adapters: Sequence[LoraFactors], weights: DenseWeights, jobs: list[Job
 
 def _runs_on_hopper(x_NI: Tensor) -> bool:
     return x_NI.dtype != torch.float32 and is_hopper(x_NI.device)
-
-
-def _tiles(routing: Dispatch) -> Tiles:
-    assert routing.tiles is not None
-    return routing.tiles
 
 
 def _gate_kernel(gate: Gate) -> gates.GateKernel | None:

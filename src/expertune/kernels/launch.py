@@ -16,7 +16,7 @@ from torch import Tensor
 from expertune.shapes import ALIGNMENT
 
 _HOOKS = (None, None, None)  # of Triton's own profiler
-_compiled: dict[tuple[Any, ...], tuple[Any, Any, Any]] = {}
+_compiled: dict[tuple[Any, ...], Any] = {}
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -60,18 +60,18 @@ def launch(
         key = (id(kernel), device.index, *[t.dtype for t in tensors], *numbers, *constants.values(), *options.values())
         found = _compiled.get(key)
         if found is None:
-            compiled = kernel[grid](*descriptors, *tensors, *sizes, *numbers, **constants, **options)
-            found = _compiled[key] = (compiled.run, compiled.function, compiled.packed_metadata)
+            found = _compiled[key] = kernel[grid](*descriptors, *tensors, *sizes, *numbers, **constants, **options)
         else:
-            run, function, metadata = found
             stream = torch._C._cuda_getCurrentRawStream(device.index)
-            run(*grid, stream, function, metadata, *_HOOKS, *descriptors, *pointers, *values)
+            arguments = (*descriptors, *pointers, *values)
+            found.run(*grid, stream, found.function, found.packed_metadata, *_HOOKS, *arguments)
     else:
         # the interpreter computes with tensors itself, which is nobody's business
         with torch.cuda.device(device) if device.type == "cuda" else watched(None):
             kernel[grid](*descriptors, *tensors, *sizes, *numbers, **constants, **options)
     if _watcher.note is not None:
-        made = Launch(kernel, grid, _forms(descriptors), values, options, found)
+        shapes = tuple(Descriptor(tuple(d.shape), tuple(d.strides)) for d in descriptors)
+        made = Launch(kernel, grid, shapes, values, options, found)
         _watcher.note(made, [*[d.base for d in descriptors], *tensors])
 
 
@@ -83,57 +83,33 @@ def are_aligned(pointers: Sequence[int]) -> bool:
     return joined % ALIGNMENT == 0  # on which Triton specialises pointers
 
 
+class Descriptor(NamedTuple):
+    """A tensor-memory descriptor without the address."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
 class Launch(NamedTuple):
     """A launch that was made, to be made again with other pointers.
 
     Args:
         kernel, grid, options: as for `launch`.
-        forms: of each descriptor its class and what it says beside its address.
+        descriptors: the kernel's first arguments.
         values: sizes, numbers and constants.
-        found: the compiled kernel, or None where Triton's own way was taken.
+        compiled: the compiled kernel, or None where Triton's own way was taken.
     """
 
     kernel: Any
     grid: tuple[int, int, int]
-    forms: tuple[tuple[Any, dict[str, Any]], ...]
+    descriptors: tuple[Descriptor, ...]
     values: tuple[Any, ...]
     options: dict[str, int]
-    found: tuple[Any, Any, Any] | None
-
-    def repeat(self, stream: int, addresses: list[int]) -> None:
-        """Submit it again to a stream, with the addresses of its descriptors and then of its tensors."""
-        assert self.found is not None
-        run, function, metadata = self.found
-        pointers: list[Any] = addresses
-        if self.forms:
-            pointers = [_described(form, at) for form, at in zip(self.forms, addresses, strict=False)]
-            pointers += addresses[len(pointers) :]
-        run(*self.grid, stream, function, metadata, *_HOOKS, *pointers, *self.values)
+    compiled: Any
 
     def interpret(self, tensors: Sequence[Tensor]) -> None:
         """Run it again in the interpreter."""
         self.kernel[self.grid](*tensors, *self.values, **self.options)
-
-
-class _Address:
-    """What a descriptor asks of a tensor."""
-
-    def __init__(self, address: int) -> None:
-        self._address = address
-
-    def data_ptr(self) -> int:
-        return self._address
-
-
-def _forms(descriptors: Sequence[Any]) -> tuple[tuple[Any, dict[str, Any]], ...]:
-    return tuple((type(d), {key: value for key, value in vars(d).items() if key != "base"}) for d in descriptors)
-
-
-def _described(form: tuple[Any, dict[str, Any]], address: int) -> Any:
-    kind, said = form
-    descriptor = object.__new__(kind)
-    vars(descriptor).update(said, base=_Address(address))
-    return descriptor
 
 
 Note: TypeAlias = Callable[[Launch, Sequence[Tensor]], None]

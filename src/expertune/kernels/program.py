@@ -3,12 +3,13 @@
 At short context a pass waits for Python: checks and views cost several times what submitting its launches does. Between
 two batches of one shape nothing of it changes but addresses. So the second time that a function meets inputs of a shape
 it is watched: every allocation, and every launch with the tensors that its pointers point to. From then on only that is
-repeated: each tensor is allocated right before the first launch that takes it and let go after the last.
+repeated: `plan` says when to allocate, `submit` hands the launches to the driver.
 
 The idea is that of CUDA graphs, but nothing stays allocated between calls, inputs may lie anywhere, and a program can
 itself be captured in a graph. A function that does more than allocate, view and launch is not noted: it runs as it is.
 """
 
+import threading
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -16,38 +17,26 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from expertune.kernels import launch
+from expertune.kernels import launch, submit
 from expertune.kernels.launch import Launch, are_aligned
+from expertune.kernels.plan import Buffer, Form, Pointee, plan
 from expertune.shapes import Pass, Tensors
 
 _aten = torch.ops.aten
 _ALLOCATIONS = frozenset({_aten.new_empty.default, _aten.empty.memory_format, _aten.empty_like.default})
 _VIEWS = frozenset({
     _aten.view.default, _aten._unsafe_view.default, _aten.transpose.int, _aten.t.default, _aten.unsqueeze.default,
-    _aten.detach.default, _aten.alias.default,
+    _aten.slice.Tensor, _aten.detach.default, _aten.alias.default,
 })  # fmt: skip
 _MOST_PROGRAMS = 256
 
 
-class _Form(NamedTuple):
-    """A tensor without its numbers."""
+class _Noted(NamedTuple):
+    """A launch, and of each of its pointers where it pointed and what lay there."""
 
-    shape: torch.Size
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-
-
-def _form(tensor: Tensor) -> _Form:
-    return _Form(tensor.shape, tensor.stride(), tensor.dtype)
-
-
-class _Buffer:
-    """An allocation that was watched, and the launches that it was first and last handed to."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.form = _form(tensor)
-        self.first: int | None = None
-        self.last = 0
+    made: Launch
+    pointees: list[Pointee]
+    forms: list[Form]
 
 
 class _Watch(TorchDispatchMode):
@@ -56,90 +45,124 @@ class _Watch(TorchDispatchMode):
     def __init__(self, inputs: Tensors) -> None:
         super().__init__()
         self.is_complete = True
-        self.launches: list[tuple[Launch, list[int | _Buffer]]] = []  # with the inputs and buffers they point to
-        self._at: dict[int, int | _Buffer] = {}
+        self.launches: list[_Noted] = []
+        self._owners: list[tuple[range, int | Buffer]] = []  # of memory
         for i, tensor in enumerate(inputs):
             if tensor is not None:
-                self.is_complete &= tensor.data_ptr() not in self._at
-                self._at[tensor.data_ptr()] = i
+                self.is_complete &= not self._take(tensor, i)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if launch.is_watched():
             if func in _ALLOCATIONS:
-                self._at[out.data_ptr()] = _Buffer(out)
+                self._take(out, Buffer(Form.of(out)))
             else:
                 self.is_complete &= func in _VIEWS
         return out
 
     def note(self, made: Launch, tensors: Sequence[Tensor]) -> None:
         """A launch has been submitted."""
-        pointees = [self.pointee(tensor) for tensor in tensors]
-        for pointee in pointees:
-            if isinstance(pointee, _Buffer):
-                pointee.last = len(self.launches)
-                pointee.first = pointee.last if pointee.first is None else pointee.first
-        self.launches.append((made, [pointee for pointee in pointees if pointee is not None]))
-        is_repeatable = made.found is not None or tensors[0].device.type != "cuda"
-        self.is_complete &= is_repeatable and None not in pointees
+        found = [self.pointee(tensor) for tensor in tensors]
+        pointees = [pointee for pointee in found if pointee is not None]
+        for owner, _ in pointees:
+            if isinstance(owner, Buffer):
+                owner.last = len(self.launches)
+                owner.first = owner.last if owner.first is None else owner.first
+        self.launches.append(_Noted(made, pointees, [Form.of(tensor) for tensor in tensors]))
+        is_repeatable = made.compiled is not None or tensors[0].device.type != "cuda"
+        self.is_complete &= is_repeatable and len(pointees) == len(tensors)
 
-    def pointee(self, tensor: Tensor) -> "int | _Buffer | None":
-        """The input or the allocation at whose start a tensor starts."""
-        return self._at.get(tensor.data_ptr())
+    def pointee(self, tensor: Tensor) -> Pointee | None:
+        """The input or the allocation in which a tensor starts."""
+        address = tensor.data_ptr()
+        for memory, owner in self._owners:
+            if address in memory:
+                return Pointee(owner, address - memory.start)
+        return None
 
+    def result(self, tensor: Tensor) -> Buffer | None:
+        """The allocation that a tensor is the whole of, if a launch was handed it; it then has the tensor's form."""
+        pointee = self.pointee(tensor)
+        if pointee is None or not isinstance(pointee.owner, Buffer) or pointee.offset or pointee.owner.first is None:
+            return None
+        if Form.of(tensor).extent != pointee.owner.form.extent:
+            return None
+        pointee.owner.form = Form.of(tensor)
+        return pointee.owner
 
-class _Event(NamedTuple):
-    """A launch, with the places of what it points to, and of what is allocated before it and let go after it."""
-
-    made: Launch
-    places: list[int]
-    born: list[tuple[int, _Form]]
-    dead: list[int]
+    def _take(self, tensor: Tensor, owner: int | Buffer) -> bool:
+        """Note who owns a tensor's memory from now on, and say whether any of it had an owner."""
+        start = tensor.data_ptr()
+        memory = range(start, start + Form.of(tensor).extent)
+        others = [(m, o) for m, o in self._owners if m.stop <= memory.start or memory.stop <= m.start]
+        had_owner = len(others) < len(self._owners)
+        self._owners = [*others, (memory, owner)]
+        return had_owner
 
 
 class Program:
-    """What was watched of one function for inputs of one shape. A place is the number of an input or of a buffer."""
+    """What was watched of one function for inputs of one shape.
 
-    def __init__(self, watch: _Watch, num_inputs: int, results: Tensors) -> None:
-        buffers: dict[_Buffer, int] = {}
-        for _, pointees in watch.launches:
-            for buffer in pointees:
-                if isinstance(buffer, _Buffer):
-                    buffers.setdefault(buffer, num_inputs + len(buffers))
-        self._num_buffers = len(buffers)
-        self._results: list[int | None] = []
-        for result in results:
-            pointee = None if result is None else watch.pointee(result)
-            if result is not None and isinstance(pointee, _Buffer):
-                pointee.form = _form(result)
-            self._results.append(buffers[pointee] if isinstance(pointee, _Buffer) else None)
-        self._events = [
-            _Event(
-                made=made,
-                places=[buffers[p] if isinstance(p, _Buffer) else p for p in pointees],
-                born=[(place, buffer.form) for buffer, place in buffers.items() if buffer.first == i],
-                dead=[place for b, place in buffers.items() if b.last == i and place not in self._results],
-            )
-            for i, (made, pointees) in enumerate(watch.launches)
-        ]
+    Args:
+        launches: what to repeat.
+        num_inputs: of the function.
+        results: of the function, each an allocation or None.
+        driver: of the device, or None in the interpreter.
+
+    Raises:
+        ValueError: it cannot be submitted.
+    """
+
+    def __init__(
+        self,
+        launches: Sequence[_Noted],
+        num_inputs: int,
+        results: Sequence[Buffer | None],
+        driver: submit.Driver | None,
+    ) -> None:
+        kept = list(dict.fromkeys(result for result in results if result is not None))
+        self._results = [None if result is None else num_inputs + kept.index(result) for result in results]
+        self._launches = launches
+        self._plan = plan([noted.pointees for noted in launches], num_inputs, kept)
+        self._num_allocations = self._plan.num_places - num_inputs
+        self._lock = threading.Lock()  # around what the submission keeps of a run
+        self._submission = None
+        if driver is not None:
+            stretches = [
+                [(launches[i].made, self._plan.spots[i]) for i in stretch.launches] for stretch in self._plan.stretches
+            ]
+            self._submission = submit.Submission(driver, stretches)
 
     def __call__(self, inputs: Tensors, input_addresses: list[int], device: torch.device) -> list[Tensor | None]:
         """The function's results for other inputs, with their addresses, of the same shapes, dtypes and strides."""
-        is_cuda = device.type == "cuda"
-        stream = torch._C._cuda_getCurrentRawStream(device.index) if is_cuda else 0
-        tensors: list[Any] = [*inputs, *[None] * self._num_buffers]
-        addresses = [*input_addresses, *[0] * self._num_buffers]
-        for made, places, born, dead in self._events:
-            for place, (shape, stride, dtype) in born:
-                tensors[place] = torch.empty_strided(shape, stride, dtype=dtype, device=device)
-                addresses[place] = tensors[place].data_ptr()
-            if is_cuda:
-                made.repeat(stream, [addresses[place] for place in places])
-            else:
-                made.interpret([tensors[place] for place in places])
-            for place in dead:
-                tensors[place] = None
+        stream = 0 if self._submission is None else torch._C._cuda_getCurrentRawStream(device.index)
+        tensors: list[Any] = [*inputs, *[None] * self._num_allocations]
+        addresses = [*input_addresses, *[0] * self._num_allocations]
+        with self._lock:
+            for number, (launches, born, dead) in enumerate(self._plan.stretches):
+                for place, (shape, stride, dtype) in born:
+                    tensors[place] = tensor = torch.empty_strided(shape, stride, dtype=dtype, device=device)
+                    addresses[place] = tensor.data_ptr()
+                if self._submission is not None:
+                    self._submission.run(number, stream, addresses)
+                else:
+                    self._interpret(launches, tensors)
+                for place in dead:
+                    tensors[place] = None
         return [None if place is None else tensors[place] for place in self._results]
+
+    def _interpret(self, launches: range, tensors: Sequence[Tensor]) -> None:
+        for i in launches:
+            made, _, forms = self._launches[i]
+            spots = zip(self._plan.spots[i], forms, strict=True)
+            made.interpret([_view(tensors[place], offset, form) for (place, offset), form in spots])
+
+
+def _view(tensor: Tensor, offset: int, form: Form) -> Tensor:
+    """Other bytes of a tensor's memory, from `offset` on."""
+    start = tensor.storage_offset() * tensor.itemsize + offset
+    view = torch.empty(0, dtype=form.dtype, device=tensor.device)
+    return view.set_(tensor.untyped_storage(), start // form.dtype.itemsize, form.shape, form.stride)
 
 
 class Programs:
@@ -169,11 +192,11 @@ class Programs:
         if program is not True:
             if program is None:
                 self._remember(key, True)
-            return function(static, inputs)
-        with _Watch(inputs) as watch, launch.watched(watch.note):
+            with _no_autocast(device):
+                return function(static, inputs)
+        with _Watch(inputs) as watch, launch.watched(watch.note), _no_autocast(device):
             results = function(static, inputs)
-        is_complete = watch.is_complete and all(_is_whole(result, watch) for result in results)
-        self._remember(key, Program(watch, len(inputs), results) if is_complete else False)
+        self._remember(key, _make(watch, inputs, results, device))
         return results
 
     def _remember(self, key: tuple[Any, ...], known: Program | bool) -> None:
@@ -183,11 +206,18 @@ class Programs:
         self._known[key] = known
 
 
-def _is_whole(result: Tensor | None, watch: _Watch) -> bool:
-    """Whether a result is none, or all of what a launch was handed."""
-    if result is None:
-        return True
-    pointee = watch.pointee(result)
-    if not isinstance(pointee, _Buffer) or pointee.first is None:
+def _no_autocast(device: torch.device) -> torch.autocast:
+    return torch.autocast(device.type, enabled=False)
+
+
+def _make(watch: _Watch, inputs: Tensors, results: Tensors, device: torch.device) -> Program | bool:
+    """The program of what was watched, or False if it cannot be repeated."""
+    found = [None if result is None else watch.result(result) for result in results]
+    are_found = all(result is None or buffer is not None for result, buffer in zip(results, found, strict=True))
+    driver = submit.driver() if device.type == "cuda" else None
+    if not (watch.is_complete and watch.launches and are_found) or (driver is None and device.type == "cuda"):
         return False
-    return result.dtype == pointee.form.dtype and result.numel() == pointee.form.shape.numel()
+    try:
+        return Program(watch.launches, len(inputs), found, driver)
+    except ValueError:  # a kernel of a Triton that we do not know; it is launched by Triton
+        return False

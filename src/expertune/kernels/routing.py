@@ -5,12 +5,12 @@ for the host: every block of slots counts its experts; then every block adds up 
 knows where its rows go. Any Triton target; integers only, no atomics, so two runs are equal.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from expertune.kernels.launch import launch, next_power_of_2
+from expertune.shapes import Dispatch, RoutingShape
 
 _SLOTS = 512  # slots a block; each block reads the counts of all blocks, so smaller blocks cost more at long context
 _CHUNK = 32  # of what a block compares at a time, so that it stays in registers
@@ -96,47 +96,32 @@ def _place_kernel(
         tl.store(tile_row_ptr + tile, tile_row, mask=in_list)
 
 
-def max_tiles(num_rows: int, num_experts: int, tile_rows: int) -> int:
-    """The most tiles that any routing can need: every expert with rows may have one tile that is not full."""
-    return -(-num_rows // tile_rows) + min(num_experts, num_rows)
-
-
-def sort_by_expert(expert_TK: Tensor, num_experts: int, tile_rows: int) -> tuple[Tensor, ...]:
+def sort_by_expert(expert_TK: Tensor, num_experts: int, tile_rows: int) -> Dispatch:
     """Sort slots by expert, stably, and cut every expert's rows into tiles.
 
     Args:
         expert_TK: integer expert ids below `num_experts`.
         num_experts: `E`.
         tile_rows: rows a tile.
-
-    Returns:
-        `row_slot_N`, `row_expert_N`, `slot_row_N`, `ends_E`, `tile_expert`, `tile_row` (both as long as `max_tiles`;
-        what lies beyond the count is not written) and `num_tiles` (one element). All int32.
     """
+    num_tokens, top_k = expert_TK.shape
+    shape = RoutingShape(num_tokens, top_k, num_experts, tile_rows)
+    rows = Dispatch.empty(shape, expert_TK.device)
     num_slots = expert_TK.numel()
     num_blocks = max(1, -(-num_slots // _SLOTS))
-    most = max_tiles(num_slots, num_experts, tile_rows)
-    tiles_a_block = -(-most // num_blocks)
-
-    def new(length: int) -> Tensor:
-        return expert_TK.new_empty((length,), dtype=torch.int32)
-
-    count = new(num_blocks * num_experts)
-    row_slot_N, row_expert_N, slot_row_N, ends_E = new(num_slots), new(num_slots), new(num_slots), new(num_experts)
-    tile_expert, tile_row, num_tiles = new(max(most, 1)), new(max(most, 1)), new(1)
-    e_pad = next_power_of_2(num_experts)
-    expert_N = expert_TK.reshape(-1)
+    count = rows.words.new_empty((num_blocks * num_experts,))
+    expert_N, tiles = expert_TK.reshape(-1), rows.tiles
     grid = (num_blocks, 1, 1)
-    constants = {"SLOTS": _SLOTS, "E_PAD": e_pad, "CHUNK": _CHUNK}
+    constants = {"SLOTS": _SLOTS, "E_PAD": next_power_of_2(num_experts), "CHUNK": _CHUNK}
     launch(_count_kernel, grid, (expert_N, count), (num_slots,), (num_experts,), constants, num_warps=_WARPS)
-    outputs = (row_slot_N, row_expert_N, slot_row_N, ends_E, tile_expert, tile_row, num_tiles)
+    outputs = (rows.row_slot_N, rows.row_expert_N, rows.token_row_TK, tiles.ends_E, tiles.expert, tiles.row)
     launch(
         _place_kernel,
         grid,
-        (expert_N, count, *outputs),
-        (num_slots, num_blocks, tiles_a_block),
+        (expert_N, count, *outputs, tiles.count),
+        (num_slots, num_blocks, -(-shape.max_tiles // num_blocks)),
         (num_experts,),
         constants | {"TILE_ROWS": tile_rows},
         num_warps=_WARPS,
     )
-    return outputs
+    return rows

@@ -1,8 +1,6 @@
-"""Shrink: the narrow half of LoRA, `mid[n] = x[n] A[e(n)]ᵀ`, and beside it the copy of tokens to sorted rows.
+"""Shrink: the narrow half of LoRA, `mid[n] = x[n] A[e(n)]ᵀ`, which on its way can copy the tokens to sorted rows.
 
-Both read the same tokens, so programs that lie side by side do one each, and the second read comes from L2. (In one
-program, Triton 3.6 writes over a tile that Hopper's matrix unit still reads: a tile that is multiplied and also stored
-gets one pipeline stage too few.) Any card from Turing on, and the CPU interpreter.
+Any card from Turing on, and the CPU interpreter.
 """
 
 import triton
@@ -14,14 +12,13 @@ from expertune.kernels.tuning.configs import ShrinkConfig, ShrinkShape
 from expertune.kernels.tuning.lookup import TUNED
 from expertune.shapes import Tiles
 
-_COPIED = 128  # columns at a time
-
 
 @triton.jit
 def _multiply(
     x_ptr,
     a_ptr,
     mid_ptr,
+    rows_ptr,
     row,
     source,
     in_expert,
@@ -30,35 +27,36 @@ def _multiply(
     R,
     a_rank_stride,
     a_stride,
+    COPIES: tl.constexpr,
     BM: tl.constexpr,
     BR: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """One row tile's products with a block of ranks."""
+    """One row tile's products with a block of ranks; with `COPIES` also the tile's rows.
+
+    Triton 3.6 gives a tile that Hopper's matrix unit reads and that is also stored one pipeline stage too few: the copy
+    of a later tile would overwrite it. Looking at the sums in every step makes it wait for the product first.
+    """
     k = tl.arange(0, BK)
     acc = tl.zeros((BM, BR), tl.float32)
     offset = source.to(tl.int64)[:, None] * I
+    row_offset = row.to(tl.int64)[:, None] * I
     for first in tl.range(0, I, BK):
         in_width = first + k < I
-        x = tl.load(x_ptr + offset + (first + k)[None, :], mask=in_expert[:, None] & in_width[None, :], other=0.0)
+        inside = in_expert[:, None] & in_width[None, :]
+        x = tl.load(x_ptr + offset + (first + k)[None, :], mask=inside, other=0.0)
+        if COPIES:
+            tl.store(rows_ptr + row_offset + (first + k)[None, :], x, mask=inside)
         a = tl.load(
             a_ptr + rank[None, :] * a_rank_stride + (first + k)[:, None] * a_stride,
             mask=(rank < R)[None, :] & in_width[:, None],
             other=0.0,
         )
         acc = tl.dot(x, a, acc, input_precision="ieee")
+        if COPIES:
+            acc = tl.where(in_expert[:, None], acc, 0.0)
     offset = row.to(tl.int64)[:, None] * R + rank[None, :]
     tl.store(mid_ptr + offset, acc.to(mid_ptr.dtype.element_ty), mask=in_expert[:, None] & (rank < R)[None, :])
-
-
-@triton.jit
-def _copy(x_ptr, rows_ptr, row, source, in_expert, I, BC: tl.constexpr):  # noqa: E741
-    """One row tile's tokens."""
-    from_offset, to_offset = source.to(tl.int64)[:, None] * I, row.to(tl.int64)[:, None] * I
-    for first in tl.range(0, I, BC):
-        c = first + tl.arange(0, BC)
-        mask = in_expert[:, None] & (c < I)[None, :]
-        tl.store(rows_ptr + to_offset + c[None, :], tl.load(x_ptr + from_offset + c[None, :], mask=mask), mask=mask)
 
 
 @triton.jit
@@ -82,12 +80,10 @@ def _shrink_kernel(
     BM: tl.constexpr,
     BR: tl.constexpr,
     BK: tl.constexpr,
-    BC: tl.constexpr,
 ):
-    """One program per row tile and block of ranks, and with `IS_GATHERED` one more per row tile, which copies."""
+    """One program per row tile and block of ranks. With `IS_GATHERED` the first of a row tile copies its rows."""
     num_blocks = tl.cdiv(R, BR)
-    num_parts = num_blocks + (1 if IS_GATHERED else 0)
-    tile, part = tl.program_id(0) // num_parts, tl.program_id(0) % num_parts
+    tile, block = tl.program_id(0) // num_blocks, tl.program_id(0) % num_blocks
     if tile < tl.load(num_tiles_ptr):
         expert = tl.load(tile_expert_ptr + tile).to(tl.int64)
         row = tl.load(tile_row_ptr + tile) + tl.arange(0, BM)
@@ -95,12 +91,16 @@ def _shrink_kernel(
         source = row
         if IS_GATHERED:
             source = tl.load(row_slot_ptr + row, mask=in_expert, other=0) // top_k
-        if part < num_blocks:
-            rank = part * BR + tl.arange(0, BR)
-            a = a_ptr + expert * a_expert_stride
-            _multiply(x_ptr, a, mid_ptr, row, source, in_expert, rank, I, R, a_rank_stride, a_stride, BM, BR, BK)
-        elif IS_GATHERED:
-            _copy(x_ptr, rows_ptr, row, source, in_expert, I, BC)
+        rank = block * BR + tl.arange(0, BR)
+        a = a_ptr + expert * a_expert_stride
+        # fmt: off
+        if IS_GATHERED and block == 0:
+            _multiply(x_ptr, a, mid_ptr, rows_ptr, row, source, in_expert, rank, I, R, a_rank_stride, a_stride,
+                      True, BM, BR, BK)
+        else:
+            _multiply(x_ptr, a, mid_ptr, rows_ptr, row, source, in_expert, rank, I, R, a_rank_stride, a_stride,
+                      False, BM, BR, BK)
+        # fmt: on
 
 
 def _launch(
@@ -121,14 +121,13 @@ def _launch(
         shape = ShrinkShape(width, rank, k > 0, a_ERI.stride(2) == 1)
         config = TUNED.config(shape, x.device, x.dtype, num_rows, num_experts)
     block = config.block(rank)
-    num_parts = ceil_div(rank, block) + (1 if k else 0)
     launch(
         _shrink_kernel,
-        (tiles.expert.shape[0] * num_parts, 1, 1),
+        (tiles.expert.shape[0] * ceil_div(rank, block), 1, 1),
         (x, row_slot_N, a_ERI, rows_NI, mid_NR, tiles.expert, tiles.row, tiles.count, tiles.ends_E),
         (),
         (width, rank, max(k, 1), *a_ERI.stride()),
-        {"IS_GATHERED": k > 0, "BM": tiles.rows, "BR": block, "BK": config.depth, "BC": _COPIED},
+        {"IS_GATHERED": k > 0, "BM": tiles.rows, "BR": block, "BK": config.depth},
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

@@ -66,7 +66,7 @@ def test_each_card_has_a_configuration_that_fits_and_candidates(
 
 def test_what_was_measured_on_hopper_is_shipped() -> None:
     assert shipped(LINEAR, (9, 0), 2) == LinearConfig(256, 64, 8, 4)
-    assert shipped(SHRINK, (9, 0), 2) == ShrinkConfig(128, 64, 8, 3)
+    assert shipped(SHRINK, (9, 0), 2) == ShrinkConfig(128, 64, 8, 2)
 
 
 @pytest.mark.parametrize(("rank", "block"), [(1, 16), (16, 16), (17, 32), (64, 64), (65, 128), (512, 128)])

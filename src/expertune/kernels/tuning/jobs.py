@@ -45,12 +45,10 @@ class Job:
 def make_job(key: Key, batch: Batch) -> Job:
     """The job of a key, on fresh random rows that are routed evenly."""
     expert_TK = torch.rand(batch.num_tokens, batch.num_experts, device=key.device).topk(batch.top_k).indices
-    rows = tile_rows(key.device)
-    row_slot_N, _, _, ends_E, expert, row, count = sort_by_expert(expert_TK, batch.num_experts, rows)
-    tiles = Tiles(rows=rows, expert=expert, row=row, count=count, ends_E=ends_E)
+    routing = sort_by_expert(expert_TK, batch.num_experts, tile_rows(key.device))
     if isinstance(key.shape, LinearShape):
-        return _linear_job(key, key.shape, batch, tiles)
-    return _shrink_job(key, key.shape, batch, tiles, row_slot_N)
+        return _linear_job(key, key.shape, batch, routing.tiles)
+    return _shrink_job(key, key.shape, batch, routing.tiles, routing.row_slot_N)
 
 
 def _linear_job(key: Key, shape: LinearShape, batch: Batch, tiles: Tiles) -> Job:

@@ -82,7 +82,7 @@ OPERATIONS: dict[type[Shape], Operation] = {
         config=ShrinkConfig,
         shipped={
             (0, 0): (ShrinkConfig(128, 64, 4, 3), *_SMALL_SHRINKS),
-            (9, 0): (ShrinkConfig(128, 64, 8, 3), *_SMALL_SHRINKS),
+            (9, 0): (ShrinkConfig(128, 64, 8, 2), *_SMALL_SHRINKS),
             (10, 0): (ShrinkConfig(128, 64, 4, 3), *_SMALL_SHRINKS),
         },
         candidates={
