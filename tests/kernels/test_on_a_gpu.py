@@ -6,7 +6,8 @@ from torch import Tensor
 
 from expertune import compiled
 from expertune.activations import ClampedSwiGlu, Gate, SwiGlu
-from expertune.backends import triton
+from expertune.backends import grouped_mm, triton
+from expertune.backends.protocol import Backend
 from expertune.experts import ExpertsStep, Projection, experts
 from expertune.kernels.device import is_hopper
 from expertune.shapes import ExpertsLayout, LoraFactors
@@ -103,6 +104,41 @@ def test_the_operator_of_a_compiled_model_has_the_same_bits(layer: _Layer) -> No
     out = torch.compile(run, fullgraph=True, backend="aot_eager")()
     results = [out.detach(), *torch.autograd.grad(out, [layer.x, layer.weight, *factors], layer.dout)]
     assert all(torch.equal(a, b) for a, b in zip(results, plain, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "model_width", "expert_width"),
+    [(131072, 256, 1152), (64, 2048, 1152)],
+    ids=["a million rows, h above 2³¹ elements", "weights above 2³¹ elements"],
+)
+def test_offsets_beyond_32_bits(num_tokens: int, model_width: int, expert_width: int) -> None:
+    if reason := triton.BACKEND.why_not(problem(DTYPE, 16)):
+        pytest.skip(reason)
+    E, D, F, K, R = 512, model_width, expert_width, 8, 16
+    layout = ExpertsLayout(
+        num_experts=E, model_width=D, expert_width=F, has_gate=True, is_transposed=False, has_bias=False
+    )
+    torch.manual_seed(0)
+    factors = [
+        normal(*shape, dtype=torch.float32).requires_grad_()
+        for shape in ((E * R, D), (2 * F, R * E), (E * R, F), (D, R * E))
+    ]
+    first, second = (
+        Projection(weight=normal(E, o, i), adapters=(LoraFactors(a=a, b=b, scale=2.0),))
+        for (i, o), a, b in (((D, 2 * F), *factors[:2]), ((F, D), *factors[2:]))
+    )
+    x = torch.randn(num_tokens, D, device=CUDA, dtype=DTYPE).requires_grad_()
+    expert_TK = torch.rand(num_tokens, E, device=CUDA).topk(K, dim=-1).indices
+    weight = torch.rand(num_tokens, K, device=CUDA).requires_grad_()
+    dout = torch.randn(num_tokens, D, device=CUDA, dtype=DTYPE)
+
+    def run(backend: Backend) -> list[Tensor]:
+        step = ExpertsStep(layout=layout, gate=SwiGlu(), backend=backend)
+        out = experts(x, step.dispatch(expert_TK), weight, (first, second), step)
+        return [out.detach(), *torch.autograd.grad(out, [x, weight, *factors], dout)]
+
+    for ours, theirs in zip(run(triton.BACKEND), run(grouped_mm.BACKEND), strict=True):
+        assert (ours.float() - theirs.float()).norm() <= 0.02 * theirs.float().norm()
 
 
 @pytest.mark.parametrize("gate", [None, SwiGlu(), ClampedSwiGlu(1.702, 7.0)], ids=["no gate", "silu", "clamped"])

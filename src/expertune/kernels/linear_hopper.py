@@ -3,8 +3,9 @@
 The same equation as `linear.py` and `gates.py`, its tested twins. One warp copies tiles with the tensor memory
 accelerator; two groups of four warps multiply, in one of two schedules (named as in CUTLASS):
 
-- cooperative: each group takes half the rows of a tile of 256 columns, for which a quarter less is read from L2;
-- ping-pong: each has its own tile of 128 columns, in turns, so that one stores its tile while the other multiplies.
+- ping-pong: each has its own tile of 128 columns, in turns, so that one stores its tile while the other multiplies;
+- cooperative: each takes half the rows of a tile of 256 columns, for which a quarter less is read from L2: faster where
+  an expert has so many rows that they do not stay there.
 
 LoRA is one more step of the copying warp, from the descriptors of `mid` and `B`: no copies, weights untouched, almost
 no time. A gate is computed on the tile before it is stored. Where gate and up lie in two halves, a tile is one half of
@@ -39,7 +40,7 @@ _DEPTH = 64
 _COLUMNS, _STAGES = 128, 6  # of a tile and of the pipeline, ping-pong
 _COOPERATIVE_COLUMNS, _COOPERATIVE_STAGES = 256, 4
 _GROUP = 16  # row tiles that go through the columns together
-_COOPERATIVE_FROM = 1024  # output columns; measured on an H100
+_COOPERATIVE_WIDTH, _COOPERATIVE_ROWS = 1024, 2048  # at least; rows an expert on average; measured on an H100
 
 
 @gluon.jit
@@ -348,7 +349,7 @@ def linear(
     """`y_NO` and the gate's `a_NF`, in the dtype of `x_NI`, summed in float32; without a gate `a` is `y`.
 
     For the arguments see `linear.linear`. `tiles.rows` must be 128, and `fuses` true of the gate. The schedule is the
-    one that was measured faster at this width, unless `is_cooperative` is given.
+    one that was measured faster for such widths and rows, unless `is_cooperative` is given.
     """
     num_rows, width = x_NI.shape
     width_out = w_EIO.shape[2]
@@ -360,7 +361,8 @@ def linear(
     assert tiles.rows == ROWS
     is_k_contiguous = w_EIO.stride(1) == 1
     if is_cooperative is None:
-        is_cooperative = width_out >= _COOPERATIVE_FROM
+        num_experts = w_EIO.shape[0]
+        is_cooperative = width_out >= _COOPERATIVE_WIDTH and num_rows >= _COOPERATIVE_ROWS * num_experts
     columns, stages = (_COOPERATIVE_COLUMNS, _COOPERATIVE_STAGES) if is_cooperative else (_COLUMNS, _STAGES)
     copied = columns // 2 if gate is not None and gate.is_concatenated else columns
     block = (copied, _DEPTH) if is_k_contiguous else (_DEPTH, copied)

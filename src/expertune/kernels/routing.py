@@ -1,20 +1,20 @@
 """Routing: a stable counting sort of the routed rows by expert, and the list of row tiles that grouped products walk.
 
-Slot `s = t·K + k` holds token `t`'s k-th choice. Row `n` is where slot `s` lands after the sort. Two launches, no wait
-for the host: every block of slots counts its experts; then every block adds up all counts before its own, so that it
-knows where its rows go. Any Triton target; integers only, no atomics, so two runs are equal.
+Slot `s = t·K + k` holds token `t`'s k-th choice. Row `n` is where slot `s` lands after the sort. Three launches, no
+wait for the host: every block of slots counts its experts; the counts of each expert are added up over the blocks; then
+every block knows where its rows go. Any Triton target; integers only, no atomics, so two runs are equal.
 """
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from expertune.kernels.launch import launch, next_power_of_2
+from expertune.kernels.launch import ceil_div, launch, next_power_of_2
 from expertune.shapes import Dispatch, RoutingShape
 
-_SLOTS = 512  # slots a block; each block reads the counts of all blocks, so smaller blocks cost more at long context
+_SLOTS = 128  # slots a block
 _CHUNK = 32  # of what a block compares at a time, so that it stays in registers
-_WARPS = 8
+_BLOCKS, _COLUMNS = 128, 8  # of the counts that are added up at a time
 
 
 @triton.jit(do_not_specialize=["num_slots"])
@@ -23,17 +23,33 @@ def _count_kernel(expert_ptr, count_ptr, num_slots, E, SLOTS: tl.constexpr, E_PA
     block = tl.program_id(0)
     experts = tl.arange(0, E_PAD)
     is_own = tl.zeros((CHUNK, E_PAD), tl.int32)
-    for first in tl.range(0, SLOTS, CHUNK, loop_unroll_factor=4):
+    for first in tl.static_range(0, SLOTS, CHUNK):
         slot = block * SLOTS + first + tl.arange(0, CHUNK)
         expert = tl.load(expert_ptr + slot, mask=slot < num_slots, other=E_PAD).to(tl.int32)
         is_own += (expert[:, None] == experts[None, :]).to(tl.int32)
     tl.store(count_ptr + block * E + experts, tl.sum(is_own, axis=0), mask=experts < E)
 
 
-@triton.jit(do_not_specialize=["num_slots", "num_blocks", "tiles_a_block"])
+@triton.jit(do_not_specialize=["num_blocks"])
+def _add_up_kernel(count_ptr, total_ptr, num_blocks, E, BLOCKS: tl.constexpr, COLUMNS: tl.constexpr):
+    """One program per few experts: each block's count becomes that of all blocks before it."""
+    expert = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    total = tl.zeros((COLUMNS,), tl.int32)
+    for first in range(0, num_blocks, BLOCKS):
+        block = first + tl.arange(0, BLOCKS)
+        inside = (block[:, None] < num_blocks) & (expert[None, :] < E)
+        at = count_ptr + block[:, None] * E + expert[None, :]
+        counts = tl.load(at, mask=inside, other=0)
+        tl.store(at, total[None, :] + tl.cumsum(counts, axis=0) - counts, mask=inside)
+        total += tl.sum(counts, axis=0)
+    tl.store(total_ptr + expert, total, mask=expert < E)
+
+
+@triton.jit(do_not_specialize=["num_slots", "tiles_a_block"])
 def _place_kernel(
     expert_ptr,
-    count_ptr,
+    before_ptr,
+    total_ptr,
     row_slot_ptr,
     row_expert_ptr,
     slot_row_ptr,
@@ -42,7 +58,6 @@ def _place_kernel(
     tile_row_ptr,
     num_tiles_ptr,
     num_slots,
-    num_blocks,
     tiles_a_block,
     E,
     SLOTS: tl.constexpr,
@@ -53,23 +68,16 @@ def _place_kernel(
     """One program per block of slots: the rows of its slots, and its share of the tile list."""
     block = tl.program_id(0)
     experts = tl.arange(0, E_PAD)
-    before = tl.zeros((CHUNK, E_PAD), tl.int32)
-    all_counts = tl.zeros((CHUNK, E_PAD), tl.int32)
-    for first in range(0, num_blocks, CHUNK):
-        other = first + tl.arange(0, CHUNK)
-        inside = (other[:, None] < num_blocks) & (experts[None, :] < E)
-        counts = tl.load(count_ptr + other[:, None] * E + experts[None, :], mask=inside, other=0)
-        all_counts += counts
-        before += tl.where((other < block)[:, None], counts, 0)
-    total = tl.sum(all_counts, axis=0)
+    total = tl.load(total_ptr + experts, mask=experts < E, other=0)
+    before = tl.load(before_ptr + block * E + experts, mask=experts < E, other=0)
     ends = tl.cumsum(total, axis=0)
     starts = ends - total
 
     slot = block * SLOTS + tl.arange(0, SLOTS)
     inside = slot < num_slots
     expert = tl.load(expert_ptr + slot, mask=inside, other=0).to(tl.int32)
-    row = tl.gather(starts + tl.sum(before, axis=0), expert, 0)
-    for first in tl.range(0, SLOTS, CHUNK, loop_unroll_factor=4):
+    row = tl.gather(starts + before, expert, 0)
+    for first in tl.static_range(0, SLOTS, CHUNK):
         twin = block * SLOTS + first + tl.arange(0, CHUNK)
         twin_expert = tl.load(expert_ptr + twin, mask=twin < num_slots, other=E_PAD).to(tl.int32)
         is_earlier_twin = (twin_expert[:, None] == expert[None, :]) & (twin[:, None] < slot[None, :])
@@ -108,20 +116,23 @@ def sort_by_expert(expert_TK: Tensor, num_experts: int, tile_rows: int) -> Dispa
     shape = RoutingShape(num_tokens, top_k, num_experts, tile_rows)
     rows = Dispatch.empty(shape, expert_TK.device)
     num_slots = expert_TK.numel()
-    num_blocks = max(1, -(-num_slots // _SLOTS))
-    count = rows.words.new_empty((num_blocks * num_experts,))
+    num_blocks = max(1, ceil_div(num_slots, _SLOTS))
+    counts = rows.words.new_empty((num_blocks * num_experts,))
+    totals = rows.words.new_empty((num_experts,))
     expert_N, tiles = expert_TK.reshape(-1), rows.tiles
-    grid = (num_blocks, 1, 1)
+    grid, columns = (num_blocks, 1, 1), (ceil_div(num_experts, _COLUMNS), 1, 1)
     constants = {"SLOTS": _SLOTS, "E_PAD": next_power_of_2(num_experts), "CHUNK": _CHUNK}
-    launch(_count_kernel, grid, (expert_N, count), (num_slots,), (num_experts,), constants, num_warps=_WARPS)
+    launch(_count_kernel, grid, (expert_N, counts), (num_slots,), (num_experts,), constants, num_warps=4)
+    added = {"BLOCKS": _BLOCKS, "COLUMNS": _COLUMNS}
+    launch(_add_up_kernel, columns, (counts, totals), (num_blocks,), (num_experts,), added, num_warps=4)
     outputs = (rows.row_slot_N, rows.row_expert_N, rows.token_row_TK, tiles.ends_E, tiles.expert, tiles.row)
     launch(
         _place_kernel,
         grid,
-        (expert_N, count, *outputs, tiles.count),
-        (num_slots, num_blocks, -(-shape.max_tiles // num_blocks)),
+        (expert_N, counts, totals, *outputs, tiles.count),
+        (num_slots, ceil_div(shape.max_tiles, num_blocks)),
         (num_experts,),
         constants | {"TILE_ROWS": tile_rows},
-        num_warps=_WARPS,
+        num_warps=4,
     )
     return rows

@@ -32,7 +32,7 @@ def _multiply(
     BR: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """One row tile's products with a block of ranks; with `COPIES` also the tile's rows.
+    """One row tile's products with a block of ranks; with `COPIES` also a copy of its rows.
 
     Triton 3.6 gives a tile that Hopper's matrix unit reads and that is also stored one pipeline stage too few: the copy
     of a later tile would overwrite it. Looking at the sums in every step makes it wait for the product first.
@@ -81,7 +81,11 @@ def _shrink_kernel(
     BR: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """One program per row tile and block of ranks. With `IS_GATHERED` the first of a row tile copies its rows."""
+    """One program per row tile and block of ranks.
+
+    With `IS_GATHERED` it copies the tile's rows; the blocks of a rank beyond `BR` copy the same (asking which one it is
+    would take registers that two more programs need).
+    """
     num_blocks = tl.cdiv(R, BR)
     tile, block = tl.program_id(0) // num_blocks, tl.program_id(0) % num_blocks
     if tile < tl.load(num_tiles_ptr):
@@ -94,12 +98,8 @@ def _shrink_kernel(
         rank = block * BR + tl.arange(0, BR)
         a = a_ptr + expert * a_expert_stride
         # fmt: off
-        if IS_GATHERED and block == 0:
-            _multiply(x_ptr, a, mid_ptr, rows_ptr, row, source, in_expert, rank, I, R, a_rank_stride, a_stride,
-                      True, BM, BR, BK)
-        else:
-            _multiply(x_ptr, a, mid_ptr, rows_ptr, row, source, in_expert, rank, I, R, a_rank_stride, a_stride,
-                      False, BM, BR, BK)
+        _multiply(x_ptr, a, mid_ptr, rows_ptr, row, source, in_expert, rank, I, R, a_rank_stride, a_stride,
+                  IS_GATHERED, BM, BR, BK)
         # fmt: on
 
 
