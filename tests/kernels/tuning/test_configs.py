@@ -48,13 +48,14 @@ def test_why_not(config: Config, shape: Shape, card: tuple[int, int], itemsize: 
     assert reason is None if words is None else reason is not None and words in reason
 
 
+@pytest.mark.parametrize("rows", [32, 2048])
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("card", CARDS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_each_card_has_a_configuration_that_fits_and_candidates(
-    shape: Shape, card: tuple[int, int], itemsize: int
+    shape: Shape, card: tuple[int, int], itemsize: int, rows: int
 ) -> None:
-    current = shipped(shape, card, itemsize)
+    current = shipped(shape, card, itemsize, rows)
     assert why_not(current, shape, card, itemsize) is None
     tried = candidates(shape, card, itemsize, current)
     assert tried[0] == current
@@ -65,8 +66,10 @@ def test_each_card_has_a_configuration_that_fits_and_candidates(
 
 
 def test_what_was_measured_on_hopper_is_shipped() -> None:
-    assert shipped(LINEAR, (9, 0), 2) == LinearConfig(256, 64, 8, 4)
-    assert shipped(SHRINK, (9, 0), 2) == ShrinkConfig(128, 64, 8, 2)
+    few, many = ShrinkConfig(128, 128, 8, 3), ShrinkConfig(128, 64, 8, 2)
+    assert shipped(LINEAR, (9, 0), 2, 256) == LinearConfig(256, 64, 8, 4)
+    for is_gathered, rows, config in ((True, 128, few), (True, 256, many), (False, 128, few), (False, 256, few)):
+        assert shipped(SHRINK._replace(is_gathered=is_gathered), (9, 0), 2, rows) == config
 
 
 @pytest.mark.parametrize(("rank", "block"), [(1, 16), (16, 16), (17, 32), (64, 64), (65, 128), (512, 128)])

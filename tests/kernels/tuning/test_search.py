@@ -129,5 +129,5 @@ def test_every_candidate_of_the_kernels_is_right(shape: Shape, dtype: torch.dtyp
     key = Key(shape, DEVICE, dtype, 32)
     job = make_job(key, Batch(num_tokens=19, top_k=2, num_experts=5))
     card = (0, 0) if DEVICE.type == "cpu" else torch.cuda.get_device_capability()
-    tried = candidates(shape, card, dtype.itemsize, shipped(shape, card, dtype.itemsize))
+    tried = candidates(shape, card, dtype.itemsize, shipped(shape, card, dtype.itemsize, 32))
     assert [trial.disqualified for trial in search(job, tried, lambda run: 1.0)] == [None] * len(tried)

@@ -119,7 +119,7 @@ class TunedConfigs:
             if config is not None and reason is None:
                 return self._known.setdefault(key, config)
             self._complaints[key.device].append(f"the tuned configuration of {text!r} cannot be used: {reason}")
-        return self._known.setdefault(key, shipped(key.shape, card, itemsize))
+        return self._known.setdefault(key, shipped(key.shape, card, itemsize, key.bucket))
 
     def _read(self, device: torch.device) -> Entries:
         """The entries of a device; from disk once a process."""

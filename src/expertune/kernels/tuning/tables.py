@@ -1,7 +1,7 @@
 """The configurations that are shipped, and those that a search tries. To tune another kernel, add it to `OPERATIONS`.
 
-Per architecture a list, best first: the first that fits the dtype and the rank is taken. In 16 bits 9.0 was measured
-(H100 and H200; the linear at 4,096 tokens is 5 to 25 % behind the Hopper kernel); the others are the largest that fit.
+Per architecture a list, best first: the first is taken that fits the dtype and the rank, and is meant for so many rows.
+In 16 bits 9.0 was measured (H100 and H200); the others are the largest that fit.
 """
 
 from collections.abc import Mapping
@@ -23,6 +23,9 @@ from expertune.kernels.tuning.configs import (
 _MAX_CANDIDATES = 12
 _FLOAT32 = LinearConfig(64, 32, 8, 3)
 _SMALL_SHRINKS = (ShrinkConfig(128, 32, 4, 3), ShrinkConfig(64, 32, 8, 2))
+# Configurations that are only for gathering, from so many rows an expert on: small enough that three programs at a time
+# hide each other's copies. Where there are fewer programs, a deeper pipeline does.
+_GATHERS_FROM: dict[Config, int] = {ShrinkConfig(128, 64, 8, 2): 256}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +85,7 @@ OPERATIONS: dict[type[Shape], Operation] = {
         config=ShrinkConfig,
         shipped={
             (0, 0): (ShrinkConfig(128, 64, 4, 3), *_SMALL_SHRINKS),
-            (9, 0): (ShrinkConfig(128, 64, 8, 2), *_SMALL_SHRINKS),
+            (9, 0): (ShrinkConfig(128, 64, 8, 2), ShrinkConfig(128, 128, 8, 3), *_SMALL_SHRINKS),
             (10, 0): (ShrinkConfig(128, 64, 4, 3), *_SMALL_SHRINKS),
         },
         candidates={
@@ -108,10 +111,19 @@ OPERATIONS: dict[type[Shape], Operation] = {
 }
 
 
-def shipped(shape: Shape, architecture: Architecture, itemsize: int) -> Config:
-    """The configuration of the tables. Arguments as for `why_not`."""
-    configs = newest(OPERATIONS[type(shape)].shipped, architecture)
-    return next(config for config in configs if why_not(config, shape, architecture, itemsize) is None)
+def shipped(shape: Shape, architecture: Architecture, itemsize: int, rows: int) -> Config:
+    """The configuration of the tables.
+
+    Args:
+        shape, architecture, itemsize: as for `why_not`.
+        rows: an expert, on average.
+    """
+    for config in newest(OPERATIONS[type(shape)].shipped, architecture):
+        least = _GATHERS_FROM.get(config)
+        is_meant = least is None or (isinstance(shape, ShrinkShape) and shape.is_gathered and rows >= least)
+        if is_meant and why_not(config, shape, architecture, itemsize) is None:
+            return config
+    raise LookupError(f"no shipped configuration fits {shape} on {architecture}")
 
 
 def candidates(shape: Shape, architecture: Architecture, itemsize: int, current: Config) -> list[Config]:
