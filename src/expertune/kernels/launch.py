@@ -52,9 +52,6 @@ def launch(
         descriptors: tensor-memory descriptors, all of the dtype of the first tensor.
         options: `num_warps`, `num_stages`, `maxnreg`.
     """
-    if _state.only_compiles:
-        kernel.warmup(*descriptors, *tensors, *sizes, *numbers, grid=grid, **constants, **options)
-        return
     device = tensors[0].device
     pointers = [tensor.data_ptr() for tensor in tensors]
     values = (*sizes, *numbers, *constants.values())
@@ -72,10 +69,10 @@ def launch(
         # the interpreter computes with tensors itself, which is nobody's business
         with torch.cuda.device(device) if device.type == "cuda" else watched(None):
             kernel[grid](*descriptors, *tensors, *sizes, *numbers, **constants, **options)
-    if _state.note is not None:
+    if _watcher.note is not None:
         shapes = tuple(Descriptor(tuple(d.shape), tuple(d.strides)) for d in descriptors)
         made = Launch(kernel, grid, shapes, values, options, found)
-        _state.note(made, [*[d.base for d in descriptors], *tensors])
+        _watcher.note(made, [*[d.base for d in descriptors], *tensors])
 
 
 def are_aligned(pointers: Sequence[int]) -> bool:
@@ -118,36 +115,25 @@ class Launch(NamedTuple):
 Note: TypeAlias = Callable[[Launch, Sequence[Tensor]], None]
 
 
-class _State(threading.local):
-    """What becomes of this thread's launches."""
+class _Watcher(threading.local):
+    """Who is told of this thread's launches."""
 
     note: Note | None = None
-    only_compiles = False
 
 
-_state = _State()
+_watcher = _Watcher()
 
 
 def is_watched() -> bool:
     """Whether anyone is told of this thread's launches."""
-    return _state.note is not None
+    return _watcher.note is not None
 
 
 @contextmanager
 def watched(note: Note | None) -> Iterator[None]:
     """Tell `note` of every launch of this thread, with the tensors that its pointers point to; None tells nobody."""
-    outer, _state.note = _state.note, note
+    outer, _watcher.note = _watcher.note, note
     try:
         yield
     finally:
-        _state.note = outer
-
-
-@contextmanager
-def compiling() -> Iterator[None]:
-    """Compile the launches of this thread, and do not make them."""
-    outer, _state.only_compiles = _state.only_compiles, True
-    try:
-        yield
-    finally:
-        _state.only_compiles = outer
+        _watcher.note = outer

@@ -18,11 +18,16 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from expertune.kernels import launch, submit
-from expertune.kernels.ahead import ALLOCATIONS, VIEWS, compile_ahead
 from expertune.kernels.launch import Launch, are_aligned
 from expertune.kernels.plan import Buffer, Form, Pointee, plan
 from expertune.shapes import Pass, Tensors
 
+_aten = torch.ops.aten
+_ALLOCATIONS = frozenset({_aten.new_empty.default, _aten.empty.memory_format, _aten.empty_like.default})
+_VIEWS = frozenset({
+    _aten.view.default, _aten._unsafe_view.default, _aten.transpose.int, _aten.t.default, _aten.unsqueeze.default,
+    _aten.slice.Tensor, _aten.detach.default, _aten.alias.default,
+})  # fmt: skip
 _MOST_PROGRAMS = 256
 
 
@@ -49,10 +54,10 @@ class _Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if launch.is_watched():
-            if func in ALLOCATIONS:
+            if func in _ALLOCATIONS:
                 self._take(out, Buffer(Form.of(out)))
             else:
-                self.is_complete &= func in VIEWS
+                self.is_complete &= func in _VIEWS
         return out
 
     def note(self, made: Launch, tensors: Sequence[Tensor]) -> None:
@@ -187,8 +192,6 @@ class Programs:
         if program is not True:
             if program is None:
                 self._remember(key, True)
-                if device.type == "cuda":
-                    compile_ahead(function, static, inputs)
             with _no_autocast(device):
                 return function(static, inputs)
         with _Watch(inputs) as watch, launch.watched(watch.note), _no_autocast(device):
