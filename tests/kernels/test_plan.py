@@ -1,4 +1,4 @@
-"""Plans: memory is shared by what is not alive together, and is not held early where it is large."""
+"""Plans: memory is shared by what is not alive together, and is not held early where it is much."""
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ def test_what_is_not_alive_together_shares_a_block() -> None:
 
 
 def test_large_tensors_live_from_their_first_to_their_last_launch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plans, "_MOST_HELD_EARLY", 100)
+    monkeypatch.setattr(plans, "_MOST_AT_ONCE", 100)
     a, b, out = (_buffer(size) for size in (1000, 1000, 500))
     made = _plan([[(0, 0), (a, 0)], [(a, 0), (b, 0)], [(b, 0), (out, 0)]], [out])
     assert [(s.launches, [p for p, _ in s.born], s.dead) for s in made.stretches] == [
@@ -49,8 +49,8 @@ def test_large_tensors_live_from_their_first_to_their_last_launch(monkeypatch: p
     assert made.spots[2] == [Spot(4, 0), Spot(2, 0)]
 
 
-def test_memory_that_is_held_early_is_what_decides(monkeypatch: pytest.MonkeyPatch) -> None:
-    for most, num_stretches in ((499, 2), (524, 1)):
-        monkeypatch.setattr(plans, "_MOST_HELD_EARLY", most)
+def test_what_is_taken_in_all_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    for most, num_stretches in ((1523, 2), (1524, 1)):
+        monkeypatch.setattr(plans, "_MOST_AT_ONCE", most)
         a, out = _buffer(1000), _buffer(500)
         assert len(_plan([[(a, 0)], [(1, 0), (out, 0)]], [out]).stretches) == num_stretches

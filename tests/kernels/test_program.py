@@ -77,12 +77,12 @@ LAYERS: dict[str, Callable[[], _Layer]] = {
 }
 
 
-@pytest.mark.parametrize("most_held_early", [2**20, -1], ids=["at once", "one by one"])
+@pytest.mark.parametrize("most_at_once", [2**30, -1], ids=["at once", "one by one"])
 @pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
 def test_a_repeated_pass_equals_one_that_ran(
-    programs: program.Programs, monkeypatch: pytest.MonkeyPatch, make: Callable[[], _Layer], most_held_early: int
+    programs: program.Programs, monkeypatch: pytest.MonkeyPatch, make: Callable[[], _Layer], most_at_once: int
 ) -> None:
-    monkeypatch.setattr(plan, "_MOST_HELD_EARLY", most_held_early)
+    monkeypatch.setattr(plan, "_MOST_AT_ONCE", most_at_once)
     layer = make()
     layer.run(EVEN, 0)
     assert _made(programs) == 0, "a shape met once is not worth noting"

@@ -1,9 +1,9 @@
 """Plan: what a program allocates, when, and where each pointer of its launches then points.
 
 At short context an allocation costs as much as a launch, so everything is taken at once: the results, and one block for
-all that only lives inside, in which later tensors take the place of earlier ones. At long context that would hold
-memory before it is needed; then each tensor is taken right before the first launch that it is handed to, and let go
-after the last.
+all that only lives inside, in which later tensors take the place of earlier ones. At long context the GPU is what a step
+waits for, and memory what it lacks: then each tensor is taken right before the first launch that it is handed to, and
+let go after the last.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from expertune.kernels.submit import Spot
 
-_MOST_HELD_EARLY = 2**28  # bytes; above, memory counts for more than what the allocations cost
+_MOST_AT_ONCE = 2**30  # bytes
 _ALIGNMENT = 256  # bytes, of tensors that share a block
 
 
@@ -94,11 +94,10 @@ def plan(launches: Sequence[Sequence[Pointee]], num_inputs: int, results: Sequen
         if isinstance(pointee.owner, Buffer) and pointee.owner not in results
     })  # fmt: skip
     offsets, block = _share(inner)
-    early = block + sum(buffer.form.extent for buffer in results) - _most_alive([*inner, *results], set(results))
     num_buffers = num_inputs + len(results)
     born = [(num_inputs + i, buffer.form) for i, buffer in enumerate(results)]
     where = {buffer: Spot(num_inputs + i, 0) for i, buffer in enumerate(results)}
-    if early <= _MOST_HELD_EARLY:
+    if block + sum(buffer.form.extent for buffer in results) <= _MOST_AT_ONCE:
         where |= {buffer: Spot(num_buffers, offsets[buffer]) for buffer in inner}
         born.append((num_buffers, Form((block,), (1,), torch.uint8)))
         stretches = [Stretch(range(len(launches)), born, dead=[num_buffers])]
@@ -146,16 +145,3 @@ def _overlap(a: Buffer, b: Buffer) -> bool:
     assert a.first is not None
     assert b.first is not None
     return a.first <= b.last and b.first <= a.last
-
-
-def _most_alive(buffers: Sequence[Buffer], results: set[Buffer]) -> int:
-    """The most bytes that are alive at one launch; results stay alive."""
-    starts = {buffer.first for buffer in buffers if buffer.first is not None}
-    return max(
-        sum(
-            buffer.form.extent
-            for buffer in buffers
-            if buffer.first is not None and buffer.first <= i and (i <= buffer.last or buffer in results)
-        )
-        for i in starts
-    )
