@@ -1,9 +1,9 @@
 """Plan: what a program allocates, when, and where each pointer of its launches then points.
 
-At short context an allocation costs as much as a launch, so everything is taken at once: the results, and one block for
-all that only lives inside, in which later tensors take the place of earlier ones. At long context the GPU is what a step
-waits for, and memory what it lacks: then each tensor is taken right before the first launch that it is handed to, and
-let go after the last.
+At short context an allocation costs as much as a launch, so everything is taken at once: the results, and one block
+for all that only lives inside, in which later tensors take the place of earlier ones. At long context the GPU is what a
+step waits for, and memory what it lacks: then each tensor is taken right before the first launch that it is handed to,
+and let go after the last.
 """
 
 from collections.abc import Sequence
