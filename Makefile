@@ -5,7 +5,7 @@ BIN := .venv/bin
 TORCH ?= $(if $(shell command -v nvidia-smi 2>/dev/null),torch>=2.10,torch==2.13.0)
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: demo test lint bench format clean
+.PHONY: demo test test-families models lint bench format clean
 
 demo: .venv/.installed
 	$(BIN)/expertune train
@@ -13,6 +13,12 @@ demo: .venv/.installed
 test: .venv/.installed
 	$(BIN)/pytest -n $(JOBS)
 	TRITON_INTERPRET=1 $(BIN)/pytest -n $(JOBS) -k "kernels or triton" tests/kernels tests/test_experts.py tests/backends tests/test_saved_bytes.py
+
+test-families: .venv/.installed
+	$(BIN)/pytest -n $(JOBS) tests/families
+
+models: .venv/.installed
+	$(BIN)/python -m tests.families.table
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

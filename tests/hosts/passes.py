@@ -53,6 +53,7 @@ def on_the_truths_routes(exact: nn.Module, *models: nn.Module) -> dict[str, tupl
         routes = Routes()
         with routes.recording():
             truth = run(exact, make_batch(seed))
+        assert routes.were_recorded
         results = []
         for model in models:
             with routes.replaying():
@@ -88,6 +89,11 @@ class Routes(TorchFunctionMode):
         index = next(self._replayed)
         return torch.return_types.topk((args[0].gather(-1, index), index))
 
+    @property
+    def were_recorded(self) -> bool:
+        """Whether anything chose by `topk`."""
+        return bool(self._indices)
+
     @contextmanager
     def recording(self) -> Iterator[None]:
         with self:
@@ -95,7 +101,6 @@ class Routes(TorchFunctionMode):
 
     @contextmanager
     def replaying(self) -> Iterator[None]:
-        assert self._indices, "nothing was recorded"
         self._replayed = iter(self._indices)
         with self:
             yield

@@ -117,7 +117,7 @@ def test_weights_of_two_dtypes_are_refused_in_words(checkpoint: Checkpoint) -> N
     assert fingerprint(model) == before
 
 
-@pytest.mark.parametrize("trait", ["has_post_expert_norm", "_is_expert_parallel", "parameter"])
+@pytest.mark.parametrize("trait", ["_is_expert_parallel", "parameter"])
 def test_experts_that_the_walk_does_not_know_are_refused(checkpoint: Checkpoint, trait: str) -> None:
     model = load_tiny(checkpoint("qwen3_moe"))
     experts: Any = model.model.layers[1].mlp.experts

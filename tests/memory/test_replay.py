@@ -1,6 +1,7 @@
 """Routing replay: the second run of a checkpointed layer chooses as the first, whatever its numbers say."""
 
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -104,6 +105,18 @@ class TestCheckpointLayer:
         bias = torch.ones(2, requires_grad=True)
         assert self._ran_with_grad(torch.ones(2, requires_grad=True), bias=bias)
         torch.testing.assert_close(bias.grad, torch.ones(2))
+
+    def test_so_does_an_object_that_holds_one(self) -> None:
+        values = SimpleNamespace(layers=[SimpleNamespace(keys=torch.ones(2, requires_grad=True))])
+        modes = []
+
+        def layer(x: Tensor, cache: Any) -> Tensor:
+            modes.append(torch.is_grad_enabled())
+            return x * cache.layers[0].keys
+
+        checkpoint_layer(layer, torch.ones(2, requires_grad=True), cache=values).sum().backward()
+        assert modes[0]
+        torch.testing.assert_close(values.layers[0].keys.grad, torch.ones(2))
 
     def test_an_input_without_gradient_takes_the_other(self) -> None:
         assert self._ran_with_grad(torch.ones(2), bias=torch.ones(2))

@@ -58,6 +58,7 @@ def attach(model: PreTrainedModel, requested: str) -> Attached:
     Raises:
         ValueError: an experts module, an adapter or the backend asked for cannot be honoured.
     """
+    transformers.refuse_unknown_experts(model)
     state = Attached(requested=requested)
     plans = [
         (module, transformers.make_plan(name, module, _model_type(module, model), requested, state.replay))

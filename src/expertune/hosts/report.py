@@ -6,7 +6,7 @@ from torch import nn
 
 from expertune.hosts.attach import attached, blocks
 from expertune.hosts.peft import experts_in, wrappers_of
-from expertune.hosts.transformers import first_name, plan_of
+from expertune.hosts.transformers import first_name, has_norm, plan_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +97,7 @@ def _layer(outermost: nn.Module, experts: nn.Module) -> LayerReport:
         name=plan.name,
         backend=step.backend.name,
         weights=f"{layout.num_experts} experts {layout.model_width}→{layout.expert_width}, {rows}, {weight.dtype}",
-        gate=plan.gate.name,
+        gate=plan.gate.name + (", then down and the host's norm" if has_norm(experts) else ""),
         adapters=tuple(adapters),
         passed_over=tuple(passed_over),
     )

@@ -100,6 +100,11 @@ def first_name(module: nn.Module) -> str:
     return "gate_up_proj" if getattr(module, "has_gate", True) else "up_proj"
 
 
+def has_norm(module: nn.Module) -> bool:
+    """Whether the host norms what each expert yields, before the router's weights."""
+    return bool(getattr(module, "has_post_expert_norm", False))
+
+
 def is_experts(module: nn.Module) -> bool:
     """Whether Transformers' own decorator marked this module as experts."""
     # not hasattr: PEFT's wrapper of a module that is saved whole answers for what it holds
@@ -129,14 +134,15 @@ def make_plan(name: str, module: nn.Module, model_type: str, requested: str, rep
     """
     refused = {
         "parametrized weights": hasattr(module, "parametrizations"),
-        "a norm after the experts (has_post_expert_norm)": getattr(module, "has_post_expert_norm", False),
         "expert parallelism": getattr(module, "_is_expert_parallel", False),
     }
     if reasons := [reason for reason, present in refused.items() if present]:
         raise ValueError(f"{name} ({type(module).__name__}) uses {' and '.join(reasons)}, which is not supported yet.")
     first = first_name(module)
     known = {first, "down_proj", f"{first}_bias", "down_proj_bias"}
-    held = {key for key, _ in module.named_parameters()}
+    held = {
+        key for key, _ in module.named_parameters() if not (has_norm(module) and key.startswith("post_expert_norm."))
+    }
     if unknown := sorted(held - known):
         raise ValueError(
             f"{name} ({type(module).__name__}) holds the parameters {unknown}, which the walk would not use. "
@@ -215,21 +221,63 @@ def experts_forward(
         Projection(weight=w, bias=self.get_parameter(b) if step.layout.has_bias else None, adapters=a)
         for w, b, a in zip(weights, biases, adapters, strict=True)
     )
-    arguments = (top_k_weights, (projections[0], projections[1]), step)
+    pair = (projections[0], projections[1])
+    if has_norm(self):
+        rows_ND = _rows(plan, hidden_states, top_k_index, pair, step)
+        rows_TKD: Tensor = self.get_submodule("post_expert_norm")(rows_ND).view(*top_k_index.shape, -1)
+        return (rows_TKD * top_k_weights.unsqueeze(-1)).sum(1).to(hidden_states.dtype)
     if torch.compiler.is_compiling():
-        return compiled.experts(hidden_states, top_k_index, *arguments)
+        return compiled.experts(hidden_states, top_k_index, top_k_weights, pair, step)
     plan.replay.leave_block()  # the router has chosen; what follows need not pass through Python operation by operation
     choose_rows = partial(step.dispatch, top_k_index)
     if (tape := plan.replay.tape) is None:
-        return experts(hidden_states, choose_rows(), *arguments)
-    out_TD = experts(hidden_states, tape.once(choose_rows), *arguments, leaves_out=tape.leave_out.is_on)
+        return experts(hidden_states, choose_rows(), top_k_weights, pair, step)
+    leaves_out = tape.leave_out.is_on
+    out_TD = experts(hidden_states, tape.once(choose_rows), top_k_weights, pair, step, leaves_out=leaves_out)
     tape.leave_out.begin()
     return out_TD
+
+
+def _rows(
+    plan: ExpertsPlan, x_TD: Tensor, expert_TK: Tensor, pair: tuple[Projection, Projection], step: ExpertsStep
+) -> Tensor:
+    """What each chosen expert yields, `(T·K, D)`, unweighted: every choice walks as a token that chose one expert.
+
+    Right for whatever a host does to a row before it is weighted, at the price of a copy of the tokens for each choice
+    that is kept for backward.
+    """
+    x_ND = x_TD.repeat_interleave(expert_TK.shape[1], dim=0)
+    expert_N1 = expert_TK.reshape(-1, 1)
+    ones_N1 = x_TD.new_ones(expert_N1.shape)
+    if torch.compiler.is_compiling():
+        return compiled.experts(x_ND, expert_N1, ones_N1, pair, step)
+    plan.replay.leave_block()
+    choose_rows = partial(step.dispatch, expert_N1)
+    tape = plan.replay.tape
+    return experts(x_ND, choose_rows() if tape is None else tape.once(choose_rows), ones_N1, pair, step)
 
 
 def register() -> None:
     """Add our forward to Transformers' experts registry. Changes no model."""
     ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
+
+
+def refuse_unknown_experts(model: nn.Module) -> None:
+    """Refuse a model with experts that are all of a form which the walk does not know.
+
+    Raises:
+        ValueError: names the first of them. As a model without experts it would train as slowly as before, and say
+            that there is nothing to do.
+    """
+    if any(is_experts(module) for module in model.modules()):
+        return
+    for name, module in model.named_modules():
+        if name.endswith("experts") or type(module).__name__.endswith(("MoE", "MoeBlock")):
+            raise ValueError(
+                f"{clean(name)} ({type(module).__name__}) holds experts in a form that Transformers does not mark with "
+                "use_experts_implementation, so the walk cannot read them. Train it as stock Transformers does, and "
+                f"please report the model type ({getattr(model.config, 'model_type', 'unknown')})."
+            )
 
 
 def named_experts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

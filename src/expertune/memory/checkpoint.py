@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 
@@ -28,15 +28,22 @@ def checkpoint_layer(function: Callable[..., Any], *args: Any, **kwargs: Any) ->
     return checkpoint(partial(function, **kwargs), *args, use_reentrant=use_reentrant)
 
 
-def _any_requires_grad(values: Iterable[Any]) -> bool:
-    """Whether a tensor that requires a gradient is among the values, or in a tuple, list or dict among them."""
+def _any_requires_grad(values: Iterable[Any], depth: int = 5) -> bool:
+    """Whether a tensor that requires a gradient is among the values, or in what they hold: items or attributes.
+
+    A cache of keys and values, for instance, holds layers that hold tensors.
+    """
     for value in values:
+        held: Iterable[Any] = ()
         if isinstance(value, Tensor):
             if value.requires_grad:
                 return True
         elif isinstance(value, dict):
-            if _any_requires_grad(value.values()):
-                return True
-        elif isinstance(value, tuple | list) and _any_requires_grad(value):
+            held = value.values()
+        elif isinstance(value, tuple | list):
+            held = value
+        elif hasattr(value, "__dict__") and not isinstance(value, nn.Module | type):
+            held = vars(value).values()
+        if held and depth and _any_requires_grad(held, depth - 1):
             return True
     return False

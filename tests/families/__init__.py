@@ -1,0 +1,1 @@
+"""Every family of the installed Transformers that has experts, found by looking."""

@@ -1,0 +1,49 @@
+"""The families with experts that the installed Transformers holds: found by looking into its files, not by a list."""
+
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import transformers
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES, model_type_to_module_name
+
+_MODELS = Path(transformers.__file__).parent / "models"
+_MARK = "\n@use_experts_implementation"
+
+
+class Family(NamedTuple):
+    """A folder of Transformers, and the model of it that has experts with the least around them.
+
+    Args:
+        name: the folder's.
+        model_type: of the config.
+        auto: builds the model from it.
+    """
+
+    name: str
+    model_type: str
+    auto: Any
+
+
+@cache
+def families() -> dict[str, Family]:
+    """All of them, by name."""
+    names = sorted({path.parent.name for path in _MODELS.glob("*/modeling_*.py") if _MARK in path.read_text()})
+    return {name: family(name) for name in names}
+
+
+def family(name: str) -> Family:
+    """A causal language model rather than one that also sees, the text model of one that sees rather than the whole."""
+    types = [t for t in CONFIG_MAPPING_NAMES if model_type_to_module_name(t) == name]
+    types.sort(key=lambda t: not t.endswith("_text"))
+    for auto, mapping in (
+        (AutoModelForCausalLM, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+        (AutoModelForImageTextToText, modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES),
+        (AutoModel, modeling_auto.MODEL_MAPPING_NAMES),
+    ):
+        for model_type in types:
+            if model_type in mapping:
+                return Family(name, model_type, auto)
+    raise LookupError(f"no model of Transformers' {name} can be built by an auto class")

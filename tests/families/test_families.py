@@ -1,0 +1,100 @@
+"""Each family of the installed Transformers, through the walk against its own eager code."""
+
+from importlib.metadata import version
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+import expertune
+from tests.families import proof
+from tests.families.found import families, family
+from tests.families.tiny import OVERRIDES, tiny_config, tiny_model
+from tests.numerics import assert_no_worse
+
+ROUNDING = 1e-11
+UNDIFFERENTIABLE = {("diffusion_gemma", "reentrant")}
+NO_GENERATION = {
+    "diffusion_gemma": "draws noise for every token",
+    "qwen3_omni_moe_thinker": "the config of the thinker alone lacks a token that generation asks for",
+}
+# Families outside Transformers' experts interface, and the first module that `optimize` refuses them for.
+OUTSIDE = {
+    "jetmoe": r"model\.layers\.0\.mlp \(JetMoeMoE\)",
+    "llama4": r"model\.layers\.0\.feed_forward\.experts \(Llama4TextExperts\)",
+    "longcat_flash": r"model\.layers\.0\.mlp \(LongcatFlashMoE\)",
+    "nllb_moe": r"encoder\.layers\.3\.ffn\.experts \(NllbMoeExperts\)",
+    "step3p7": r"model\.language_model\.layers\.3\.mlp \(Step3p7SparseMoeBlock\)",
+    "switch_transformers": r"encoder\.block\.1\.layer\.1\.mlp\.experts \(SwitchTransformersExperts\)",
+}
+
+
+@pytest.fixture(scope="module")
+def model(request: pytest.FixtureRequest) -> PreTrainedModel:
+    made = tiny_model(families()[request.param])
+    assert proof.experts_of(made), "the tiny model has no experts"
+    return made
+
+
+each = pytest.mark.parametrize("model", families(), indirect=True)
+
+
+@each
+def test_full_fine_tuning(model: PreTrainedModel) -> None:
+    difference, name = proof.full_fine_tuning(model)
+    assert difference <= ROUNDING, f"{name}: {difference:.3g}"
+
+
+@each
+def test_lora_is_stock_pefts(model: PreTrainedModel) -> None:
+    difference, name = proof.lora(model)
+    assert difference <= ROUNDING, f"{name}: {difference:.3g}"
+
+
+@each
+def test_experts_on_grouped_mm_are_no_worse_than_the_hosts(model: PreTrainedModel) -> None:
+    for name, (ours, plain, truth) in proof.experts_in_float32(model, "grouped_mm").items():
+        assert_no_worse(ours, plain, truth, name)
+
+
+@each
+def test_the_whole_on_grouped_mm_is_as_close_as_the_host(model: PreTrainedModel) -> None:
+    """Layers amplify the rounding of those before them, another rounding otherwise: the same order, not the same."""
+    ours, theirs = proof.in_float32(model, "grouped_mm")
+    assert ours <= 4 * theirs
+
+
+@pytest.mark.parametrize("kind", ["auto", "reentrant", "not reentrant"])
+@each
+def test_gradient_checkpointing_changes_nothing(model: PreTrainedModel, kind: str) -> None:
+    if not model.supports_gradient_checkpointing:
+        pytest.skip("this model has none")
+    if (model.config.model_type, kind) in UNDIFFERENTIABLE:
+        pytest.skip("the host's reentrant checkpoint does not carry this model's gradient")
+    difference, name = proof.checkpointed(model, kind)
+    assert difference <= 1e-6, f"{name}: {difference:.3g}"
+
+
+@each
+def test_generation_is_the_hosts(model: PreTrainedModel) -> None:
+    if not model.can_generate() or model.config.model_type in NO_GENERATION:
+        pytest.skip(NO_GENERATION.get(model.config.model_type, "this model does not generate"))
+    ours, theirs = proof.generated(model)
+    assert torch.equal(ours.sequences, theirs.sequences)
+    for step, (logits, expected) in enumerate(zip(ours.logits, theirs.logits, strict=True)):
+        torch.testing.assert_close(logits, expected, rtol=ROUNDING, atol=ROUNDING, msg=f"token {step}")
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_experts_in_another_form_are_refused_in_words(name: str) -> None:
+    with torch.device("meta"):
+        model = family(name).auto.from_config(tiny_config(family(name)))
+    with pytest.raises(ValueError, match=OUTSIDE[name]):
+        expertune.optimize(model)
+    assert "not optimized" in str(expertune.explain(model))
+
+
+@pytest.mark.skipif(version("transformers") < "5.24", reason="older versions have fewer families")
+def test_nothing_is_listed_that_is_not_there() -> None:
+    assert OVERRIDES.keys() <= families().keys()
+    assert not OUTSIDE.keys() & families().keys()
