@@ -19,15 +19,15 @@ _PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 _HEAD = """# Models
 
 Written by `make models`, which proves each row on a tiny model of the family's own code, with Transformers
-{transformers}, PEFT {peft} and torch {torch}; do not edit. The same proofs are tests (`tests/families`), for every family that the
-installed Transformers has: one that a newer version brings is tested by itself.
+{transformers}, PEFT {peft} and torch {torch}; do not edit. The same proofs are tests (`tests/families`), for
+every family that the installed Transformers has: one that a newer version brings is tested by itself.
 
-{count} families mark their experts with Transformers' `use_experts_implementation`. **All of them are served.** The
-table says how far the walk (`native_torch`, float64) is from the host's eager code, relative to the largest entry of each
-tensor, in full fine-tuning (output, and the gradient of every parameter) and with stock PEFT's LoRA on the experts; how
-far one layer's experts on `grouped_mm` in float32 are from float64, in brackets the host's own distance; whether
-gradient checkpointing changes nothing; whether cached generation from a padded batch gives the host's tokens. A gate that is the
-host's own function is right, but not fused.
+{count} families mark their experts with Transformers' `use_experts_implementation`. **All of them are served.**
+The table says how far the walk (`native_torch`, float64) is from the host's eager code, relative to the largest
+entry of each tensor, in full fine-tuning (output, and the gradient of every parameter) and with stock PEFT's
+LoRA on the experts; how far one layer's experts on `grouped_mm` in float32 are from float64, in brackets the
+host's own distance; whether gradient checkpointing changes nothing; whether cached generation from a padded
+batch gives the host's tokens. A gate that is the host's own function is right, but not fused.
 
 | family | model type proven | experts | gate | full | LoRA | `grouped_mm` | checkpointing | generation |
 |---|---|---|---|---|---|---|---|---|
