@@ -2,7 +2,9 @@
 
 import json
 import os
+import warnings
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -121,7 +123,7 @@ def add_lora(
         lora_alpha=lora_alpha,
         target_modules=list(targets.modules),
         target_parameters=list(targets.parameters) or None,
-        **{"lora_dropout": 0.0, "bias": "none", "task_type": "CAUSAL_LM"} | lora_config,
+        **{"lora_dropout": 0.0, "bias": "none", "task_type": _task_type(model)} | lora_config,
     )
     if attach.attached(model) is None:
         optimize(model)
@@ -129,6 +131,7 @@ def add_lora(
     assert isinstance(wrapped, PeftModel)
     attach.bind_all(model)
     _check_adapted(wrapped, targets)
+    _warn_of_lost(wrapped)
     Console().print(coverage(wrapped))
     return wrapped
 
@@ -210,6 +213,21 @@ def _check_lora_settings(targets: Targets, r: int, settings: dict[str, Any]) -> 
         raise ValueError(
             f"{', '.join(f'{key}={settings[key]}' for key in refused)} cannot be used on experts: there is no module "
             "to apply it to, only their weights. Leave it out, or target the attention alone."
+        )
+
+
+def _task_type(model: nn.Module) -> str | None:
+    """PEFT's name for a model that generates; None for one that only encodes."""
+    return "CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None
+
+
+def _warn_of_lost(model: PeftModel) -> None:
+    if lost := peft.lost_when_read(model):
+        warnings.warn(
+            f"PEFT {version('peft')} will not find {len(lost)} of this adapter's tensors again when it reads a saved "
+            f"adapter of this model type, for instance {lost[0]} (so it would rename it). Merge the adapter before you "
+            "save (merge_and_unload), or leave the modules out of target_modules.",
+            stacklevel=3,
         )
 
 

@@ -3,10 +3,11 @@
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
@@ -102,6 +103,33 @@ def lora(model: PreTrainedModel) -> tuple[float, str]:
     with exactly():
         truth = run(with_adapters(model))
         return farthest(run(expertune.optimize(with_adapters(model), backend="native_torch")), truth)
+
+
+def by_usual_names(model: PreTrainedModel, folder: Path) -> tuple[float, str]:
+    """`add_lora` by the names that users know, a step, and the adapter in stock PEFT: the output there against ours."""
+    has_gate = all(first_name(module) == "gate_up_proj" for module in experts_of(model).values())
+    names = ["gate_proj", "up_proj", "down_proj"] if has_gate else ["up_proj", "down_proj"]
+    ours: Any = expertune.add_lora(copy.deepcopy(model), r=4, target_modules=names)
+    expertune.optimize(ours, backend="native_torch")
+    torch.manual_seed(4)
+    with torch.no_grad():
+        for parameter in ours.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.2)
+    with exactly():
+        result, host = run(ours), run(copy.deepcopy(model))
+        for path in experts_of(model):
+            weight_grad = host[f"{path}.down_proj"]
+            if weight_grad is None or not weight_grad.any():  # no token comes there, or nothing of what does counts
+                continue
+            inside = {name: grad for name, grad in result.items() if f".{path}." in name}
+            assert len(inside) == 4, f"{path}: {sorted(inside)}"
+            assert all(grad is not None and grad.any() for grad in inside.values()), (
+                f"{path}: an adapter learns nothing"
+            )
+        ours.save_pretrained(folder)
+        stock = PeftModel.from_pretrained(copy.deepcopy(model), folder, is_trainable=True)
+        return farthest({"out": result["out"]}, {"out": run(stock)["out"]})
 
 
 def checkpointed(model: PreTrainedModel, kind: str) -> tuple[float, str]:

@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from packaging.version import Version
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from peft.utils.other import ModulesToSaveWrapper
@@ -136,6 +137,15 @@ def check_saved(saved: Mapping[str, Any], model: nn.Module) -> None:
             f".{name}".endswith(f".{target}") for name in names for target in targets
         ):
             raise _swapped("of this folder", version, experts)
+
+
+def lost_when_read(model: PeftModel) -> list[str]:
+    """The names, in a saved file, of the adapter's tensors that PEFT would not find again when it reads the file.
+
+    PEFT renames what it reads by Transformers' rules for a family's checkpoints, and some of these rules match names
+    that are right already. Nothing but the adapter's own values is written.
+    """
+    return sorted(set_peft_model_state_dict(model, get_peft_model_state_dict(model)).unexpected_keys)
 
 
 def _check_versions(model: nn.Module) -> None:
