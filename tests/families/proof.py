@@ -19,6 +19,8 @@ from tests.families.tiny import SIZES
 from tests.hosts.passes import Routes
 from tests.numerics import error
 
+# Experts that a text gives no gradient: those of images, and those whose output nobody reads.
+_IDLE = ("vision_moe.experts", "encoder.language_model.layers.3.experts")
 _TO_FLOAT32 = (torch.float32, torch.float)
 
 
@@ -117,10 +119,9 @@ def by_usual_names(model: PreTrainedModel, folder: Path) -> tuple[float, str]:
             if parameter.requires_grad:
                 parameter.normal_(std=0.2)
     with exactly():
-        result, host = run(ours), run(copy.deepcopy(model))
+        result = run(ours)
         for path in experts_of(model):
-            weight_grad = host[f"{path}.down_proj"]
-            if weight_grad is None or not weight_grad.any():  # no token comes there, or nothing of what does counts
+            if path.endswith(_IDLE):
                 continue
             inside = {name: grad for name, grad in result.items() if f".{path}." in name}
             assert len(inside) == 4, f"{path}: {sorted(inside)}"
