@@ -4,6 +4,7 @@ import logging
 import warnings
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from rich.progress import track
 from transformers import PreTrainedModel
@@ -26,11 +27,13 @@ every family that the installed Transformers has: one that a newer version bring
 The table says how far the walk (`native_torch`, float64) is from the host's eager code, relative to the largest
 entry of each tensor, in full fine-tuning (output, and the gradient of every parameter) and with stock PEFT's
 LoRA on the experts; how far one layer's experts on `grouped_mm` in float32 are from float64, in brackets the
-host's own distance; whether gradient checkpointing changes nothing; whether cached generation from a padded
-batch gives the host's tokens. A gate that is the host's own function is right, but not fused.
+host's own distance; whether an adapter that `add_lora` made by the usual names and `save_pretrained` wrote
+gives the same output in stock PEFT (where PEFT loses a part, `add_lora` warns); whether gradient checkpointing
+changes nothing; whether cached generation from a padded batch gives the host's tokens. A gate that is the
+host's own function is right, but not fused.
 
-| family | model type proven | experts | gate | full | LoRA | `grouped_mm` | checkpointing | generation |
-|---|---|---|---|---|---|---|---|---|
+| family | model type proven | experts | gate | full | LoRA | `grouped_mm` | adapter | checkpointing | generation |
+|---|---|---|---|---|---|---|---|---|---|
 """
 _TAIL = """
 Refused in words, because their experts have another form than that interface's: {outside}.
@@ -48,8 +51,13 @@ def row(family: Family) -> str:
     ours, theirs = (max(proof.error(result[i], result[-1]) for result in compared) for i in (0, 1))
     kind = type(experts).__name__ + (", transposed" if layout_of(experts).is_transposed else "")
     cells = (kind, layer.gate, f"{full:.0e}", f"{lora:.0e}", f"{ours:.1e} ({theirs:.1e})")
-    cells = (family.name, family.model_type, *cells, _checkpointing(model), _generation(model))
+    cells = (family.name, family.model_type, *cells, _adapter(model), _checkpointing(model), _generation(model))
     return f"| {' | '.join(cells)} |"
+
+
+def _adapter(model: PreTrainedModel) -> str:
+    with TemporaryDirectory() as folder:
+        return "equal" if proof.by_usual_names(model, Path(folder))[0] <= ROUNDING else "PEFT loses a part"
 
 
 def _checkpointing(model: PreTrainedModel) -> str:
