@@ -145,7 +145,8 @@ def lost_when_read(model: PeftModel) -> list[str]:
     PEFT renames what it reads by Transformers' rules for a family's checkpoints, and some of these rules match names
     that are right already. Nothing but the adapter's own values is written.
     """
-    return sorted(set_peft_model_state_dict(model, get_peft_model_state_dict(model)).unexpected_keys)
+    saved = get_peft_model_state_dict(model, save_embedding_layers=False)  # "auto" would ask the hub
+    return sorted(set_peft_model_state_dict(model, saved).unexpected_keys)
 
 
 def _check_versions(model: nn.Module) -> None:
