@@ -10,7 +10,8 @@ JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 demo: .venv/.installed
 	$(BIN)/expertune train
 
-test test-families: export OMP_NUM_THREADS = 1  # a worker a core
+# a worker a core
+test test-families: export OMP_NUM_THREADS = 1
 test: .venv/.installed
 	$(BIN)/pytest -n $(JOBS)
 	TRITON_INTERPRET=1 $(BIN)/pytest -n $(JOBS) -k "kernels or triton" tests/kernels tests/test_experts.py tests/backends tests/test_saved_bytes.py

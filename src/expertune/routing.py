@@ -17,8 +17,7 @@ def dispatch(expert_TK: Tensor, num_experts: int) -> Dispatch:
         num_experts: `E`.
     """
     device = expert_TK.device
-    num_tokens, top_k = expert_TK.shape
-    rows = Dispatch.empty(RoutingShape(num_tokens, top_k, num_experts), device)
+    rows = Dispatch.empty(RoutingShape.of(expert_TK, num_experts), device)
     row_expert_N, slot_N = torch.sort(expert_TK.reshape(-1), stable=True)
     experts_E = torch.arange(num_experts, device=device, dtype=row_expert_N.dtype)
     rows.row_slot_N.copy_(slot_N)

@@ -99,13 +99,23 @@ class RoutingShape(NamedTuple):
     num_experts: int
     tile_rows: int | None = None
 
+    @classmethod
+    def of(cls, expert_TK: Tensor, num_experts: int, tile_rows: int | None = None) -> "RoutingShape":
+        """The shape of a router's choice."""
+        num_tokens, top_k = expert_TK.shape
+        return cls(num_tokens, top_k, num_experts, tile_rows)
+
+    @property
+    def num_rows(self) -> int:
+        """`N`."""
+        return self.num_tokens * self.top_k
+
     @property
     def max_tiles(self) -> int:
         """The most tiles that any choice can need: every expert with rows may have one tile that is not full."""
         if self.tile_rows is None:
             return 0
-        num_rows = self.num_tokens * self.top_k
-        return -(-num_rows // self.tile_rows) + min(self.num_experts, num_rows)
+        return -(-self.num_rows // self.tile_rows) + min(self.num_experts, self.num_rows)
 
 
 @dataclass(frozen=True)
@@ -175,7 +185,7 @@ class Dispatch:
 @lru_cache(maxsize=256)
 def _parts(shape: RoutingShape) -> list[slice]:
     """Where the parts of a routing lie in its words; each starts where vector loads may."""
-    num_rows, most = shape.num_tokens * shape.top_k, max(shape.max_tiles, 1)
+    num_rows, most = shape.num_rows, max(shape.max_tiles, 1)
     tiles = () if shape.tile_rows is None else (most, most, 1)
     parts, start = [], 0
     for length in (num_rows, num_rows, num_rows, shape.num_experts, *tiles):

@@ -21,7 +21,6 @@ from tests.numerics import error
 
 # Experts that a text gives no gradient: those of images, and those whose output nobody reads.
 _IDLE = ("vision_moe.experts", "encoder.language_model.layers.3.experts")
-_TO_FLOAT32 = (torch.float32, torch.float)
 
 
 class _Double(TorchFunctionMode):
@@ -30,21 +29,18 @@ class _Double(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        args = tuple(torch.float64 if isinstance(a, torch.dtype) and a in _TO_FLOAT32 else a for a in args)
-        kwargs = {
-            key: torch.float64 if isinstance(value, torch.dtype) and value in _TO_FLOAT32 else value
-            for key, value in (kwargs or {}).items()
-        }
-        return func(*args, **kwargs)
+        return func(*map(_widened, args), **{key: _widened(value) for key, value in (kwargs or {}).items()})
+
+
+def _widened(value: Any) -> Any:
+    return torch.float64 if value is torch.float32 else value
 
 
 @contextmanager
 def exactly() -> Iterator[None]:
     """Compute in float64, also where a host would not."""
-    narrow, Tensor.float = (
-        Tensor.float,
-        Tensor.double,
-    )  # a mode does not see into autograd functions, hosts' gates are in
+    narrow = Tensor.float
+    Tensor.float = Tensor.double  # a mode does not see into autograd functions, where hosts' gates run
     try:
         with _Double():
             yield

@@ -1,5 +1,6 @@
 """Write docs/models.md from a run of the proofs: `python -m tests.families.table`."""
 
+import copy
 import logging
 import warnings
 from importlib.metadata import version
@@ -13,7 +14,7 @@ import expertune
 from expertune.hosts.transformers import layout_of
 from tests.families import proof
 from tests.families.found import Family, families
-from tests.families.test_families import NO_GENERATION, OUTSIDE, ROUNDING
+from tests.families.test_families import NO_GENERATION, OUTSIDE, RECOMPUTED, ROUNDING
 from tests.families.tiny import tiny_model
 
 _PAGE = Path(__file__).parents[2] / "docs" / "models.md"
@@ -44,15 +45,15 @@ def row(family: Family) -> str:
     """One line of the table."""
     model = tiny_model(family)
     experts = next(iter(proof.experts_of(model).values()))
-    layer = expertune.explain(expertune.optimize(tiny_model(family), backend="native_torch")).layers[0]
+    layer = expertune.explain(expertune.optimize(copy.deepcopy(model), backend="native_torch")).layers[0]
     full, lora = proof.full_fine_tuning(model)[0], proof.lora(model)[0]
     assert max(full, lora) <= ROUNDING, family.name
     compared = proof.experts_in_float32(model, "grouped_mm").values()
     ours, theirs = (max(proof.error(result[i], result[-1]) for result in compared) for i in (0, 1))
     kind = type(experts).__name__ + (", transposed" if layout_of(experts).is_transposed else "")
-    cells = (kind, layer.gate, f"{full:.0e}", f"{lora:.0e}", f"{ours:.1e} ({theirs:.1e})")
-    cells = (family.name, family.model_type, *cells, _adapter(model), _checkpointing(model), _generation(model))
-    return f"| {' | '.join(cells)} |"
+    distances = (f"{full:.0e}", f"{lora:.0e}", f"{ours:.1e} ({theirs:.1e})")
+    verdicts = (_adapter(model), _checkpointing(model), _generation(model))
+    return f"| {' | '.join((family.name, family.model_type, kind, layer.gate, *distances, *verdicts))} |"
 
 
 def _adapter(model: PreTrainedModel) -> str:
@@ -63,7 +64,7 @@ def _adapter(model: PreTrainedModel) -> str:
 def _checkpointing(model: PreTrainedModel) -> str:
     if not model.supports_gradient_checkpointing:
         return "has none"
-    return "equal" if proof.checkpointed(model, "auto")[0] <= 1e-6 else "differs"
+    return "equal" if proof.checkpointed(model, "auto")[0] <= RECOMPUTED else "differs"
 
 
 def _generation(model: PreTrainedModel) -> str:

@@ -14,6 +14,7 @@ from tests.families.tiny import OVERRIDES, tiny_config, tiny_model
 from tests.numerics import assert_no_worse
 
 ROUNDING = 1e-11
+RECOMPUTED = 1e-6  # in float32
 UNDIFFERENTIABLE = {("diffusion_gemma", "reentrant")}
 NO_GENERATION = {
     "diffusion_gemma": "draws noise for every token",
@@ -86,7 +87,7 @@ def test_gradient_checkpointing_changes_nothing(model: PreTrainedModel, kind: st
     if (model.config.model_type, kind) in UNDIFFERENTIABLE:
         pytest.skip("the host's reentrant checkpoint does not carry this model's gradient")
     difference, name = proof.checkpointed(model, kind)
-    assert difference <= 1e-6, f"{name}: {difference:.3g}"
+    assert difference <= RECOMPUTED, f"{name}: {difference:.3g}"
 
 
 @each

@@ -3,10 +3,10 @@
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 
 from tests.families.found import Family
+from tests.hosts.models import randomize
 
 SIZES: dict[str, Any] = {
     "vocab_size": 64,
@@ -147,14 +147,9 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 }
 
 
-def config_class(model_type: str) -> type[PretrainedConfig]:
-    """The class of a model type's config."""
-    return CONFIG_MAPPING[model_type]  # type: ignore[no-any-return]
-
-
 def tiny_config(family: Family) -> PretrainedConfig:
     """The family's config, small."""
-    return _small(config_class(family.model_type), OVERRIDES.get(family.name, {}))
+    return _small(CONFIG_MAPPING[family.model_type], OVERRIDES.get(family.name, {}))
 
 
 def _small(cls: type[PretrainedConfig], overrides: dict[str, Any]) -> PretrainedConfig:
@@ -173,23 +168,15 @@ def _small(cls: type[PretrainedConfig], overrides: dict[str, Any]) -> Pretrained
     return cls(**settings)
 
 
-def tiny_model(family: Family, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
-    """A model with random weights, larger than the family's own, so that every path matters; the host's eager code."""
+def tiny_model(family: Family) -> PreTrainedModel:
+    """A model with random weights in float64: the host's eager code."""
     torch.manual_seed(0)
-    model: PreTrainedModel = family.auto.from_config(tiny_config(family), dtype=dtype, experts_implementation="eager")
-    model.to(dtype)  # all of it: some hosts keep a part in float32
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" not in name:
-                parameter.normal_(std=0.2)
-        for name, buffer in model.named_buffers():
-            if "correction_bias" in name:
-                buffer.normal_(std=0.2)
-            elif "tid2eid" in name:  # a table of experts by token, which is all zeros until it is loaded
-                buffer.copy_(torch.rand(buffer.shape[0], SIZES["num_experts"]).topk(buffer.shape[1]).indices)
+    model: PreTrainedModel = family.auto.from_config(
+        tiny_config(family), dtype=torch.float64, experts_implementation="eager"
+    )
+    model.double()  # all of it: some hosts keep a part in float32
+    randomize(model)
+    for name, buffer in model.named_buffers():
+        if "tid2eid" in name:  # a table of experts by token, which is all zeros until it is loaded
+            buffer.copy_(torch.rand(buffer.shape[0], SIZES["num_experts"]).topk(buffer.shape[1]).indices)
     return model.train()
-
-
-def num_parameters(model: nn.Module) -> int:
-    """How large it is."""
-    return sum(parameter.numel() for parameter in model.parameters())

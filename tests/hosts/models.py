@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 SHARED: dict[str, Any] = {
@@ -64,12 +65,19 @@ DENSE = {"model_type": "qwen3", "num_key_value_heads": 2, "head_dim": 8, "interm
 
 
 def save_tiny(model_type: str, folder: Path, seed: int = 0, **overrides: Any) -> Path:
-    """A checkpoint of random weights, larger than the family's own init so that every path matters."""
+    """A checkpoint of random weights."""
     settings = DENSE if model_type == "qwen3" else (CONFIGS | NAMED)[model_type]
     settings = {key: value for key, value in settings.items() if key != "model_type"}
     config = AutoConfig.for_model(model_type, **SHARED | settings | overrides)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float64)
+    randomize(model)
+    model.save_pretrained(folder)
+    return folder
+
+
+def randomize(model: nn.Module) -> None:
+    """Random weights, larger than a family's own, so that every path matters."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" not in name:
@@ -77,8 +85,6 @@ def save_tiny(model_type: str, folder: Path, seed: int = 0, **overrides: Any) ->
         for name, buffer in model.named_buffers():
             if "correction_bias" in name:
                 buffer.normal_(std=0.2)
-    model.save_pretrained(folder)
-    return folder
 
 
 def load_tiny(folder: Path, dtype: torch.dtype = torch.float64, experts: str = "eager") -> PreTrainedModel:

@@ -29,8 +29,7 @@ class TritonSteps:
         return _programs.run(function, static, inputs)
 
     def dispatch(self, expert_TK: Tensor, num_experts: int) -> Dispatch:
-        num_tokens, top_k = expert_TK.shape
-        shape = RoutingShape(num_tokens, top_k, num_experts, tile_rows(expert_TK.device))
+        shape = RoutingShape.of(expert_TK, num_experts, tile_rows(expert_TK.device))
         (words,) = self.run(_sort, shape, (expert_TK,))
         return Dispatch(shape, cast(Tensor, words))
 
@@ -148,8 +147,7 @@ STEPS = TritonSteps()
 
 def _sort(shape: RoutingShape, inputs: Tensors) -> Tensors:
     (expert_TK,) = inputs
-    assert shape.tile_rows is not None
-    return (routing.sort_by_expert(cast(Tensor, expert_TK), shape.num_experts, shape.tile_rows).words,)
+    return (routing.sort_by_expert(cast(Tensor, expert_TK), shape).words,)
 
 
 def _pack(adapters: Sequence[LoraFactors], weights: DenseWeights, jobs: list[Job]) -> PackedFactors:

@@ -223,38 +223,60 @@ def experts_forward(
     )
     pair = (projections[0], projections[1])
     if has_norm(self):
-        rows_ND = _rows(plan, hidden_states, top_k_index, pair, step)
-        rows_TKD: Tensor = self.get_submodule("post_expert_norm")(rows_ND).view(*top_k_index.shape, -1)
-        return (rows_TKD * top_k_weights.unsqueeze(-1)).sum(1).to(hidden_states.dtype)
-    if torch.compiler.is_compiling():
-        return compiled.experts(hidden_states, top_k_index, top_k_weights, pair, step)
-    plan.replay.leave_block()  # the router has chosen; what follows need not pass through Python operation by operation
-    choose_rows = partial(step.dispatch, top_k_index)
-    if (tape := plan.replay.tape) is None:
-        return experts(hidden_states, choose_rows(), top_k_weights, pair, step)
-    leaves_out = tape.leave_out.is_on
-    out_TD = experts(hidden_states, tape.once(choose_rows), top_k_weights, pair, step, leaves_out=leaves_out)
-    tape.leave_out.begin()
-    return out_TD
+        return _normed(self, plan, hidden_states, top_k_index, top_k_weights, pair, step)
+    return _walk(plan, hidden_states, top_k_index, top_k_weights, pair, step, is_last=True)
 
 
-def _rows(
-    plan: ExpertsPlan, x_TD: Tensor, expert_TK: Tensor, pair: tuple[Projection, Projection], step: ExpertsStep
+def _normed(
+    module: nn.Module,
+    plan: ExpertsPlan,
+    x_TD: Tensor,
+    expert_TK: Tensor,
+    weight_TK: Tensor,
+    pair: tuple[Projection, Projection],
+    step: ExpertsStep,
 ) -> Tensor:
-    """What each chosen expert yields, `(T·K, D)`, unweighted: every choice walks as a token that chose one expert.
+    """The experts of a host that norms each row before it is weighted: every choice walks as a token of its own.
 
-    Right for whatever a host does to a row before it is weighted, at the price of a copy of the tokens for each choice
-    that is kept for backward.
+    Right for whatever a host does to a row, at the price of a copy of the tokens for each choice, kept for backward.
     """
     x_ND = x_TD.repeat_interleave(expert_TK.shape[1], dim=0)
     expert_N1 = expert_TK.reshape(-1, 1)
-    ones_N1 = x_TD.new_ones(expert_N1.shape)
+    rows_ND = _walk(plan, x_ND, expert_N1, x_TD.new_ones(expert_N1.shape), pair, step, is_last=False)
+    rows_TKD: Tensor = module.get_submodule("post_expert_norm")(rows_ND).view(*expert_TK.shape, -1)
+    return (rows_TKD * weight_TK.unsqueeze(-1)).sum(1).to(x_TD.dtype)
+
+
+def _walk(
+    plan: ExpertsPlan,
+    x_TD: Tensor,
+    expert_TK: Tensor,
+    weight_TK: Tensor,
+    pair: tuple[Projection, Projection],
+    step: ExpertsStep,
+    *,
+    is_last: bool,
+) -> Tensor:
+    """The experts' output, as plain, checkpointed and compiled models get it.
+
+    Args:
+        plan: of the experts module.
+        x_TD, expert_TK, weight_TK: tokens, chosen experts and their weights.
+        pair: both projections.
+        step: layout, gate and backend.
+        is_last: whether a recomputed layer may leave the output out, because nothing of the experts follows.
+    """
     if torch.compiler.is_compiling():
-        return compiled.experts(x_ND, expert_N1, ones_N1, pair, step)
-    plan.replay.leave_block()
-    choose_rows = partial(step.dispatch, expert_N1)
-    tape = plan.replay.tape
-    return experts(x_ND, choose_rows() if tape is None else tape.once(choose_rows), ones_N1, pair, step)
+        return compiled.experts(x_TD, expert_TK, weight_TK, pair, step)
+    plan.replay.leave_block()  # the router has chosen; what follows need not pass through Python operation by operation
+    choose_rows = partial(step.dispatch, expert_TK)
+    if (tape := plan.replay.tape) is None:
+        return experts(x_TD, choose_rows(), weight_TK, pair, step)
+    leaves_out = is_last and tape.leave_out.is_on
+    out_TD = experts(x_TD, tape.once(choose_rows), weight_TK, pair, step, leaves_out=leaves_out)
+    if is_last:
+        tape.leave_out.begin()
+    return out_TD
 
 
 def register() -> None:

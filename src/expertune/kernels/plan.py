@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from expertune.kernels.launch import ceil_div
 from expertune.kernels.submit import Spot
 
 _MOST_AT_ONCE = 2**30  # bytes
@@ -129,15 +130,19 @@ def _share(buffers: Sequence[Buffer]) -> tuple[dict[Buffer, int], int]:
     offsets: dict[Buffer, int] = {}
     end = 0
     for buffer in sorted(buffers, key=lambda buffer: -buffer.form.extent):
-        size = -(-buffer.form.extent // _ALIGNMENT) * _ALIGNMENT
+        size = _aligned(buffer.form.extent)
         start = 0
         for other in sorted((b for b in offsets if _overlap(b, buffer)), key=offsets.__getitem__):
             if start + size <= offsets[other]:
                 break
-            start = max(start, -(-(offsets[other] + other.form.extent) // _ALIGNMENT) * _ALIGNMENT)
+            start = max(start, offsets[other] + _aligned(other.form.extent))
         offsets[buffer] = start
         end = max(end, start + size)
     return offsets, end
+
+
+def _aligned(num_bytes: int) -> int:
+    return ceil_div(num_bytes, _ALIGNMENT) * _ALIGNMENT
 
 
 def _overlap(a: Buffer, b: Buffer) -> bool:

@@ -104,18 +104,15 @@ def _place_kernel(
         tl.store(tile_row_ptr + tile, tile_row, mask=in_list)
 
 
-def sort_by_expert(expert_TK: Tensor, num_experts: int, tile_rows: int) -> Dispatch:
+def sort_by_expert(expert_TK: Tensor, shape: RoutingShape) -> Dispatch:
     """Sort slots by expert, stably, and cut every expert's rows into tiles.
 
     Args:
-        expert_TK: integer expert ids below `num_experts`.
-        num_experts: `E`.
-        tile_rows: rows a tile.
+        expert_TK: integer expert ids.
+        shape: of the routing, with rows a tile.
     """
-    num_tokens, top_k = expert_TK.shape
-    shape = RoutingShape(num_tokens, top_k, num_experts, tile_rows)
+    num_experts, num_slots = shape.num_experts, shape.num_rows
     rows = Dispatch.empty(shape, expert_TK.device)
-    num_slots = expert_TK.numel()
     num_blocks = max(1, ceil_div(num_slots, _SLOTS))
     counts = rows.words.new_empty((num_blocks * num_experts,))
     totals = rows.words.new_empty((num_experts,))
@@ -132,7 +129,7 @@ def sort_by_expert(expert_TK: Tensor, num_experts: int, tile_rows: int) -> Dispa
         (expert_N, counts, totals, *outputs, tiles.count),
         (num_slots, ceil_div(shape.max_tiles, num_blocks)),
         (num_experts,),
-        constants | {"TILE_ROWS": tile_rows},
+        constants | {"TILE_ROWS": shape.tile_rows},
         num_warps=4,
     )
     return rows

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
-from expertune.kernels.launch import Launch
+from expertune.kernels.launch import Launch, ceil_div
 
 _SUCCESS = 0
 _MAP_BYTES, _MAP_ALIGNMENT = 128, 64
@@ -123,7 +123,7 @@ class _Map:
     def __init__(self, driver: Driver, spot: Spot, kind: int, shape: Sequence[int], meta: dict[str, Any]) -> None:
         self.spot = spot
         self._memory = ctypes.create_string_buffer(_MAP_BYTES + _MAP_ALIGNMENT)
-        self.at = -(-ctypes.addressof(self._memory) // _MAP_ALIGNMENT) * _MAP_ALIGNMENT
+        self.at = ceil_div(ctypes.addressof(self._memory), _MAP_ALIGNMENT) * _MAP_ALIGNMENT
         self._pointer = ctypes.c_void_p(self.at)
         self._driver, self._form = driver, (kind, shape, meta)
         self._address: int | None = None

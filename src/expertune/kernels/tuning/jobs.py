@@ -12,7 +12,7 @@ from expertune.kernels.device import tile_rows
 from expertune.kernels.routing import sort_by_expert
 from expertune.kernels.tuning.configs import LinearShape, ShrinkShape
 from expertune.kernels.tuning.lookup import Key
-from expertune.shapes import Tiles
+from expertune.shapes import RoutingShape, Tiles
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ class Job:
 def make_job(key: Key, batch: Batch) -> Job:
     """The job of a key, on fresh random rows that are routed evenly."""
     expert_TK = torch.rand(batch.num_tokens, batch.num_experts, device=key.device).topk(batch.top_k).indices
-    routing = sort_by_expert(expert_TK, batch.num_experts, tile_rows(key.device))
+    routing = sort_by_expert(expert_TK, RoutingShape.of(expert_TK, batch.num_experts, tile_rows(key.device)))
     if isinstance(key.shape, LinearShape):
         return _linear_job(key, key.shape, batch, routing.tiles)
     return _shrink_job(key, key.shape, batch, routing.tiles, routing.row_slot_N)
