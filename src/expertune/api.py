@@ -24,6 +24,7 @@ _BACKEND_VARIABLE = "EXPERTUNE_MOE_BACKEND"
 # Fields of LoraConfig by which PEFT chooses among modules, but not among parameters.
 _SELECTING = ("layers_to_transform", "layers_pattern", "exclude_modules", "layer_replication")
 _MEMORY = ("auto", "fast", "lean")
+_ATTENTION = ("auto", "host")
 _Model = TypeVar("_Model", bound=nn.Module)
 
 
@@ -50,6 +51,7 @@ def load(
         memory: "auto" and "lean" turn gradient checkpointing on, with the routing replayed; "fast" turns it off.
         full_finetuning: train all base weights. Otherwise they are frozen, until `add_lora` adds what is trained.
         from_pretrained: more arguments for `AutoModelForCausalLM.from_pretrained` (`revision`, `trust_remote_code`, …).
+            With `attn_implementation` the attention stays the host's.
 
     Raises:
         ValueError: a setting is unknown or cannot be honoured for this model.
@@ -60,19 +62,9 @@ def load(
             "next to nothing on this model. Load without it."
         )
     requested = _requested(backend, memory)
-    adapter = Path(name_or_path) / "adapter_config.json"
-    if adapter.is_file():
-        if full_finetuning:
-            raise ValueError(f"{name_or_path} is an adapter; full_finetuning=True needs a whole model. Merge it first.")
-        saved = json.loads(adapter.read_text(encoding="utf-8"))
-        base = saved.get("base_model_name_or_path")
-        if not base:
-            raise ValueError(
-                f"{name_or_path} does not say which model it was trained on: write its hub id or folder as "
-                "base_model_name_or_path into adapter_config.json."
-            )
-    else:
-        saved, base = None, name_or_path
+    saved, base = _adapter_and_base(name_or_path)
+    if saved is not None and full_finetuning:
+        raise ValueError(f"{name_or_path} is an adapter; full_finetuning=True needs a whole model. Merge it first.")
     shared = {key: from_pretrained[key] for key in ("revision", "trust_remote_code", "token") if key in from_pretrained}
     _check_length(max_seq_length, AutoConfig.from_pretrained(base, **shared))
     if torch.cuda.is_available():
@@ -86,7 +78,8 @@ def load(
     model.requires_grad_(full_finetuning)
     if saved is not None:
         model = PeftModel.from_pretrained(model, name_or_path, is_trainable=True)
-    return optimize(model, backend=requested, memory=memory), tokenizer
+    attention = "host" if "attn_implementation" in from_pretrained else "auto"
+    return optimize(model, backend=requested, memory=memory, attention=attention), tokenizer
 
 
 def add_lora(
@@ -136,13 +129,17 @@ def add_lora(
     return wrapped
 
 
-def optimize(model: _Model, *, backend: str | None = None, memory: str | None = None) -> _Model:
+def optimize(
+    model: _Model, *, backend: str | None = None, memory: str | None = None, attention: str = "auto"
+) -> _Model:
     """Run the experts of this one model through the walk, in place. Undone by `restore`.
 
     Args:
         model: a Transformers or PEFT model. Adapters that are attached later are taken in too.
         backend: as for `load`.
         memory: as for `load`; None leaves gradient checkpointing as it is.
+        attention: "auto" runs it through ours where the host would form all scores (sinks, sliding windows); "host"
+            leaves it as it is.
 
     Raises:
         ValueError: a layer, an adapter or a setting cannot be honoured; the model is then as it was.
@@ -151,7 +148,9 @@ def optimize(model: _Model, *, backend: str | None = None, memory: str | None = 
     requested = _requested(backend, memory)
     if memory == "lean" and not inner.supports_gradient_checkpointing:
         raise ValueError(f"memory='lean' needs gradient checkpointing, which {type(inner).__name__} does not support.")
-    state = attach.attach(inner, requested)
+    if attention not in _ATTENTION:
+        raise ValueError(f"unknown attention {attention!r}; choose one of {list(_ATTENTION)}")
+    state = attach.attach(inner, requested, is_attention_ours=attention == "auto")
     if memory is not None:
         attach.set_checkpointing(inner, state, enabled=memory != "fast")
     return model
@@ -171,6 +170,21 @@ def explain(model: nn.Module) -> report.Explanation:
 def trained(model: nn.Module) -> Coverage:
     """What the model trains, by part: the table that `add_lora` prints."""
     return coverage(model)
+
+
+def _adapter_and_base(name_or_path: str) -> tuple[dict[str, Any] | None, str]:
+    """The saved config of an adapter, None for a whole model, and the hub id or folder of the base model."""
+    adapter = Path(name_or_path) / "adapter_config.json"
+    if not adapter.is_file():
+        return None, name_or_path
+    saved = json.loads(adapter.read_text(encoding="utf-8"))
+    base = saved.get("base_model_name_or_path")
+    if not base:
+        raise ValueError(
+            f"{name_or_path} does not say which model it was trained on: write its hub id or folder as "
+            "base_model_name_or_path into adapter_config.json."
+        )
+    return saved, base
 
 
 def _requested(backend: str | None, memory: str | None) -> str:

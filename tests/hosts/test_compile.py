@@ -59,7 +59,11 @@ def test_a_compiled_model_is_one_graph(
     num_walks = len(walks)
     compiled = _results(model, torch.compile(model, backend="aot_eager", fullgraph=True))
     assert len(walks) == num_walks, "a compiled model went through the plain walk"
-    assert all(torch.equal(a, b) for a, b in zip(plain, compiled, strict=True))
+    if family == "gpt_oss":  # its attention is cut another way
+        close = {"rtol": 1e-12, "atol": 1e-14} if backend == "native_torch" else {"rtol": 1e-5, "atol": 1e-7}
+        torch.testing.assert_close(compiled, plain, **close)
+    else:
+        assert all(torch.equal(a, b) for a, b in zip(plain, compiled, strict=True))
 
 
 def test_gradient_checkpointing_of_a_compiled_model(checkpoint: Checkpoint) -> None:

@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from expertune.hosts import peft, transformers
+from expertune.hosts import attention, peft, transformers
 from expertune.memory.checkpoint import checkpoint_layer
 from expertune.memory.replay import ReplayingCheckpoint, RoutingReplay
 
@@ -34,6 +34,7 @@ class Attached:
         blocks: its MoE blocks.
         layers: its layers that can be checkpointed.
         adapters: the names of PEFT's adapters when wrappers were last bound.
+        attentions: the decoders that attend through ours, each with what it had.
     """
 
     requested: str
@@ -42,6 +43,7 @@ class Attached:
     blocks: list[nn.Module] = field(default_factory=list)
     layers: list[GradientCheckpointingLayer] = field(default_factory=list)
     adapters: tuple[str, ...] = ()
+    attentions: list[tuple[PreTrainedModel, str]] = field(default_factory=list)
 
 
 def attached(model: nn.Module) -> Attached | None:
@@ -50,8 +52,8 @@ def attached(model: nn.Module) -> Attached | None:
     return state if isinstance(state, Attached) else None
 
 
-def attach(model: PreTrainedModel, requested: str) -> Attached:
-    """Hand the experts of this model to the walk, instead of what an earlier `attach` did.
+def attach(model: PreTrainedModel, requested: str, *, is_attention_ours: bool = True) -> Attached:
+    """Hand the experts of this model to the walk, and its attention to ours, instead of what an earlier `attach` did.
 
     All plans are made and all adapters are checked before anything is changed.
 
@@ -70,6 +72,9 @@ def attach(model: PreTrainedModel, requested: str) -> Attached:
     ]
     detach(model)
 
+    if is_attention_ours:
+        taken = [decoder for decoder in decoders(model) if attention.why_not(decoder) is None]
+        state.attentions = [(decoder, attention.take_over(decoder)) for decoder in taken]
     transformers.register()
     configs: dict[int, Any] = {}
     for module, plan in plans:
@@ -81,7 +86,7 @@ def attach(model: PreTrainedModel, requested: str) -> Attached:
         state.handles.append(block.register_forward_pre_hook(partial(_before_block, state.replay)))
         state.handles.append(block.register_forward_hook(partial(_after_block, state.replay), always_call=True))
     if plans:
-        for decoder in _decoders(model):
+        for decoder in decoders(model):
             state.handles.append(decoder.register_forward_pre_hook(partial(_before_decoder, model, state)))
     for layer in ours:
         _replay(layer, state, checkpoint_layer)
@@ -98,6 +103,8 @@ def detach(model: PreTrainedModel) -> None:
         return
     for handle in state.handles:
         handle.remove()
+    for decoder, had in state.attentions:
+        attention.give_back(decoder, had)
     for _, module in transformers.named_experts(model):  # also those that PEFT copied, to save them whole
         module.config = transformers.plan_of(module).host_config
         del module._expertune
@@ -161,7 +168,7 @@ def _replay(layer: Any, state: Attached, checkpoint: Callable[..., Any]) -> None
     layer._gradient_checkpointing_func = state.replay.wrap(checkpoint, host=layer._gradient_checkpointing_func)
 
 
-def _decoders(model: PreTrainedModel) -> list[PreTrainedModel]:
+def decoders(model: PreTrainedModel) -> list[PreTrainedModel]:
     """The innermost Transformers models that hold checkpointed layers."""
     models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
     return [m for m in models if not any(inner is not m and inner in models for inner in m.modules())]

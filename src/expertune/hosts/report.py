@@ -3,8 +3,10 @@
 from dataclasses import dataclass
 
 from torch import nn
+from transformers import PreTrainedModel
 
-from expertune.hosts.attach import attached, blocks
+from expertune.hosts import attention
+from expertune.hosts.attach import attached, blocks, decoders
 from expertune.hosts.peft import experts_in, wrappers_of
 from expertune.hosts.transformers import first_name, has_norm, plan_of
 
@@ -38,27 +40,29 @@ class Explanation:
         requested: the backend asked for; None for a model that is not optimized.
         layers: a report a layer.
         kernels: which configurations our kernels run with, where any layer runs on them.
+        attention: whose attention each decoder runs, and why not ours.
     """
 
     requested: str | None
     layers: tuple[LayerReport, ...]
     kernels: str | None = None
+    attention: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         if self.requested is None:
             return "not optimized: this model runs as stock Transformers. Call expertune.optimize(model)."
         if not self.layers:
-            return "no experts: this model runs as stock Transformers; there is nothing for expertune to speed up."
+            return "\n".join(["no experts: this model's layers run as stock Transformers.", *self.attention])
         lines = [f"{len(self.layers)} layers with experts, backend asked for: {self.requested}"]
         for layer in self.layers:
             lines.append(f"{layer.name}: {layer.backend} · {layer.weights} · gate {layer.gate}")
             lines += [f"    adapter  {adapter}" for adapter in layer.adapters] or ["    adapter  none"]
             lines += [f"    passed over  {reason}" for reason in layer.passed_over]
         lines += [f"kernels: {self.kernels}"] if self.kernels is not None else []
-        return "\n".join(lines)
+        return "\n".join([*lines, *self.attention])
 
 
-def explain(model: nn.Module) -> Explanation:
+def explain(model: PreTrainedModel) -> Explanation:
     """Report on a Transformers model, with or without adapters."""
     state = attached(model)
     if state is None:
@@ -66,7 +70,19 @@ def explain(model: nn.Module) -> Explanation:
     children = (child for block in blocks(model) for child in block.children())
     layers = [_layer(child, experts) for child in children if (experts := experts_in(child)) is not None]
     kernels = _kernels(model) if any(layer.backend == "triton" for layer in layers) else None
-    return Explanation(requested=state.requested, layers=tuple(layers), kernels=kernels)
+    return Explanation(
+        requested=state.requested,
+        layers=tuple(layers),
+        kernels=kernels,
+        attention=tuple(_attention(decoder) for decoder in decoders(model)),
+    )
+
+
+def _attention(decoder: PreTrainedModel) -> str:
+    name, implementation = type(decoder).__name__, decoder.config._attn_implementation
+    if attention.is_ours(decoder):
+        return f"attention of {name}: expertune, in memory linear in the length; {attention.kernels_of(decoder)}"
+    return f"attention of {name}: the host's {implementation} ({attention.why_not(decoder)})"
 
 
 def _kernels(model: nn.Module) -> str:

@@ -1,0 +1,109 @@
+"""Attention with sinks, as one node of autograd over any kernel.
+
+A sink is one more score of each head, whose value is zero: it only takes its share of the softmax. So a kernel that
+knows none is told in forward's place what it would have found: its output times the share that keys keep, and the
+log-sum-exp with the sink in it. From these two its backward yields the right gradients, because it forms the
+probabilities from the one and their row sums from the other. (The idea is FlashAttention-3's.)
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from expertune.attention.cudnn import Cudnn
+from expertune.attention.flash import Flash
+from expertune.attention.kernels import Attended, Kernel, Pattern, choose
+from expertune.attention.sequences import Sequences
+from expertune.attention.tiles import Tiles
+
+_WIDEST_SHARED = 256  # heads beyond it share no keys in any of torch's kernels but the one that forms all scores
+PREFERRED: tuple[Kernel, ...] = (Cudnn(), Flash(), Tiles())
+
+
+def attend(
+    q_BHTD: Tensor,
+    k_BJSD: Tensor,
+    v_BJSV: Tensor,
+    *,
+    scale: float,
+    window: int | None = None,
+    sinks_H: Tensor | None = None,
+    sequences: Sequences | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Causal attention, `(B, T, H, V)`.
+
+    Args:
+        q_BHTD: queries.
+        k_BJSD: keys; `H / J` heads of queries share one.
+        v_BJSV: values.
+        scale: of the products of queries and keys.
+        window: keys that a query attends to at most, itself among them.
+        sinks_H: a score of each head that takes a share of the softmax and gives nothing.
+        sequences: which rows of the batch belong together; None for one sequence a sample, without padding.
+        mask: `(B, 1 or H, T, S)`, bool or added to the scores, in place of causality, window and sequences.
+
+    Raises:
+        ValueError: there are more or fewer keys than queries, and no mask says which attend to which.
+    """
+    if mask is not None:
+        return _attend(q_BHTD, k_BJSD, v_BJSV, sinks_H, Pattern(scale=scale, mask=mask))
+    if q_BHTD.shape[2] != k_BJSD.shape[2]:
+        raise ValueError(
+            f"{q_BHTD.shape[2]} queries and {k_BJSD.shape[2]} keys came without a mask: with a cache of keys a mask "
+            "must say which attend to which."
+        )
+    if window is not None and window >= q_BHTD.shape[2]:
+        window = None
+    if sequences is None and window is None and sinks_H is None:
+        return _plain(q_BHTD, k_BJSD, v_BJSV, scale)
+    if sequences is None:
+        return _attend(q_BHTD, k_BJSD, v_BJSV, sinks_H, Pattern(scale=scale, window=window))
+    pattern = Pattern(scale=scale, window=window, sequences=sequences)
+    batch, _, length, _ = q_BHTD.shape
+    q, k, v = (sequences.take(x) for x in (q_BHTD, k_BJSD, v_BJSV))
+    return sequences.put(_attend(q, k, v, sinks_H, pattern)[0], batch, length)
+
+
+def _plain(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Torch's own choice, which no mask keeps from its fastest kernel."""
+    shares_heads = k.shape[1] != q.shape[1]
+    if shares_heads and q.shape[-1] > _WIDEST_SHARED:
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+        shares_heads = False
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=shares_heads).transpose(1, 2)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, sinks_H: Tensor | None, pattern: Pattern) -> Tensor:
+    kernel, _ = choose(PREFERRED, q, v, pattern)
+    return _Attend.apply(q, k, v, sinks_H, pattern, kernel)  # type: ignore[no-untyped-call,no-any-return]
+
+
+class _Attend(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks_H: Tensor | None, pattern: Pattern, kernel: Kernel
+    ) -> Tensor:
+        out, lse, state = kernel.forward(q, k, v, pattern)
+        if sinks_H is not None:
+            whole_BHT = torch.logaddexp(lse, sinks_H.to(lse.dtype)[:, None])
+            share_BTH = (lse - whole_BHT).exp_().transpose(1, 2)
+            out, lse = out.mul_(share_BTH[..., None].to(out.dtype)), whole_BHT
+        ctx.save_for_backward(q, k, v, sinks_H, out, lse, *state)
+        ctx.pattern, ctx.kernel = pattern, kernel
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, sinks_H, out, lse, *state = ctx.saved_tensors
+        dq, dk, dv = ctx.kernel.backward(dout, q, k, v, Attended(out, lse, tuple(state)), ctx.pattern)
+        dsinks = None
+        if ctx.needs_input_grad[3]:
+            taken_BTH = torch.linalg.vecdot(dout.to(lse.dtype), out.to(lse.dtype))
+            share_BHT = (sinks_H.to(lse.dtype)[:, None] - lse).exp_()
+            dsinks = -(share_BHT * taken_BTH.transpose(1, 2)).sum((0, 2)).to(sinks_H.dtype)
+        return dq, dk, dv, dsinks, None, None

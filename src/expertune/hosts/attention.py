@@ -1,0 +1,178 @@
+"""Transformers' attention interface: our attention for models that the host would run with a full matrix of scores.
+
+A model that declares support for FlashAttention keeps its contract: attention is causal, with sliding windows and sinks
+as keywords, and a 2D mask says what is padding. Such a model is taken over where the host has nothing in linear memory
+for it: it does not support torch's SDPA (sinks), or has sliding windows, for which SDPA wants a mask of `T x T`.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import sdpa_mask
+
+from expertune.attention.attend import PREFERRED, attend
+from expertune.attention.kernels import Pattern, choose
+from expertune.attention.sequences import Sequences
+
+IMPLEMENTATION = "expertune"
+_HOSTS_OWN = ("eager", "sdpa")
+_SEQUENCES = WeakTensorKeyDictionary()  # found once a step, by the mask or the positions that every layer gets
+
+
+def register() -> None:
+    """Enter our attention into the host's registries. Twice does no harm."""
+    AttentionInterface.register(IMPLEMENTATION, _attention)
+    AttentionMaskInterface.register(IMPLEMENTATION, _mask)
+
+
+def why_not(decoder: PreTrainedModel) -> str | None:
+    """Why a decoder keeps the attention it has, in words; None if ours takes over."""
+    config = decoder.config
+    implementation = config._attn_implementation
+    if implementation not in _HOSTS_OWN:
+        return f"{implementation} was asked for"
+    if not decoder._supports_flash_attn:
+        return f"{type(decoder).__name__} does not keep the contract of FlashAttention"
+    if decoder._supports_sdpa and not _has_windows(config):
+        return "the host's own needs no matrix of scores"
+    if any(not getattr(module, "is_causal", True) for module in decoder.modules()):
+        return "it attends in both directions"
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        return "its scores are capped"
+    if getattr(config, "attention_dropout", 0.0):
+        return "it drops attention weights at random"
+    return None
+
+
+def take_over(decoder: PreTrainedModel) -> str:
+    """Let a decoder attend through ours; the name of what it had comes back, for `give_back`."""
+    register()
+    had = decoder.config._attn_implementation
+    decoder.config._attn_implementation = IMPLEMENTATION
+    return had
+
+
+def give_back(decoder: PreTrainedModel, had: str) -> None:
+    """Undo `take_over`, unless someone has chosen another attention since."""
+    if decoder.config._attn_implementation == IMPLEMENTATION:
+        decoder.config._attn_implementation = had
+
+
+def is_ours(decoder: PreTrainedModel) -> bool:
+    """Whether a decoder attends through ours."""
+    return decoder.config._attn_implementation == IMPLEMENTATION
+
+
+def kernels_of(decoder: PreTrainedModel) -> str:
+    """Which kernels its layers take for whole samples in the dtype and on the device of its weights."""
+    weight = next(decoder.parameters())
+    config = decoder.config.get_text_config()
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    q_BHTD = torch.empty(1, 1, 2, width, dtype=weight.dtype, device=weight.device)
+    kinds = {"full": None} | ({"windows": 1} if _has_windows(config) else {})
+    words = []
+    for kind, window in kinds.items():
+        kernel, passed_over = choose(PREFERRED, q_BHTD, q_BHTD, Pattern(scale=1.0, window=window))
+        reasons = f" ({'; '.join(passed_over)})" if passed_over else ""
+        words.append(f"{kind}: {kernel.name}{reasons}")
+    return ", ".join(words)
+
+
+def _has_windows(config: Any) -> bool:
+    types = getattr(config, "layer_types", None)
+    if types is not None:
+        return "sliding_attention" in types
+    return getattr(config, "sliding_window", None) is not None
+
+
+def _mask(
+    *,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    attention_mask: Tensor | None = None,
+    allow_is_causal_skip: bool = True,
+    **kwargs: Any,
+) -> Tensor | None:
+    """What a step's layers get as their mask.
+
+    None for causal attention over whole samples; the 2D mask where there is padding; otherwise, with a cache of keys or
+    a mask of the model's own, the host's bool mask `(B, 1, T, S)`.
+    """
+    starts_at_zero = not torch.compiler.is_compiling() and isinstance(q_offset, int) and q_offset == kv_offset == 0
+    if allow_is_causal_skip and starts_at_zero and q_length == kv_length:
+        if attention_mask is None or attention_mask[:, -kv_length:].all():
+            return None
+        return attention_mask[:, -kv_length:]
+    mask: Tensor = sdpa_mask(
+        q_length=q_length,
+        kv_length=kv_length,
+        q_offset=q_offset,
+        kv_offset=kv_offset,
+        attention_mask=attention_mask,
+        allow_is_causal_skip=False,
+        **kwargs,
+    )
+    return mask
+
+
+def _attention(
+    _module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    s_aux: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    softcap: float | None = None,
+    is_causal: bool | None = None,
+    **_kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The host's attention function, `(B, T, H, V)`."""
+    is_whole = attention_mask is not None and attention_mask.dim() == 4
+    if dropout or softcap is not None or (is_causal is False and not is_whole):
+        raise ValueError(
+            "expertune's attention is causal, without dropout and without capped scores; this layer asked for "
+            f"is_causal={is_causal}, dropout={dropout}, softcap={softcap}. Call expertune.optimize(model, "
+            "attention='host')."
+        )
+    query, key, value = _in_one_dtype(query, key, value)
+    out_BTHV = attend(
+        query,
+        key,
+        value,
+        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        window=sliding_window,
+        sinks_H=s_aux,
+        sequences=None if is_whole else _sequences(attention_mask, position_ids),
+        mask=attention_mask if is_whole else None,
+    )
+    return out_BTHV, None
+
+
+def _sequences(mask_BT: Tensor | None, position_ids: Tensor | None) -> Sequences | None:
+    """The sequences of a batch, found by the first layer."""
+    key = position_ids if mask_BT is None else mask_BT
+    if key is None:
+        return None
+    if key not in _SEQUENCES:
+        _SEQUENCES[key] = Sequences.of_positions(key) if mask_BT is None else Sequences.of_padding(mask_BT)
+    found: Sequences | None = _SEQUENCES[key]
+    return found
+
+
+def _in_one_dtype(*tensors: Tensor) -> Iterator[Tensor]:
+    """Under autocast in its dtype: what the host computes in float32, it would have cast too."""
+    device = tensors[0].device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        return (x.to(dtype) for x in tensors)
+    return iter(tensors)

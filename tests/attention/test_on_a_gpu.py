@@ -1,0 +1,83 @@
+"""Torch's fused kernels behind our attention, in the dtypes people train in: no worse than the formula in them."""
+
+import pytest
+import torch
+
+from expertune.attention import attend as attending
+from expertune.attention.attend import attend
+from expertune.attention.kernels import Kernel
+from expertune.attention.sequences import Sequences
+from tests.attention.test_attend import causal, gradients, inputs, same, written_out
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+T = 333
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The kernels that attended."""
+    seen: list[str] = []
+
+    def spy(kernels: tuple[Kernel, ...], *args: object) -> tuple[Kernel, list[str]]:
+        chosen, why = choose(kernels, *args)
+        seen.append(chosen.name)
+        return chosen, why
+
+    choose = attending.choose
+    monkeypatch.setattr(attending, "choose", spy)
+    return seen
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("width", [64, 128, 256])
+@pytest.mark.parametrize("case", ["full", "window", "packed", "padded", "narrow values", "no sinks", "tiles"])
+def test_a_kernel_is_no_worse_than_the_formula(
+    case: str, width: int, dtype: torch.dtype, ran: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    window = None if case in ("full", "narrow values") else 40
+    if case == "tiles":
+        monkeypatch.setattr(attending, "PREFERRED", attending.PREFERRED[-1:])
+    tensors = inputs(
+        h=8, j=2, t=T, d=width, values=width // 2 if case == "narrow values" else width, dtype=dtype, device="cuda"
+    )
+    exact = [x.detach().double().requires_grad_() for x in tensors]
+    sequences, mask_BTS = None, causal(T, window, "cuda")
+    if case == "packed":
+        position_BT = torch.cat([torch.arange(n) for n in (100, 1, T - 101)]).cuda().expand(2, T)
+        sequences = Sequences.of_positions(position_BT)
+        mask_BTS = mask_BTS & same((position_BT == 0).cumsum(-1))
+    elif case == "padded":
+        is_token_BT = torch.arange(T, device="cuda") >= torch.tensor([[0], [77]], device="cuda")
+        sequences = Sequences.of_padding(is_token_BT)
+        mask_BTS = mask_BTS & is_token_BT[:, None] & is_token_BT[:, :, None]
+    num_used = 3 if case == "no sinks" else 4
+    scale = width**-0.5
+
+    def results(of: list[torch.Tensor], is_ours: bool) -> list[torch.Tensor]:
+        sinks = of[3] if num_used == 4 else None
+        out = (
+            attend(*of[:3], scale=scale, window=window, sinks_H=sinks, sequences=sequences)
+            if is_ours
+            else written_out(*of[:3], sinks, mask_BTS, scale)
+        )
+        return [out, *gradients(out, of[:num_used])]
+
+    ours, plain, truth = results(tensors, True), results(tensors, False), results(exact, False)
+    fast = "cudnn" if torch.cuda.get_device_capability() >= (9, 0) else "flash"
+    assert ran == [{"full": fast, "narrow values": fast, "tiles": "tiles"}.get(case, "flash")]
+    for got, other, true in zip(ours, plain, truth, strict=True):
+        assert got.shape == true.shape
+        assert (got.double() - true).norm() <= 1.1 * (other.double() - true).norm()
+
+
+def test_a_long_context_takes_memory_in_proportion() -> None:
+    peaks = []
+    for length in (4096, 8192):
+        tensors = inputs(b=1, h=8, j=1, t=length, d=64, dtype=torch.bfloat16, device="cuda")
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        attend(*tensors[:3], scale=0.125, window=128, sinks_H=tensors[3]).sum().backward()
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+    assert peaks[1] <= 2.1 * peaks[0]

@@ -1,0 +1,169 @@
+"""Transformers' models through our attention: equal to the host's eager one, and right where that one is not."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig, PreTrainedModel
+
+import expertune
+from expertune.attention.sequences import Sequences
+from tests.conftest import Checkpoint
+from tests.hosts.models import SHARED, batch, load_tiny, randomize
+from tests.hosts.passes import assert_equal_within, run
+
+LENGTH = 19  # more than two windows
+
+
+def gemma3(**overrides: Any) -> PreTrainedModel:
+    """A dense model with sliding windows."""
+    settings = SHARED | {"num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 48, "sliding_window": 5}
+    settings["layer_types"] = ["sliding_attention", "full_attention"]
+    model = AutoModelForCausalLM.from_config(Gemma3TextConfig(**settings | overrides), dtype=torch.float64)
+    randomize(model)
+    return model.train()
+
+
+def pair(checkpoint: Checkpoint, family: str) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """The host's model and ours with the same weights, all trained."""
+    host = gemma3() if family == "gemma3" else load_tiny(checkpoint(family))
+    if family == "gemma3":  # its eager softmax is in float32
+        host.set_attn_implementation("sdpa")
+    ours = gemma3() if family == "gemma3" else load_tiny(checkpoint(family))
+    ours.load_state_dict(host.state_dict())
+    return host, expertune.optimize(ours)
+
+
+@pytest.fixture
+def found(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """How often the sequences of a batch were looked for."""
+    seen: list[str] = []
+    for name in ("of_padding", "of_positions"):
+        real = getattr(Sequences, name)
+
+        def spy(x: Any, name: str = name, real: Any = real) -> Any:
+            seen.append(name)
+            return real(x)
+
+        monkeypatch.setattr(Sequences, name, spy)
+    return seen
+
+
+@pytest.mark.parametrize("side", ["left", "right", "none"])
+@pytest.mark.parametrize("family", ["gpt_oss", "gemma3"])
+def test_outputs_and_gradients_are_the_host_s(checkpoint: Checkpoint, family: str, side: str) -> None:
+    host, ours = pair(checkpoint, family)
+    inputs = batch(length=LENGTH)
+    if side == "left":
+        inputs = {name: x.flip(-1) for name, x in inputs.items()}
+    elif side == "none":
+        inputs["attention_mask"][:] = 1
+    inputs["labels"] = inputs["labels"].masked_fill(inputs["attention_mask"] == 0, -100)
+    # a padded query's logits mean nothing, and the host's differ from one attention to another
+    truth, got = run(host, inputs), run(ours, inputs)
+    for results in (truth, got):
+        results["logits"] = results["logits"][inputs["attention_mask"].bool()]
+    assert_equal_within(got, truth, 1e-11)
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "gemma3"])
+def test_packed_samples_are_as_if_alone(checkpoint: Checkpoint, family: str) -> None:
+    _, ours = pair(checkpoint, family)
+    ids = batch(num_rows=1, length=LENGTH)["input_ids"].clamp(min=3)
+    position_ids = torch.tensor([[*range(12), *range(7)]])
+    packed = ours(input_ids=ids, position_ids=position_ids, use_cache=False).logits
+    alone = [ours(input_ids=part, use_cache=False).logits for part in (ids[:, :12], ids[:, 12:])]
+    torch.testing.assert_close(packed, torch.cat(alone, 1), rtol=1e-11, atol=1e-11)
+
+
+def test_sequences_are_found_once_a_step(checkpoint: Checkpoint, found: list[str]) -> None:
+    model = expertune.optimize(load_tiny(checkpoint("gpt_oss", num_hidden_layers=6, layer_types=None)), memory="lean")
+    model(**batch(length=LENGTH)).loss.backward()
+    assert found == ["of_padding"] * 2  # the host makes a mask for the windows and one for the rest
+    found.clear()
+    model(input_ids=batch()["input_ids"]).logits.sum().backward()
+    assert found == ["of_positions"]
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("family", ["gpt_oss", "gemma3"])
+def test_generation_is_the_host_s(checkpoint: Checkpoint, family: str, cache: str) -> None:
+    host, ours = pair(checkpoint, family)
+    inputs = {name: x.flip(-1) for name, x in batch(length=LENGTH).items() if name != "labels"}
+    outputs = [
+        model.eval().generate(
+            **inputs,
+            max_new_tokens=9,
+            do_sample=False,
+            cache_implementation=cache,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        for model in (host, ours)
+    ]
+    assert torch.equal(outputs[0].sequences, outputs[1].sequences)
+    torch.testing.assert_close(outputs[1].logits, outputs[0].logits, rtol=1e-10, atol=1e-10)
+
+
+def test_a_mask_of_the_user_s_own(checkpoint: Checkpoint) -> None:
+    host, ours = pair(checkpoint, "gpt_oss")
+    inputs = batch(length=LENGTH)
+    allowed = torch.rand(2, 1, LENGTH, LENGTH, generator=torch.Generator().manual_seed(0)) < 0.6
+    mask = torch.zeros(allowed.shape, dtype=torch.float64).masked_fill(~allowed, torch.finfo(torch.float64).min)
+    inputs["attention_mask"] = mask
+    assert_equal_within(run(ours, inputs), run(host, inputs), 1e-11)
+
+
+def test_restore_gives_back_what_there_was(checkpoint: Checkpoint) -> None:
+    model = load_tiny(checkpoint("gpt_oss"))
+    before = run(model, batch())
+    expertune.optimize(expertune.optimize(model))
+    assert model.config._attn_implementation == "expertune"
+    expertune.restore(model)
+    assert model.config._attn_implementation == "eager"
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), run(model, batch()).values(), strict=True))
+
+
+def test_what_the_user_chose_stays(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    model = expertune.optimize(load_tiny(checkpoint("gpt_oss")), attention="host")
+    assert model.config._attn_implementation == "eager"
+    model.set_attn_implementation("flex_attention")
+    expertune.optimize(model)
+    assert model.config._attn_implementation == "flex_attention"
+    with pytest.raises(ValueError, match="unknown attention 'flash'"):
+        expertune.optimize(model, attention="flash")
+
+
+def test_it_is_saved_and_copied_as_the_host_s(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    model = expertune.optimize(load_tiny(checkpoint("gpt_oss")))
+    model.save_pretrained(tmp_path)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).config._attn_implementation == "eager"
+    twin = copy.deepcopy(model)
+    expertune.restore(twin)
+    assert (twin.config._attn_implementation, model.config._attn_implementation) == ("eager", "expertune")
+
+
+def test_explain_says_whose_it_is(checkpoint: Checkpoint) -> None:
+    words = str(expertune.explain(expertune.optimize(load_tiny(checkpoint("gpt_oss")))))
+    assert "attention of GptOssModel: expertune" in words
+    assert "windows: tiles (cudnn: needs a CUDA device" in words
+    words = str(expertune.explain(expertune.optimize(load_tiny(checkpoint("qwen3_moe")))))
+    assert "attention of Qwen3MoeModel: the host's sdpa (the host's own needs no matrix of scores)" in words
+    assert "Gemma3TextModel: expertune" in str(expertune.explain(expertune.optimize(gemma3())))
+
+
+def test_what_ours_cannot_do_stays_with_the_host() -> None:
+    settings = SHARED | {"num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 48}
+    capped = AutoModelForCausalLM.from_config(Gemma2Config(**settings))
+    for model, why in ((capped, "its scores are capped"), (gemma3(attention_dropout=0.1), "drops attention weights")):
+        before = model.config._attn_implementation
+        assert why in str(expertune.explain(expertune.optimize(model)))
+        assert model.config._attn_implementation == before
+
+
+def test_a_layer_that_asks_for_more_is_refused(checkpoint: Checkpoint) -> None:
+    model = expertune.optimize(load_tiny(checkpoint("gpt_oss")))
+    with pytest.raises(ValueError, match="is_causal=False"):
+        model(input_ids=batch()["input_ids"], is_causal=False)
