@@ -48,7 +48,8 @@ def load(
         load_in_4bit: not supported yet.
         dtype: of the weights; None takes the checkpoint's.
         backend: "auto", "triton", "grouped_mm" or "native_torch". None: `EXPERTUNE_MOE_BACKEND` if set, else "auto".
-        memory: "auto" and "lean" turn gradient checkpointing on, with the routing replayed; "fast" turns it off.
+        memory: "lean" checkpoints every layer, with the routing replayed; "auto" only those whose activations the card
+            has no room for (found in the first step); "fast" none.
         full_finetuning: train all base weights. Otherwise they are frozen, until `add_lora` adds what is trained.
         from_pretrained: more arguments for `AutoModelForCausalLM.from_pretrained` (`revision`, `trust_remote_code`, …).
             With `attn_implementation` the attention stays the host's.
@@ -152,7 +153,7 @@ def optimize(
         raise ValueError(f"unknown attention {attention!r}; choose one of {list(_ATTENTION)}")
     state = attach.attach(inner, requested, is_attention_ours=attention == "auto")
     if memory is not None:
-        attach.set_checkpointing(inner, state, enabled=memory != "fast")
+        attach.set_checkpointing(inner, state, memory)
     return model
 
 

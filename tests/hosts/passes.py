@@ -19,7 +19,10 @@ BACKENDS = [backend.name for backend in PREFERRED if backend.why_not(_PROBLEM) i
 
 
 def run(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-    """Logits, loss and the gradient of every trained parameter, by PEFT's and Transformers' names for them."""
+    """Logits, loss and the gradient of every trained parameter, by PEFT's and Transformers' names for them.
+
+    Without the logits of padding, which mean nothing and differ from one attention to another.
+    """
     model.zero_grad(set_to_none=True)
     out = model(**batch)
     out.loss.backward()
@@ -27,7 +30,19 @@ def run(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
     assert grads, "nothing is trained"
     missing = [name for name, grad in grads.items() if grad is None]
     assert not missing, f"no gradient: {missing}"
-    return {"logits": out.logits.detach(), "loss": out.loss.detach()} | grads
+    return {"logits": _of_tokens(out.logits.detach(), batch), "loss": out.loss.detach()} | grads
+
+
+def logits(model: nn.Module) -> dict[str, Tensor]:
+    """The logits of a batch's tokens alone, without gradients."""
+    batch = make_batch()
+    with torch.no_grad():
+        return {"logits": _of_tokens(model(**batch).logits, batch)}
+
+
+def _of_tokens(logits: Tensor, batch: Batch) -> Tensor:
+    mask = batch.get("attention_mask")
+    return logits if mask is None or mask.dim() > 2 else logits[mask.bool()]
 
 
 def assert_equal_within(ours: dict[str, Tensor], truth: dict[str, Tensor], tolerance: float) -> None:

@@ -61,11 +61,7 @@ def test_outputs_and_gradients_are_the_host_s(checkpoint: Checkpoint, family: st
     elif side == "none":
         inputs["attention_mask"][:] = 1
     inputs["labels"] = inputs["labels"].masked_fill(inputs["attention_mask"] == 0, -100)
-    # a padded query's logits mean nothing, and the host's differ from one attention to another
-    truth, got = run(host, inputs), run(ours, inputs)
-    for results in (truth, got):
-        results["logits"] = results["logits"][inputs["attention_mask"].bool()]
-    assert_equal_within(got, truth, 1e-11)
+    assert_equal_within(run(ours, inputs), run(host, inputs), 1e-11)
 
 
 @pytest.mark.parametrize("family", ["gpt_oss", "gemma3"])

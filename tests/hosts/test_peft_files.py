@@ -15,14 +15,9 @@ from tests.conftest import Checkpoint
 from tests.hosts.adapters import EXPERTS, lora, stock
 from tests.hosts.fingerprints import fingerprint
 from tests.hosts.models import CONFIGS, batch, load_tiny
-from tests.hosts.passes import assert_equal_within
+from tests.hosts.passes import assert_equal_within, logits
 
 ROUNDING = 1e-12
-
-
-def _logits(model: nn.Module) -> dict[str, Tensor]:
-    with torch.no_grad():
-        return {"logits": model(**batch()).logits}
 
 
 def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
@@ -36,7 +31,7 @@ def test_written_here_read_by_stock_peft(checkpoint: Checkpoint, tmp_path: Path,
     ours = expertune.add_lora(load_tiny(folder), r=3, init_lora_weights=False)
     ours.save_pretrained(tmp_path / "ours")
     theirs = PeftModel.from_pretrained(load_tiny(folder), tmp_path / "ours")
-    assert_equal_within(_logits(theirs), _logits(ours), ROUNDING)
+    assert_equal_within(logits(theirs), logits(ours), ROUNDING)
     # nothing that was trained is missing on disk
     trained = sum(p.numel() for p in ours.parameters() if p.requires_grad)
     assert sum(torch.Size(shape).numel() for shape in _shapes(tmp_path / "ours").values()) == trained
@@ -52,7 +47,7 @@ def test_written_by_stock_peft_read_here(checkpoint: Checkpoint, tmp_path: Path,
     theirs = stock(folder, lora(use_rslora=True, rank_pattern={r".*experts\.down_proj": 2}))
     theirs.save_pretrained(tmp_path / "theirs")
     ours = PeftModel.from_pretrained(expertune.optimize(load_tiny(folder)), tmp_path / "theirs")
-    assert_equal_within(_logits(ours), _logits(theirs), ROUNDING)
+    assert_equal_within(logits(ours), logits(theirs), ROUNDING)
     assert walks
     ours.save_pretrained(tmp_path / "ours")
     assert _shapes(tmp_path / "ours") == _shapes(tmp_path / "theirs")
@@ -119,7 +114,7 @@ def test_an_old_adapter_beside_a_good_one_is_refused(checkpoint: Checkpoint, tmp
     with pytest.raises(ValueError, match=r"'old' was written by PEFT 0\.18\.1"):
         model(**batch())
     model.delete_adapter("old")
-    assert_equal_within(_logits(model), _logits(stock(base, config)), ROUNDING)
+    assert_equal_within(logits(model), logits(stock(base, config)), ROUNDING)
 
 
 @pytest.mark.parametrize("version", ["0.19.0", "0.18.1", "0.17.0", None])
@@ -147,7 +142,7 @@ def test_old_adapters_whose_layout_never_changed_are_taken(
         path = tmp_path / family / "adapter_config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"peft_version": "0.18.1"}))
         ours = PeftModel.from_pretrained(expertune.optimize(load_tiny(checkpoint(family))), tmp_path / family)
-        assert_equal_within(_logits(ours), _logits(theirs), ROUNDING)
+        assert_equal_within(logits(ours), logits(theirs), ROUNDING)
     assert walks
 
 
@@ -202,12 +197,12 @@ def test_an_adapter_per_expert_of_transformers_4_is_right(
 ) -> None:
     """PEFT 0.21 fuses such an adapter while loading; what it was written by then no longer says how it lies."""
     base = checkpoint("qwen3_moe")
-    truth = _logits(_merged_by_hand(base, _write_per_expert(tmp_path, base)))
+    truth = logits(_merged_by_hand(base, _write_per_expert(tmp_path, base)))
     loaded = PeftModel.from_pretrained(load_tiny(base), tmp_path)
-    assert_equal_within(_logits(loaded), truth, 1e-10)
-    assert_equal_within(_logits(expertune.optimize(loaded)), truth, 1e-10)
+    assert_equal_within(logits(loaded), truth, 1e-10)
+    assert_equal_within(logits(expertune.optimize(loaded)), truth, 1e-10)
     model, _ = expertune.load(str(tmp_path), dtype=torch.float64, memory="fast")
-    assert_equal_within(_logits(model.train()), truth, 1e-10)
+    assert_equal_within(logits(model.train()), truth, 1e-10)
     assert walks
 
 

@@ -6,13 +6,12 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftMixedModel, PeftModel, get_peft_model
-from torch import nn
 
 import expertune
 from tests.conftest import Checkpoint
 from tests.hosts.adapters import EXPERTS, lora, stock, wrap
 from tests.hosts.models import batch, load_tiny
-from tests.hosts.passes import assert_equal_within, run
+from tests.hosts.passes import assert_equal_within, logits, run
 
 ROUNDING = 1e-12
 Pair = tuple[PeftModel, PeftModel]
@@ -28,11 +27,6 @@ def pair(request: pytest.FixtureRequest, checkpoint: Checkpoint) -> Pair:
 def _add_second(model: PeftModel) -> None:
     torch.manual_seed(4)
     model.add_adapter("second", lora(r=3, lora_alpha=7))
-
-
-def _logits(model: nn.Module) -> dict[str, torch.Tensor]:
-    with torch.no_grad():
-        return {"logits": model(**batch()).logits}
 
 
 ACTIVE: dict[str, Callable[[PeftModel], Any]] = {
@@ -51,7 +45,7 @@ ACTIVE: dict[str, Callable[[PeftModel], Any]] = {
 
 @pytest.mark.parametrize("choose", ACTIVE.values(), ids=ACTIVE)
 def test_several_adapters(pair: Pair, walks: list[str], choose: Callable[[PeftModel], Any]) -> None:
-    before = _logits(pair[1])
+    before = logits(pair[1])
     for model in pair:
         _add_second(model)
     refusals = []
@@ -81,70 +75,70 @@ def test_an_adapter_added_after_all_were_deleted(pair: Pair, walks: list[str]) -
 
 
 def test_a_disabled_adapter_does_nothing(pair: Pair, checkpoint: Checkpoint, walks: list[str]) -> None:
-    base = _logits(pair[0].unload())
+    base = logits(pair[0].unload())
     with pair[1].disable_adapter():
-        assert_equal_within(_logits(pair[1]), base, ROUNDING)
+        assert_equal_within(logits(pair[1]), base, ROUNDING)
         assert "disabled" in str(expertune.explain(pair[1]))
-    assert not torch.allclose(_logits(pair[1])["logits"], base["logits"], atol=1e-3)
+    assert not torch.allclose(logits(pair[1])["logits"], base["logits"], atol=1e-3)
     assert walks
 
 
 def test_merging_and_unmerging(pair: Pair, walks: list[str]) -> None:
     for model in pair:
         model.merge_adapter()
-    theirs = _logits(pair[0])
-    assert_equal_within(_logits(pair[1]), theirs, ROUNDING)
+    theirs = logits(pair[0])
+    assert_equal_within(logits(pair[1]), theirs, ROUNDING)
     assert "merged" in str(expertune.explain(pair[1]))
     for name, parameter in pair[0].named_parameters():
         assert torch.equal(pair[1].get_parameter(name), parameter)
     for model in pair:
         model.unmerge_adapter()
-    unmerged = _logits(pair[1])
-    assert_equal_within(unmerged, _logits(pair[0]), ROUNDING)
+    unmerged = logits(pair[1])
+    assert_equal_within(unmerged, logits(pair[0]), ROUNDING)
     assert_equal_within(unmerged, theirs, 1e-10)
     assert walks
 
 
 def test_disabling_a_merged_adapter_unmerges_it(pair: Pair) -> None:
-    base = _logits(expertune.restore(pair[0]).unload())
+    base = logits(expertune.restore(pair[0]).unload())
     pair[1].merge_adapter()
     with pair[1].disable_adapter():
-        assert_equal_within(_logits(pair[1]), base, 1e-10)
+        assert_equal_within(logits(pair[1]), base, 1e-10)
 
 
 def test_disabling_a_merged_adapter_on_a_linears_weight_unmerges_it_before_it_is_used(checkpoint: Checkpoint) -> None:
     """How `add_lora` reaches shared experts, whose names PEFT takes for the routed ones."""
     config = lora(target_modules=[], target_parameters=["mlp.shared_experts.up_proj.weight"])
     theirs, ours = (stock(checkpoint("glm4_moe_lite"), config) for _ in range(2))
-    base = _logits(theirs.unload())
+    base = logits(theirs.unload())
     expertune.optimize(ours).merge_adapter()
     with ours.disable_adapter():
-        assert_equal_within(_logits(ours), base, 1e-10)
+        assert_equal_within(logits(ours), base, 1e-10)
 
 
 @pytest.mark.parametrize("names", [None, ["second"], ["default", "second"]], ids=str)
 def test_merge_and_unload_equals_stock(pair: Pair, walks: list[str], names: list[str] | None) -> None:
     for model in pair:
         _add_second(model)
-    adapted = _logits(pair[1])
+    adapted = logits(pair[1])
     theirs, ours = (model.merge_and_unload(adapter_names=names) for model in pair)
     for (path, module), (their_path, their_module) in zip(ours.named_modules(), theirs.named_modules(), strict=True):
         assert (path, type(module)) == (their_path, type(their_module))
     for (name, parameter), expected in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         assert torch.equal(parameter, expected), name
     walks.clear()
-    assert_equal_within(_logits(ours), _logits(theirs), ROUNDING)
+    assert_equal_within(logits(ours), logits(theirs), ROUNDING)
     assert walks
     if names is None:
-        assert_equal_within(_logits(ours), adapted, 1e-10)
+        assert_equal_within(logits(ours), adapted, 1e-10)
     walks.clear()
-    assert_equal_within(_logits(expertune.restore(ours)), _logits(theirs), 0)
+    assert_equal_within(logits(expertune.restore(ours)), logits(theirs), 0)
     assert not walks
 
 
 def test_unloading_leaves_the_base_model_running_through_the_walk(pair: Pair, walks: list[str]) -> None:
     theirs, ours = (model.unload() for model in pair)
-    assert_equal_within(_logits(ours), _logits(theirs), ROUNDING)
+    assert_equal_within(logits(ours), logits(theirs), ROUNDING)
     assert walks
 
 

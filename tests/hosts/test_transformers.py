@@ -50,7 +50,8 @@ def test_low_precision_is_no_worse_than_the_host(
     folder = checkpoint(family, **ROUTING[family])
     host = load_tiny(folder, dtype)
     exact = copy.deepcopy(host).double()  # the same rounded weights
-    model = expertune.optimize(load_tiny(folder, dtype), backend=backend)
+    # whose attention rounds better in one batch is chance; tests/attention compares it alone
+    model = expertune.optimize(load_tiny(folder, dtype), backend=backend, attention="host")
     for name, (ours, plain, truth) in on_the_truths_routes(exact, model, host).items():
         # the loss comes in float32 but is no more exact than the rest
         assert_no_worse(ours.to(dtype), plain, truth, name)

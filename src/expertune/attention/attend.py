@@ -91,7 +91,7 @@ class _Attend(torch.autograd.Function):
         if sinks_H is not None:
             whole_BHT = torch.logaddexp(lse, sinks_H.to(lse.dtype)[:, None])
             share_BTH = (lse - whole_BHT).exp_().transpose(1, 2)
-            out, lse = out.mul_(share_BTH[..., None].to(out.dtype)), whole_BHT
+            out, lse = out.mul_(share_BTH[..., None]), whole_BHT
         ctx.save_for_backward(q, k, v, sinks_H, out, lse, *state)
         ctx.pattern, ctx.kernel = pattern, kernel
         return out

@@ -40,16 +40,15 @@ class Tiles:
         total = _sum_dtype(q_BHTD)
         q_BJGTD = _by_key_head(q_BHTD, k_BJSD)
         dout_BJGTV = _by_key_head(dout_BTHV.transpose(1, 2), k_BJSD)
-        out_BJGTV = _by_key_head(attended.out_BTHV.transpose(1, 2), k_BJSD)
         lse_BJGT = _by_key_head(attended.lse_BHT, k_BJSD)
-        delta_BJGT = (dout_BJGTV.to(total) * out_BJGTV.to(total)).sum(-1)
         dq_BJGTD = torch.empty_like(q_BJGTD, memory_format=torch.contiguous_format)
         dk, dv = (torch.zeros_like(x, dtype=total) for x in (k_BJSD, v_BJSV))
         for rows, keys in _tiles(q_BHTD, k_BJSD, pattern):
             q, dout = q_BJGTD[..., rows, :], dout_BJGTV[..., rows, :]
             p = _probabilities(_scores(q_BJGTD, k_BJSD, pattern, rows, keys), lse_BJGT[..., rows])
             dp = (dout @ v_BJSV[:, :, None, keys].mT).to(total)
-            ds = (p * (dp - delta_BJGT[..., rows, None]) * pattern.scale).to(q.dtype)
+            # a row's own sum and not `⟨dout, out⟩`: rounding of `dp` then cancels
+            ds = (p * (dp - torch.linalg.vecdot(p, dp)[..., None]) * pattern.scale).to(q.dtype)
             dq_BJGTD[..., rows, :] = ds @ k_BJSD[:, :, None, keys]
             dk[:, :, keys] += (ds.mT @ q).sum(2, dtype=total)
             dv[:, :, keys] += (p.to(dout.dtype).mT @ dout).sum(2, dtype=total)

@@ -6,7 +6,7 @@ switch that replay on for the router.
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -20,6 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from expertune.hosts import attention, peft, transformers
 from expertune.memory.checkpoint import checkpoint_layer
+from expertune.memory.planner import Planner
 from expertune.memory.replay import ReplayingCheckpoint, RoutingReplay
 
 
@@ -35,6 +36,7 @@ class Attached:
         layers: its layers that can be checkpointed.
         adapters: the names of PEFT's adapters when wrappers were last bound.
         attentions: the decoders that attend through ours, each with what it had.
+        planner: says which layers are checkpointed; None for all.
     """
 
     requested: str
@@ -44,6 +46,7 @@ class Attached:
     layers: list[GradientCheckpointingLayer] = field(default_factory=list)
     adapters: tuple[str, ...] = ()
     attentions: list[tuple[PreTrainedModel, str]] = field(default_factory=list)
+    planner: Planner | None = None
 
 
 def attached(model: nn.Module) -> Attached | None:
@@ -70,6 +73,8 @@ def attach(model: PreTrainedModel, requested: str, *, is_attention_ours: bool = 
     ours = [
         layer for layer in _checkpointed(model) if layer._gradient_checkpointing_func.checkpoint is checkpoint_layer
     ]
+    if (before := attached(model)) is not None:
+        state.planner = before.planner
     detach(model)
 
     if is_attention_ours:
@@ -89,7 +94,7 @@ def attach(model: PreTrainedModel, requested: str, *, is_attention_ours: bool = 
         for decoder in decoders(model):
             state.handles.append(decoder.register_forward_pre_hook(partial(_before_decoder, model, state)))
     for layer in ours:
-        _replay(layer, state, checkpoint_layer)
+        _checkpoint(layer, state)
     model._expertune = state
     bind_all(model)
     state.adapters = _adapters_of(model)
@@ -163,9 +168,16 @@ def _checkpointed(model: nn.Module) -> list[Any]:
     ]
 
 
-def _replay(layer: Any, state: Attached, checkpoint: Callable[..., Any]) -> None:
-    """Give a layer `checkpoint` with the routing replayed, and keep the host's function for `detach`."""
-    layer._gradient_checkpointing_func = state.replay.wrap(checkpoint, host=layer._gradient_checkpointing_func)
+def _checkpoint(layer: Any, state: Attached) -> None:
+    """Give a layer our own checkpoint function, where the planner says so."""
+    plan = None if state.planner is None else (state.planner, state.layers.index(layer))
+    host = layer._gradient_checkpointing_func
+    layer._gradient_checkpointing_func = state.replay.wrap(checkpoint_layer, host=host, plan=plan)
+
+
+def _replay(layer: Any, state: Attached) -> None:
+    """Replay the routing under the host's checkpoint function, and keep that for `detach`."""
+    layer._gradient_checkpointing_func = state.replay.wrap(layer._gradient_checkpointing_func)
 
 
 def decoders(model: PreTrainedModel) -> list[PreTrainedModel]:
@@ -194,7 +206,7 @@ def _before_decoder(model: PreTrainedModel, state: Attached, _decoder: nn.Module
         state.adapters = _adapters_of(model)
     for layer in state.layers:
         if layer.gradient_checkpointing and not isinstance(layer._gradient_checkpointing_func, ReplayingCheckpoint):
-            _replay(layer, state, layer._gradient_checkpointing_func)
+            _replay(layer, state)
 
 
 def _is_unbound(module: nn.Module) -> bool:
@@ -206,16 +218,23 @@ def _is_unbound(module: nn.Module) -> bool:
     )
 
 
-def set_checkpointing(model: PreTrainedModel, state: Attached, *, enabled: bool) -> None:
-    """Turn gradient checkpointing on, with our own choice of torch's two ways and the routing replayed, or off."""
+def set_checkpointing(model: PreTrainedModel, state: Attached, memory: str) -> None:
+    """Turn gradient checkpointing on, with our own choice of torch's two ways and the routing replayed, or off.
+
+    Args:
+        model: the model.
+        state: what was done to it.
+        memory: "lean" checkpoints every layer, "auto" those that the card has no room for, "fast" none.
+    """
     if not model.supports_gradient_checkpointing:
         return
-    if not enabled:
+    if memory == "fast":
         # renamed in transformers 5.2x; the old name warns there and ends with version 6
         disable = getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable
         disable()
         return
+    state.planner = Planner() if memory == "auto" else None
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
     for layer in state.layers:
-        _replay(layer, state, checkpoint_layer)
+        _checkpoint(layer, state)

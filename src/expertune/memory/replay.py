@@ -8,7 +8,7 @@ operations, so what autograd saves matches too.
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, TypeVar, cast
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from expertune.memory.leave_out import LeaveOut
+from expertune.memory.planner import Planner
 
 _Made = TypeVar("_Made")
 
@@ -90,9 +91,20 @@ class RoutingReplay:
         self._tapes: dict[int, Tape] = {}
         self._modes: dict[int, _TopKMode] = {}
 
-    def wrap(self, checkpoint: Callable[..., Any], host: Callable[..., Any] | None = None) -> "ReplayingCheckpoint":
-        """A checkpoint function, with a tape around each layer that it runs; `host` is the one it stands in for."""
-        return ReplayingCheckpoint(self, checkpoint, host or checkpoint)
+    def wrap(
+        self,
+        checkpoint: Callable[..., Any],
+        host: Callable[..., Any] | None = None,
+        plan: tuple[Planner, int] | None = None,
+    ) -> "ReplayingCheckpoint":
+        """A checkpoint function, with a tape around each run of a layer and its second one.
+
+        Args:
+            checkpoint: as torch's.
+            host: the one it stands in for.
+            plan: who says whether the layer is checkpointed at all, and the layer's number.
+        """
+        return ReplayingCheckpoint(self, checkpoint, host or checkpoint, plan)
 
     @contextmanager
     def using(self, tape: Tape) -> Iterator[None]:
@@ -133,23 +145,44 @@ class RoutingReplay:
 class ReplayingCheckpoint:
     """Calls as `torch.utils.checkpoint.checkpoint` does, with one tape shared by a layer's first run and its reruns."""
 
-    def __init__(self, replay: RoutingReplay, checkpoint: Callable[..., Any], host: Callable[..., Any]) -> None:
+    def __init__(
+        self,
+        replay: RoutingReplay,
+        checkpoint: Callable[..., Any],
+        host: Callable[..., Any],
+        plan: tuple[Planner, int] | None,
+    ) -> None:
         self.checkpoint = checkpoint
         self.host = host
+        self._plan = plan
         self._replay = replay
         self._leave_out = LeaveOut()
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Run `function` under the host's checkpoint."""
+        """Run `function` under the host's checkpoint, or without one if that is the plan."""
         if torch.compiler.is_compiling():  # the compiler decides itself what runs again, and traces no tape
             return self.checkpoint(function, *args, **kwargs)
+        if self._keeps(args):
+            return function(*args, **kwargs)
         tape = Tape(self._leave_out)
         keywords: dict[str, Any] = {}
         if isinstance(function, partial):  # hosts bind a layer's keywords this way; the checkpoint may look at them
             function, keywords = partial(function.func, *function.args), function.keywords
 
         def run(*run_args: Any, **run_kwargs: Any) -> Any:
-            with self._replay.using(tape):
+            with self._replay.using(tape), self._running_again(tape, run_args):
                 return tape.run(function, *run_args, **run_kwargs)
 
         return self.checkpoint(partial(run, **keywords), *args, **kwargs)
+
+    def _keeps(self, args: tuple[Any, ...]) -> bool:
+        if self._plan is None or not args or not torch.is_grad_enabled():
+            return False
+        planner, layer = self._plan
+        return planner.keeps(layer, args[0])
+
+    def _running_again(self, tape: Tape, args: tuple[Any, ...]) -> AbstractContextManager[None]:
+        if self._plan is None or not args or not tape.is_recorded:
+            return nullcontext()
+        planner, layer = self._plan
+        return planner.running_again(layer, args[0])

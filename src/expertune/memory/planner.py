@@ -1,0 +1,135 @@
+"""Which layers of a step keep what backward needs, and which compute it again: as many keep as the card has room for.
+
+The first step checkpoints every layer. As each runs again, the planner notes what it allocates; from the peak of the
+step it knows what everything else takes. From then on the last layers keep, as many as fit: backward frees them first,
+so they are gone by the time the gradients of the others have come. A batch with more tokens than any before is planned
+like the first one. Whatever is kept, the numbers are the same.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+_RESERVE = 1 / 16  # of a card's memory: what the allocator cannot use, and what other libraries take
+
+
+class Meter(Protocol):
+    """The memory of a device, in bytes."""
+
+    def allocated(self) -> int:
+        """By tensors, now."""
+        ...
+
+    def peak(self) -> int:
+        """By tensors, at most so far."""
+        ...
+
+    def free(self) -> int:
+        """What more tensors could take now, less a reserve."""
+        ...
+
+
+class CudaMeter:
+    """The memory of a CUDA device as torch's allocator and the driver see it. Waits for nothing."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def allocated(self) -> int:
+        """By tensors, now."""
+        return torch.cuda.memory_allocated(self._device)
+
+    def peak(self) -> int:
+        """By tensors, at most since someone last reset it."""
+        return torch.cuda.max_memory_allocated(self._device)
+
+    def free(self) -> int:
+        """What the driver and the allocator have left, less a reserve."""
+        unused = torch.cuda.memory_reserved(self._device) - self.allocated()
+        free, total = torch.cuda.mem_get_info(self._device)
+        return free + unused - int(total * _RESERVE)
+
+
+def meter_of(device: torch.device) -> Meter | None:
+    """None for a device whose memory is not counted: every layer is checkpointed there."""
+    return CudaMeter(device) if device.type == "cuda" else None
+
+
+class Planner:
+    """The plan of one model, a part a device. Layers are numbered in the order in which a step runs them.
+
+    Args:
+        meter_of: the meter of a device.
+    """
+
+    def __init__(self, meter_of: Callable[[torch.device], Meter | None] = meter_of) -> None:
+        self._meter_of = meter_of
+        self._parts: dict[torch.device, _Part | None] = {}
+
+    def keeps(self, layer: int, x: Tensor) -> bool:
+        """Whether a layer that runs on `x`, `(…, tokens, D)`, keeps what its backward needs."""
+        part = self._part(x)
+        return part is not None and part.keeps(layer, _tokens(x))
+
+    @contextmanager
+    def running_again(self, layer: int, x: Tensor) -> Iterator[None]:
+        """Around the second run of a checkpointed layer."""
+        part = self._part(x)
+        before = 0 if part is None else part.meter.allocated()
+        yield
+        if part is not None:
+            part.note(layer, part.meter.allocated() - before, _tokens(x))
+
+    def _part(self, x: Tensor) -> "_Part | None":
+        if x.device not in self._parts:
+            meter = self._meter_of(x.device)
+            self._parts[x.device] = None if meter is None else _Part(meter)
+        return self._parts[x.device]
+
+
+def _tokens(x: Tensor) -> int:
+    return x.shape[:-1].numel()
+
+
+class _Part:
+    """The plan of the layers on one device."""
+
+    def __init__(self, meter: Meter) -> None:
+        self.meter = meter
+        self._bytes: dict[int, float] = {}  # a layer keeps for a token
+        self._rise = 0  # the most that a fully checkpointed step took beyond what lay there at its start
+        self._most_tokens = 0  # of a fully checkpointed step
+        self._started: int | None = None  # with how many bytes one started, while it runs
+        self._kept: frozenset[int] = frozenset()
+        self._last = -1
+
+    def keeps(self, layer: int, tokens: int) -> bool:
+        if layer <= self._last or self._last < 0:
+            self._begin(tokens)
+        self._last = layer
+        return layer in self._kept
+
+    def note(self, layer: int, num_bytes: int, tokens: int) -> None:
+        self._bytes[layer] = max(num_bytes / tokens, self._bytes.get(layer, 0.0))
+
+    def _begin(self, tokens: int) -> None:
+        if self._started is not None:
+            self._rise = max(self._rise, self.meter.peak() - self._started)
+            self._started = None
+        if tokens > self._most_tokens or not self._bytes:
+            self._most_tokens = max(tokens, self._most_tokens)
+            self._started = self.meter.allocated()
+            self._kept = frozenset()
+        else:
+            self._kept = frozenset(self._fitting(tokens, self.meter.free() - self._rise))
+
+    def _fitting(self, tokens: int, room: float) -> Iterator[int]:
+        """The last layers whose bytes for so many tokens fit into `room`."""
+        for layer in sorted(self._bytes, reverse=True):
+            room -= self._bytes[layer] * tokens
+            if room < 0:
+                return
+            yield layer
