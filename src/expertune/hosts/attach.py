@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from expertune.hosts import attention, peft, transformers
+from expertune.hosts import attention, norms, peft, transformers
 from expertune.memory.checkpoint import checkpoint_layer
 from expertune.memory.planner import Planner
 from expertune.memory.replay import ReplayingCheckpoint, RoutingReplay
@@ -36,6 +36,7 @@ class Attached:
         layers: its layers that can be checkpointed.
         adapters: the names of PEFT's adapters when wrappers were last bound.
         attentions: the decoders that attend through ours, each with what it had.
+        norms: those that run our forward.
         planner: says which layers are checkpointed; None for all.
     """
 
@@ -46,6 +47,7 @@ class Attached:
     layers: list[GradientCheckpointingLayer] = field(default_factory=list)
     adapters: tuple[str, ...] = ()
     attentions: list[tuple[PreTrainedModel, str]] = field(default_factory=list)
+    norms: list[nn.Module] = field(default_factory=list)
     planner: Planner | None = None
 
 
@@ -80,6 +82,7 @@ def attach(model: PreTrainedModel, requested: str, *, is_attention_ours: bool = 
     if is_attention_ours:
         taken = [decoder for decoder in decoders(model) if attention.why_not(decoder) is None]
         state.attentions = [(decoder, attention.take_over(decoder)) for decoder in taken]
+    state.norms = norms.bind(model)
     transformers.register()
     configs: dict[int, Any] = {}
     for module, plan in plans:
@@ -108,6 +111,7 @@ def detach(model: PreTrainedModel) -> None:
         return
     for handle in state.handles:
         handle.remove()
+    norms.unbind(state.norms)
     for decoder, had in state.attentions:
         attention.give_back(decoder, had)
     for _, module in transformers.named_experts(model):  # also those that PEFT copied, to save them whole
