@@ -34,6 +34,7 @@ format: .venv/.installed
 
 bench: .venv/.installed
 	$(BIN)/python benchmarks/moe_block.py
+	$(BIN)/python benchmarks/sft_step.py
 
 clean:
 	rm -rf .venv runs build dist
