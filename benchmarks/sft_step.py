@@ -4,7 +4,7 @@
                                   [--peers transformers,expertune,unsloth] [--rank 64] [--memory auto] [--longest]
 
 A random-weight model of the real shape is written once and read by every peer as its own documentation says. LoRA on
-the attention and on all experts, batch 1, bf16, 8-bit AdamW, the router frozen, gradient checkpointing as a peer does it.
+the attention and on all experts, batch 1, bf16, 8-bit AdamW, the router frozen, checkpointing as a peer does it.
 The median of the steps after the third counts; the last is profiled, and its GPU time split by part. With `--longest`
 the longest context that trains is found by bisection. Writes `runs/bench/sft_step.json` with its provenance
 and `sft_step.png`.
