@@ -82,9 +82,23 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
+SHAPES["gemma3"] = (  # dense, the 12B: what its attention alone is worth
+    "gemma3_text",
+    {
+        "vocab_size": 262208,
+        "hidden_size": 3840,
+        "intermediate_size": 15360,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 256,
+        "sliding_window": 1024,
+        "max_position_embeddings": 131072,
+    },
+)
 _QKVO = ["q_proj", "k_proj", "v_proj", "o_proj"]
 ATTENTION = {"glm": ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]}
-EXPERTS = ["gate_up_proj", "down_proj"]
+EXPERTS = {"gemma3": []}
+_EXPERTS = ["gate_up_proj", "down_proj"]
 # by the names of kernels, in this order: what an expression finds first
 PARTS = {
     "optimizer": r"kOptimizer|multi_tensor",
@@ -115,7 +129,7 @@ def write_model(shape: str, layers: int, folder: Path) -> None:
 
 def load(peer: str, args: argparse.Namespace, longest: int) -> Any:
     """The model with LoRA, as the peer's documentation says."""
-    targets = ATTENTION.get(args.shape, _QKVO)
+    targets, experts = ATTENTION.get(args.shape, _QKVO), EXPERTS.get(args.shape, _EXPERTS)
     lora = {"r": args.rank, "lora_alpha": 2 * args.rank}
     if peer == "unsloth":
         from unsloth import FastLanguageModel  # it must be imported before Transformers
@@ -124,20 +138,20 @@ def load(peer: str, args: argparse.Namespace, longest: int) -> Any:
             model_name=args.folder, max_seq_length=longest, load_in_4bit=False, dtype=None, local_files_only=True
         )
         settings = {"use_gradient_checkpointing": "unsloth", "lora_dropout": 0, "bias": "none"}
-        return FastLanguageModel.get_peft_model(model, **lora, target_modules=targets + EXPERTS, **settings)
+        return FastLanguageModel.get_peft_model(model, **lora, target_modules=targets + experts, **settings)
     if peer == "expertune":
         import expertune
 
         model, _ = expertune.load(args.folder, max_seq_length=longest, memory=args.memory)
-        return expertune.add_lora(model, **lora, target_modules=targets + EXPERTS)
+        return expertune.add_lora(model, **lora, target_modules=targets + experts)
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
     device = {"": 0} if torch.cuda.is_available() else None
-    implementation = {"experts_implementation": "grouped_mm", "dtype": torch.bfloat16}
-    model = AutoModelForCausalLM.from_pretrained(args.folder, device_map=device, **implementation)
-    parameters = [f"mlp.experts.{name}" for name in EXPERTS]
+    faster = {"experts_implementation": "grouped_mm"} if experts else {}
+    model = AutoModelForCausalLM.from_pretrained(args.folder, device_map=device, dtype=torch.bfloat16, **faster)
+    parameters = [f"mlp.experts.{name}" for name in experts]
     config = LoraConfig(**lora, target_modules=targets, target_parameters=parameters, task_type="CAUSAL_LM")
     return get_peft_model(model, config)
 
