@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 import expertune
 from tests.conftest import Checkpoint
-from tests.hosts.adapters import lora, stock
+from tests.hosts.adapters import lora, several_adapters, stock
 from tests.hosts.models import SHARED, batch, load_tiny, save_tiny
 from tests.hosts.passes import assert_equal_within, run
 
@@ -118,7 +118,11 @@ def test_explain_tells_backend_weights_adapters_and_what_was_passed_over(checkpo
     )
     assert text[2] == "    adapter  none"
     assert "    passed over  grouped_mm: needs bfloat16, float16 or float32, got torch.float64" in text
-    adapted = expertune.add_lora(model, r=3)
+
+
+@several_adapters
+def test_explain_tells_the_active_adapter(checkpoint: Checkpoint) -> None:
+    adapted = expertune.add_lora(load_tiny(checkpoint("qwen3_moe")), r=3)
     adapted.add_adapter("other", lora(r=2, target_parameters=adapted.peft_config["default"].target_parameters))
     text = str(expertune.explain(adapted)).splitlines()
     assert "    adapter  down_proj: default (r=3)" in text

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import expertune
 from tests.conftest import Checkpoint
-from tests.hosts.adapters import EXPERTS, lora, stock
+from tests.hosts.adapters import EXPERTS, lora, several_adapters, stock
 from tests.hosts.fingerprints import fingerprint
 from tests.hosts.models import CONFIGS, batch, load_tiny
 from tests.hosts.passes import assert_equal_within, logits
@@ -104,6 +104,7 @@ def test_a_square_adapter_of_peft_0_18_is_refused(checkpoint: Checkpoint, tmp_pa
         late(**batch())
 
 
+@several_adapters
 def test_an_old_adapter_beside_a_good_one_is_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
     """Loaded into wrappers that the walk has taken in already."""
     base = _old_adapter(checkpoint, tmp_path, "0.18.1")

@@ -9,7 +9,7 @@ from peft import PeftMixedModel, PeftModel, get_peft_model
 
 import expertune
 from tests.conftest import Checkpoint
-from tests.hosts.adapters import EXPERTS, lora, stock, wrap
+from tests.hosts.adapters import EXPERTS, lora, several_adapters, stock, wrap
 from tests.hosts.models import batch, load_tiny
 from tests.hosts.passes import assert_equal_within, logits, run
 
@@ -43,6 +43,7 @@ ACTIVE: dict[str, Callable[[PeftModel], Any]] = {
 }
 
 
+@several_adapters
 @pytest.mark.parametrize("choose", ACTIVE.values(), ids=ACTIVE)
 def test_several_adapters(pair: Pair, walks: list[str], choose: Callable[[PeftModel], Any]) -> None:
     before = logits(pair[1])
@@ -116,6 +117,7 @@ def test_disabling_a_merged_adapter_on_a_linears_weight_unmerges_it_before_it_is
         assert_equal_within(logits(ours), base, 1e-10)
 
 
+@several_adapters
 @pytest.mark.parametrize("names", [None, ["second"], ["default", "second"]], ids=str)
 def test_merge_and_unload_equals_stock(pair: Pair, walks: list[str], names: list[str] | None) -> None:
     for model in pair:

@@ -91,32 +91,30 @@ def _has_windows(config: Any) -> bool:
 
 def _mask(
     *,
-    q_length: int,
     kv_length: int,
-    q_offset: int | Tensor = 0,
     kv_offset: int = 0,
     attention_mask: Tensor | None = None,
     allow_is_causal_skip: bool = True,
-    **kwargs: Any,
+    **queries: Any,
 ) -> Tensor | None:
     """What a step's layers get as their mask.
 
     None for causal attention over whole samples; the 2D mask where there is padding; otherwise, with a cache of keys or
     a mask of the model's own, the host's bool mask `(B, 1, T, S)`.
     """
-    starts_at_zero = not torch.compiler.is_compiling() and isinstance(q_offset, int) and q_offset == kv_offset == 0
-    if allow_is_causal_skip and starts_at_zero and q_length == kv_length:
+    # later than transformers 5.2 their number, before it their positions
+    num_queries = queries["q_length"] if "q_length" in queries else len(queries["cache_position"])
+    is_whole = num_queries == kv_length and kv_offset == 0 and not torch.compiler.is_compiling()
+    if allow_is_causal_skip and is_whole:
         if attention_mask is None or attention_mask[:, -kv_length:].all():
             return None
         return attention_mask[:, -kv_length:]
     mask: Tensor = sdpa_mask(
-        q_length=q_length,
         kv_length=kv_length,
-        q_offset=q_offset,
         kv_offset=kv_offset,
         attention_mask=attention_mask,
         allow_is_causal_skip=False,
-        **kwargs,
+        **queries,
     )
     return mask
 
