@@ -1,23 +1,28 @@
 # `make demo` and `make test` need nothing but Python 3.10 or later and make: each makes its own .venv first.
 PYTHON ?= python3
 BIN := .venv/bin
+OLDEST := .venv-oldest/bin
 # A machine without a GPU takes one pinned build of torch; a machine with one takes the newest for it.
 TORCH ?= $(if $(shell command -v nvidia-smi 2>/dev/null),torch>=2.10,torch==2.13.0)
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: demo test test-families models lint bench format clean
+.PHONY: demo test test-families test-oldest models lint bench format clean
 
 demo: .venv/.installed
 	$(BIN)/expertune train
 
 # a worker a core
-test test-families: export OMP_NUM_THREADS = 1
+test test-families test-oldest: export OMP_NUM_THREADS = 1
 test: .venv/.installed
 	$(BIN)/pytest -n $(JOBS)
 	TRITON_INTERPRET=1 $(BIN)/pytest -n $(JOBS) -k "kernels or triton" tests/kernels tests/test_experts.py tests/backends tests/test_saved_bytes.py
 
 test-families: .venv/.installed
 	$(BIN)/pytest -n $(JOBS) tests/families
+
+# the same tests on the oldest Transformers, PEFT and TRL
+test-oldest: .venv-oldest/.installed
+	$(OLDEST)/pytest -n $(JOBS)
 
 models: .venv/.installed
 	$(BIN)/python -m tests.families.table
@@ -37,11 +42,18 @@ bench: .venv/.installed
 	$(BIN)/python benchmarks/sft_step.py
 
 clean:
-	rm -rf .venv runs build dist
+	rm -rf .venv .venv-oldest runs build dist
 
 .venv/.installed: pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=24"
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
 	$(BIN)/python -m pip install --quiet --editable ".[train,dev]"
+	touch $@
+
+.venv-oldest/.installed: pyproject.toml tests/oldest.txt
+	$(PYTHON) -m venv .venv-oldest
+	$(OLDEST)/python -m pip install --quiet --upgrade "pip>=24"
+	$(OLDEST)/python -m pip install --quiet "$(TORCH)"
+	$(OLDEST)/python -m pip install --quiet --constraint tests/oldest.txt --editable ".[train,dev]"
 	touch $@

@@ -29,13 +29,24 @@ class Family(NamedTuple):
 
 @cache
 def families() -> dict[str, Family]:
-    """All of them, by name."""
-    names = sorted({path.parent.name for path in _MODELS.glob("*/modeling_*.py") if _MARK in path.read_text()})
-    return {name: family(name) for name in names}
+    """Those that an auto class builds, by name."""
+    return {name: found for name in marked() if (found := _buildable(name)) is not None}
+
+
+@cache
+def marked() -> tuple[str, ...]:
+    """The folders with experts."""
+    return tuple(sorted({path.parent.name for path in _MODELS.glob("*/modeling_*.py") if _MARK in path.read_text()}))
 
 
 def family(name: str) -> Family:
     """A causal language model rather than one that also sees, the text model of one that sees rather than the whole."""
+    if (found := _buildable(name)) is None:
+        raise LookupError(f"no model of Transformers' {name} can be built by an auto class")
+    return found
+
+
+def _buildable(name: str) -> Family | None:
     types = [t for t in CONFIG_MAPPING_NAMES if model_type_to_module_name(t) == name]
     types.sort(key=lambda t: not t.endswith("_text"))
     for auto, mapping in (
@@ -46,4 +57,4 @@ def family(name: str) -> Family:
         for model_type in types:
             if model_type in mapping:
                 return Family(name, model_type, auto)
-    raise LookupError(f"no model of Transformers' {name} can be built by an auto class")
+    return None

@@ -157,13 +157,14 @@ def _small(cls: type[PretrainedConfig], overrides: dict[str, Any]) -> Pretrained
     settings: dict[str, Any] = {}
     for name, value in vars(default).items():
         if isinstance(value, PretrainedConfig):
-            settings[name] = _small(type(value), overrides.get(name, {}))
+            # as a dictionary: configs of older hosts take nothing else
+            settings[name] = _small(type(value), overrides.get(name, {})).to_dict()
         elif name in SIZES and (value is not None or name in _ASKED):
             settings[name] = SIZES[name]
     if vars(default).get("kv_lora_rank"):
         settings["num_key_value_heads"] = SIZES["num_attention_heads"]  # latent attention has no groups
     settings |= {
-        name: value for name, value in overrides.items() if not isinstance(settings.get(name), PretrainedConfig)
+        name: value for name, value in overrides.items() if not isinstance(vars(default).get(name), PretrainedConfig)
     }
     return cls(**settings)
 

@@ -54,6 +54,17 @@ def test_the_formula_of_a_class_is_found_by_trying_it(checkpoint: Checkpoint) ->
         assert formula_of(other) is None
 
 
+def test_the_formula_is_found_whatever_torch_makes_by_default() -> None:
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRMSNorm
+
+    norm = Qwen3MoeRMSNorm(8)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert formula_of(norm) == Formula(1e-6, 0.0, keeps_dtype=False)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 @pytest.mark.parametrize(
     "device",
     [
