@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from expertune.backends import PREFERRED
 from expertune.hosts import attach, peft, report
 from expertune.hosts.coverage import Coverage, coverage
-from expertune.hosts.targets import Targets, resolve
+from expertune.hosts.targets import Targets, resolve, towers
 
 _BACKEND_VARIABLE = "EXPERTUNE_MOE_BACKEND"
 # Fields of LoraConfig by which PEFT chooses among modules, but not among parameters.
@@ -98,7 +98,8 @@ def add_lora(
         r: rank, per expert. Gate and up are one fused projection and share it.
         lora_alpha: the adapter's output is scaled by `lora_alpha / r`.
         target_modules: names such as "q_proj" or "gate_proj", which reach routed experts, shared experts and dense
-            layers alike, or "all-linear": all of them and the attention. The router is trained only by its own name.
+            layers alike, or "all-linear": all of them and the attention. The router is trained only by its own name,
+            a vision or audio tower only by dotted endings of paths.
         lora_config: more fields of `peft.LoraConfig` (`use_rslora`, `rank_pattern`, `init_lora_weights`, …).
 
     Raises:
@@ -126,7 +127,10 @@ def add_lora(
     attach.bind_all(model)
     _check_adapted(wrapped, targets)
     _warn_of_lost(wrapped)
-    Console().print(coverage(wrapped))
+    console = Console()
+    console.print(coverage(wrapped))
+    if left := [tower for tower in towers(model) if not any(path.startswith(f"{tower}.") for path in targets.paths)]:
+        console.print(f"left as it is: {', '.join(left)}; name its modules by dotted paths to train it", soft_wrap=True)
     return wrapped
 
 

@@ -6,7 +6,8 @@ keeps 8 bytes a slot instead of 16 a row. Plain execution never comes here.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from contextlib import AbstractContextManager
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -84,9 +85,18 @@ def _backward(
     walk, tensors = _walk(expert, *shared)
     walk = walk._replace(wants=tuple(wants))
     mids = (mid if mid.numel() or not x.numel() else None for mid in (mid1, mid2))
-    with torch.no_grad():
+    with torch.no_grad(), _differentiable():
         grads = run_backward(walk, dout, (x, h, *mids, weight, *tensors))
     return [x.new_empty(0) if grad is None else grad.contiguous() for grad in grads]
+
+
+def _differentiable() -> AbstractContextManager[Any]:
+    """Let autograd see what runs inside, though an operator's kernel is below it: it differentiates a host's gates."""
+    left_out = torch._C._dispatch_tls_local_exclude_set()
+    for key in ("AutogradFunctionality", "ADInplaceOrView"):
+        left_out = left_out.remove(getattr(torch._C.DispatchKey, key))
+    kept = torch._C._dispatch_tls_local_include_set()
+    return cast(AbstractContextManager[Any], torch._C._ForceDispatchKeyGuard(kept, left_out))
 
 
 def _walk(

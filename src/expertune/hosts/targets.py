@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedModel
 
-from expertune.hosts.attach import blocks
+from expertune.hosts.attach import blocks, decoders
 from expertune.hosts.transformers import first_name, is_experts, named_experts
 
 # Rewritten by PEFT's _convert_peft_config_moe (peft/utils/transformers_weight_conversion.py, 0.21.2).
@@ -41,7 +41,8 @@ def resolve(model: PreTrainedModel, requested: Sequence[str] | str, parameters: 
     Args:
         model: a Transformers model without adapters.
         requested: names or dotted endings of paths, or "all-linear": every linear and all experts, without the router
-            and other gates of a MoE block and without the output head.
+            and other gates of a MoE block and without the output head. A name without a dot, and "all-linear", leave
+            the vision or audio tower of a composite model alone.
         parameters: names or dotted endings of parameters, meant beside them.
 
     Raises:
@@ -60,8 +61,16 @@ def resolve(model: PreTrainedModel, requested: Sequence[str] | str, parameters: 
     )
 
 
+def towers(model: PreTrainedModel) -> tuple[str, ...]:
+    """The paths of models without experts beside one with: a vision or audio tower, which bare names leave alone."""
+    names = {id(module): path for path, module in model.named_modules()}
+    inner = {names[id(decoder)]: any(is_experts(module) for module in decoder.modules()) for decoder in decoders(model)}
+    return tuple(name for name, has_experts in inner.items() if not has_experts) if any(inner.values()) else ()
+
+
 def _resolve_modules(model: PreTrainedModel, requested: Sequence[str] | str) -> Targets:
     linears = {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
+    left = towers(model)
     routers = _routers(model)
     experts = _experts_parameters(model)
     if requested == "all-linear":
@@ -71,7 +80,10 @@ def _resolve_modules(model: PreTrainedModel, requested: Sequence[str] | str) -> 
         paths = [
             path
             for path, module in linears.items()
-            if module is not head and path not in routers and path.rpartition(".")[0] not in names_of_blocks
+            if module is not head
+            and path not in routers
+            and path.rpartition(".")[0] not in names_of_blocks
+            and not _is_below(path, left)
         ]
         return _targets(paths, list(experts), (*linears, *routers, *experts), rewritten=bool(experts))
     if isinstance(requested, str):
@@ -85,7 +97,9 @@ def _resolve_modules(model: PreTrainedModel, requested: Sequence[str] | str) -> 
     _refuse_halves(names, experts)
     found: dict[str, list[str]] = {}
     for name in names:
-        found[name] = [path for path in (*linears, *routers) if _ends(path, name)]
+        found[name] = [
+            path for path in (*linears, *routers) if _ends(path, name) and ("." in name or not _is_below(path, left))
+        ]
         found[name] += [path for path, aliases in experts.items() if name in aliases or _ends(path, name)]
     if missing := [name for name in names if not found[name]]:
         leaves = sorted({path.rpartition(".")[2] for path in (*linears, *experts)})
@@ -155,6 +169,10 @@ def _refuse_halves(names: Sequence[str], experts: dict[str, set[str]]) -> None:
                 f"target_modules names {present.pop()!r} without {missing!r}, but the experts of this model hold both "
                 "as one fused gate_up_proj. Name both."
             )
+
+
+def _is_below(path: str, towers: Sequence[str]) -> bool:
+    return any(path.startswith(f"{tower}.") for tower in towers)
 
 
 def _ends(path: str, name: str) -> bool:
