@@ -29,6 +29,10 @@ GATES = {
         _glu(lambda gate: F.gelu(gate, approximate="tanh"), False),
     ),
     "clamped": (ClampedSwiGlu(1.702, 1.0), _clamped),
+    "clamped, not shifted": (
+        ClampedSwiGlu(1.0, 1.0, shift=0.0, is_concatenated=True),
+        lambda h: F.silu(h[..., :5].clamp(max=1.0)) * h[..., 5:].clamp(-1.0, 1.0),
+    ),
     "host": (HostGate(_clamped), _clamped),
     "no gate": (HostGate(lambda h: F.relu(h).square()), lambda h: F.relu(h).square()),
 }

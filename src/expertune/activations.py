@@ -86,13 +86,22 @@ class GeGlu:
 
 @dataclass(frozen=True)
 class ClampedSwiGlu:
-    """gpt-oss's gate: `g·sigmoid(α·g) · (u + 1)`, with `g` clamped from above and `u` from both sides at `limit`.
+    """`g·sigmoid(α·g) · (u + shift)`, with `g` clamped from above and `u` from both sides at `limit`.
 
-    Source: GptOssExperts, transformers 5.23. The gradient is zero beyond a clamp and passes at the limit itself.
+    With a shift of one it is gpt-oss's gate, with none DeepSeek-V4's. Sources: GptOssExperts, DeepseekV4Experts,
+    transformers 5.24. The gradient is zero beyond a clamp and passes at the limit itself.
+
+    Args:
+        alpha: of the sigmoid.
+        limit: of the clamps.
+        shift: 0 or 1.
+        is_concatenated: `[gate | up]`, else interleaved.
+        name: what the report calls it.
     """
 
     alpha: float
     limit: float
+    shift: float = 1.0
     is_concatenated: bool = False
     name: str = "clamped silu"
 
@@ -100,7 +109,7 @@ class ClampedSwiGlu:
         gate_NF, up_NF = _halves(h_NG, self.is_concatenated)
         g_NF = gate_NF.clamp(max=self.limit)
         u_NF = up_NF.clamp(min=-self.limit, max=self.limit)
-        return gate_NF, up_NF, g_NF, u_NF.add_(1), torch.sigmoid(g_NF * self.alpha)
+        return gate_NF, up_NF, g_NF, u_NF.add_(self.shift), torch.sigmoid(g_NF * self.alpha)
 
     def forward(self, h_NG: Tensor) -> Tensor:
         _, _, g_NF, u1_NF, sigmoid_NF = self._parts(h_NG)

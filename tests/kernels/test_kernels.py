@@ -27,6 +27,7 @@ GATES = {
     "gelu tanh interleaved": GeGlu("tanh", is_concatenated=False),
     "clamped": ClampedSwiGlu(1.702, 1.0),
     "clamped concatenated": ClampedSwiGlu(1.702, 1.0, is_concatenated=True),
+    "clamped, not shifted": ClampedSwiGlu(1.0, 1.0, shift=0.0, is_concatenated=True),
 }
 
 

@@ -189,7 +189,6 @@ def _gate_kernel(gate: Gate) -> gates.GateKernel | None:
         functions = gates.GELU if gate.approximate == "none" else gates.GELU_TANH
         return gates.GateKernel(*functions, is_concatenated=gate.is_concatenated)
     if isinstance(gate, ClampedSwiGlu):
-        return gates.GateKernel(
-            *gates.CLAMPED, is_concatenated=gate.is_concatenated, alpha=gate.alpha, limit=gate.limit
-        )
+        functions = gates.SHIFTED if gate.shift else gates.CLAMPED
+        return gates.GateKernel(*functions, is_concatenated=gate.is_concatenated, alpha=gate.alpha, limit=gate.limit)
     return None

@@ -13,25 +13,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from expertune import compiled, families
-from expertune.activations import Gate, GeGlu, HostGate, SwiGlu
+from expertune import compiled
+from expertune.activations import Gate
 from expertune.backends import choose
 from expertune.backends.protocol import Backend
 from expertune.experts import ExpertsStep, Projection, experts
+from expertune.hosts.gates import gate_of
 from expertune.memory.replay import RoutingReplay
 from expertune.shapes import ALIGNMENT, ExpertsLayout, LoraFactors, Problem
 
 IMPLEMENTATION = "expertune"
 
-_FUSED_GATES: dict[str, Gate] = {
-    "silu": SwiGlu(),
-    "swish": SwiGlu(),
-    "gelu": GeGlu("none"),
-    "gelu_pytorch_tanh": GeGlu("tanh"),
-}
 _Adapters = tuple[tuple[LoraFactors, ...], tuple[LoraFactors, ...]]
 
 
@@ -152,7 +146,7 @@ def make_plan(name: str, module: nn.Module, model_type: str, requested: str, rep
     plan = ExpertsPlan(
         name=name,
         layout=layout_of(module),
-        gate=_gate(module, model_type),
+        gate=gate_of(module),
         requested=requested,
         host_config=earlier.host_config if isinstance(earlier, ExpertsPlan) else module.config,
         replay=replay,
@@ -176,19 +170,6 @@ def layout_of(module: Any) -> ExpertsLayout:
         is_transposed=bool(module.is_transposed),
         has_bias=bool(module.has_bias),
     )
-
-
-def _gate(module: Any, model_type: str) -> Gate:
-    """Our own gate where we know the function, the host's otherwise."""
-    if first_name(module) == "up_proj":
-        return HostGate(module.act_fn, name=f"{type(module.act_fn).__name__}, no gate")
-    if (family := families.find(model_type)) is not None:
-        return family.fused_gate(module)
-    if type(module)._apply_gate is _default_apply_gate:
-        for name, gate in _FUSED_GATES.items():
-            if type(module.act_fn) is type(ACT2FN[name]):
-                return gate
-    return HostGate(module._apply_gate)
 
 
 def experts_forward(

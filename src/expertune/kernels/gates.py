@@ -60,15 +60,32 @@ def _gelu_tanh_grad(g, u, da, ALPHA: tl.constexpr, LIMIT: tl.constexpr):
 def _clamped(g, u, ALPHA: tl.constexpr, LIMIT: tl.constexpr):
     g = tl.minimum(g, LIMIT)
     u = tl.minimum(tl.maximum(u, -LIMIT), LIMIT)
-    return g * tl.sigmoid(ALPHA * g) * (u + 1.0)
+    return g * tl.sigmoid(ALPHA * g) * u
 
 
 @triton.jit
 def _clamped_grad(g, u, da, ALPHA: tl.constexpr, LIMIT: tl.constexpr):
+    return _clamped_slopes(g, u, da, ALPHA, LIMIT, 0.0)
+
+
+@triton.jit
+def _shifted(g, u, ALPHA: tl.constexpr, LIMIT: tl.constexpr):
+    g = tl.minimum(g, LIMIT)
+    u = tl.minimum(tl.maximum(u, -LIMIT), LIMIT)
+    return g * tl.sigmoid(ALPHA * g) * (u + 1.0)
+
+
+@triton.jit
+def _shifted_grad(g, u, da, ALPHA: tl.constexpr, LIMIT: tl.constexpr):
+    return _clamped_slopes(g, u, da, ALPHA, LIMIT, 1.0)
+
+
+@triton.jit
+def _clamped_slopes(g, u, da, ALPHA: tl.constexpr, LIMIT: tl.constexpr, SHIFT: tl.constexpr):
     passes_g = g <= LIMIT
     passes_u = (u <= LIMIT) & (u >= -LIMIT)
     g = tl.minimum(g, LIMIT)
-    u = tl.minimum(tl.maximum(u, -LIMIT), LIMIT) + 1.0
+    u = tl.minimum(tl.maximum(u, -LIMIT), LIMIT) + SHIFT
     sigmoid = tl.sigmoid(ALPHA * g)
     glu = g * sigmoid
     dg = da * u * (sigmoid + ALPHA * glu * (1.0 - sigmoid))
@@ -83,7 +100,7 @@ class GateKernel:
         function: `(g, u) -> a`.
         grad: `(g, u, da) -> (a, dg, du)`.
         is_concatenated: `[gate | up]`, else interleaved.
-        alpha, limit: for the clamped gate.
+        alpha, limit: for the clamped gates.
     """
 
     function: Any
@@ -93,11 +110,12 @@ class GateKernel:
     limit: float = 0.0
 
 
-SILU, GELU, GELU_TANH, CLAMPED = (
+SILU, GELU, GELU_TANH, CLAMPED, SHIFTED = (
     (_silu, _silu_grad),
     (_gelu, _gelu_grad),
     (_gelu_tanh, _gelu_tanh_grad),
     (_clamped, _clamped_grad),
+    (_shifted, _shifted_grad),
 )
 
 
