@@ -11,6 +11,8 @@ from transformers import AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig, P
 import expertune
 from expertune.attention.sequences import Sequences
 from tests.conftest import Checkpoint
+from tests.families.found import families
+from tests.families.tiny import tiny_model
 from tests.hosts.models import SHARED, batch, load_tiny, randomize
 from tests.hosts.passes import assert_equal_within, run
 
@@ -144,10 +146,17 @@ def test_it_is_saved_and_copied_as_the_host_s(checkpoint: Checkpoint, tmp_path: 
 def test_explain_says_whose_it_is(checkpoint: Checkpoint) -> None:
     words = str(expertune.explain(expertune.optimize(load_tiny(checkpoint("gpt_oss")))))
     assert "attention of GptOssModel: expertune" in words
-    assert "windows: tiles (cudnn: needs a CUDA device" in words
+    assert "windows, heads of 8: tiles (cudnn: needs a CUDA device" in words
     words = str(expertune.explain(expertune.optimize(load_tiny(checkpoint("qwen3_moe")))))
     assert "attention of Qwen3MoeModel: the host's sdpa (the host's own needs no matrix of scores)" in words
     assert "Gemma3TextModel: expertune" in str(expertune.explain(expertune.optimize(gemma3())))
+
+
+def test_explain_where_heads_differ_from_layer_to_layer() -> None:
+    if "gemma4" not in families():
+        pytest.skip("this version of the host does not know it")
+    words = str(expertune.explain(expertune.optimize(tiny_model(families()["gemma4"]))))
+    assert words.count("windows, heads of") == 2
 
 
 def test_what_ours_cannot_do_stays_with_the_host() -> None:

@@ -6,6 +6,7 @@ for it: it does not support torch's SDPA (sinks), or has sliding windows, for wh
 """
 
 from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 import torch
@@ -70,16 +71,16 @@ def is_ours(decoder: PreTrainedModel) -> bool:
 def kernels_of(decoder: PreTrainedModel) -> str:
     """Which kernels its layers take for whole samples in the dtype and on the device of its weights."""
     weight = next(decoder.parameters())
-    config = decoder.config.get_text_config()
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    q_BHTD = torch.empty(1, 1, 2, width, dtype=weight.dtype, device=weight.device)
-    kinds = {"full": None} | ({"windows": 1} if _has_windows(config) else {})
+    # not the config: one whose layers differ refuses to say
+    widths = {getattr(module, "head_dim", None) for module in decoder.modules() if hasattr(module, "is_causal")}
+    kinds = {"full": None} | ({"windows": 1} if _has_windows(decoder.config) else {})
     words = []
-    for kind, window in kinds.items():
+    for (kind, window), width in product(kinds.items(), sorted(width for width in widths if isinstance(width, int))):
+        q_BHTD = torch.empty(1, 1, 2, width, dtype=weight.dtype, device=weight.device)
         kernel, passed_over = choose(PREFERRED, q_BHTD, q_BHTD, Pattern(scale=1.0, window=window))
         reasons = f" ({'; '.join(passed_over)})" if passed_over else ""
-        words.append(f"{kind}: {kernel.name}{reasons}")
-    return ", ".join(words)
+        words.append(f"{kind}, heads of {width}: {kernel.name}{reasons}")
+    return " · ".join(words)
 
 
 def _has_windows(config: Any) -> bool:
