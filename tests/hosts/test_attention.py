@@ -85,6 +85,21 @@ def test_sequences_are_found_once_a_step(checkpoint: Checkpoint, found: list[str
     assert found == ["of_positions"]
 
 
+def test_positions_that_are_written_again_are_read_again(checkpoint: Checkpoint) -> None:
+    _, ours = pair(checkpoint, "gpt_oss")
+    ids = batch(num_rows=1, length=LENGTH)["input_ids"].clamp(min=3)
+    position_ids = torch.arange(LENGTH)[None]
+    whole = ours(input_ids=ids, position_ids=position_ids, use_cache=False).logits
+    position_ids.copy_(torch.tensor([[*range(12), *range(7)]]))
+    packed = ours(input_ids=ids, position_ids=position_ids, use_cache=False).logits
+    again = ours(input_ids=ids, position_ids=position_ids.clone(), use_cache=False).logits
+    assert torch.equal(packed, again)
+    assert not torch.allclose(packed, whole)
+    with torch.inference_mode():
+        positions = torch.tensor([[*range(12), *range(7)]])
+        assert torch.equal(ours(input_ids=ids, position_ids=positions, use_cache=False).logits, again)
+
+
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("family", ["gpt_oss", "gemma3"])
 def test_generation_is_the_host_s(checkpoint: Checkpoint, family: str, cache: str) -> None:

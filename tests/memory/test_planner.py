@@ -2,10 +2,12 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from expertune.memory.checkpoint import checkpoint_layer
 from expertune.memory.planner import Planner
@@ -132,3 +134,19 @@ def test_a_kept_layer_runs_once_and_gives_the_same_gradient(kept: bool, monkeypa
     assert runs == ([True] if kept else [False, True])
     assert x.grad is not None
     assert torch.equal(x.grad, x.detach().cos())
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_what_a_layer_allocates_is_noted_under_both_of_torchs_checkpoints(use_reentrant: bool) -> None:
+    plan = planner(_Device(total=10**9))
+    runs = []
+
+    def layer(x: Tensor) -> Tensor:
+        runs.append(x)
+        return x.sin()
+
+    x = torch.ones(2, 3, requires_grad=True)
+    wrapped = RoutingReplay().wrap(partial(checkpoint, use_reentrant=use_reentrant), plan=(plan, 0))
+    for _ in range(2):
+        wrapped(layer, x).sum().backward()
+    assert len(runs) == 3  # twice in the first step, once in the second

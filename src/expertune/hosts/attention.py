@@ -158,14 +158,20 @@ def _attention(
 
 
 def _sequences(mask_BT: Tensor | None, position_ids: Tensor | None) -> Sequences | None:
-    """The sequences of a batch, found by the first layer."""
+    """The sequences of a batch, found by the first layer, and anew if someone has written into the tensor since."""
     key = position_ids if mask_BT is None else mask_BT
     if key is None:
         return None
-    if key not in _SEQUENCES:
-        _SEQUENCES[key] = Sequences.of_positions(key) if mask_BT is None else Sequences.of_padding(mask_BT)
-    found: Sequences | None = _SEQUENCES[key]
+    if key.is_inference():  # it counts no writes
+        return _find(key, mask_BT is None)
+    if key not in _SEQUENCES or _SEQUENCES[key][0] != key._version:
+        _SEQUENCES[key] = (key._version, _find(key, mask_BT is None))
+    found: Sequences | None = _SEQUENCES[key][1]
     return found
+
+
+def _find(key: Tensor, are_positions: bool) -> Sequences | None:
+    return Sequences.of_positions(key) if are_positions else Sequences.of_padding(key)
 
 
 def _in_one_dtype(*tensors: Tensor) -> Iterator[Tensor]:

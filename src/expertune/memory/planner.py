@@ -79,9 +79,11 @@ class Planner:
         """Around the second run of a checkpointed layer."""
         part = self._part(x)
         before = 0 if part is None else part.meter.allocated()
-        yield
-        if part is not None:
-            part.note(layer, part.meter.allocated() - before, _tokens(x))
+        try:
+            yield
+        finally:  # the checkpoint that is not reentrant leaves by an exception once it has what it needs
+            if part is not None:
+                part.note(layer, part.meter.allocated() - before, _tokens(x))
 
     def _part(self, x: Tensor) -> "_Part | None":
         if x.device not in self._parts:
