@@ -177,7 +177,13 @@ def test_explain_where_heads_differ_from_layer_to_layer() -> None:
 def test_what_ours_cannot_do_stays_with_the_host() -> None:
     settings = SHARED | {"num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 48}
     capped = AutoModelForCausalLM.from_config(Gemma2Config(**settings))
-    for model, why in ((capped, "its scores are capped"), (gemma3(attention_dropout=0.1), "drops attention weights")):
+    chunked = gemma3()
+    chunked.config.layer_types = ["chunked_attention", "sliding_attention"]
+    for model, why in (
+        (capped, "its scores are capped"),
+        (gemma3(attention_dropout=0.1), "drops attention weights"),
+        (chunked, "it attends in chunks"),
+    ):
         before = model.config._attn_implementation
         assert why in str(expertune.explain(expertune.optimize(model)))
         assert model.config._attn_implementation == before

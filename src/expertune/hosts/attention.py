@@ -42,6 +42,8 @@ def why_not(decoder: PreTrainedModel) -> str | None:
         return "the host's own needs no matrix of scores"
     if any(not getattr(module, "is_causal", True) for module in decoder.modules()):
         return "it attends in both directions"
+    if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
+        return "it attends in chunks"
     if getattr(config, "attn_logit_softcapping", None) is not None:
         return "its scores are capped"
     if getattr(config, "attention_dropout", 0.0):
