@@ -65,6 +65,7 @@ def model(request: pytest.FixtureRequest) -> PreTrainedModel:
 
 
 headline = pytest.mark.parametrize("model", HEADLINE, indirect=True)
+newest = pytest.mark.skipif(version("transformers") < "5.24", reason="older hosts name some parts otherwise")
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -189,3 +190,25 @@ def test_the_vision_tower_is_trained_by_its_path(model: PreTrainedModel, capsys:
     seen = {path for path in expertune.trained(ours).adapted if "visual" in path}
     assert seen == {"model.visual.blocks.0.mlp.up_proj"}
     assert "left as it is" not in capsys.readouterr().out
+
+
+@newest
+@headline
+def test_the_coverage_of_the_usual_names(model: PreTrainedModel) -> None:
+    """`coverage.txt` was read and found right: what changes it changes what people train."""
+    golden = (Path(__file__).parent / "coverage.txt").read_text(encoding="utf-8").splitlines()
+    family = next(name for name in HEADLINE if families()[name].model_type == model.config.model_type)
+    expected = [line for line in golden if line.startswith(f"{family}: ")]
+    assert coverage_lines(family, model) == expected
+
+
+def coverage_lines(family: str, model: PreTrainedModel) -> list[str]:
+    """What `add_lora` trains by the usual names: part, path below the layer, number of layers."""
+    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    held = {path.rpartition(".")[0].rpartition(".")[2] for path, _ in model.named_parameters()}
+    if all(hasattr(module, "gate_up_proj") for module in experts_of(model).values()):
+        held |= {"gate_proj", "up_proj", "down_proj"}
+    else:
+        held |= {"up_proj", "down_proj"}
+    ours = expertune.add_lora(copy.deepcopy(model), r=2, target_modules=[name for name in names if name in held])
+    return [f"{family}: {row.kind}, {row.name}, {row.num_layers} layers" for row in expertune.trained(ours).rows]

@@ -10,6 +10,9 @@ from torch import nn
 from expertune.hosts.attach import blocks
 from expertune.hosts.transformers import clean, named_experts
 
+# the last names of linears in layers whose parts are all called mixer
+_OF_ATTENTION = frozenset({"q_proj", "k_proj", "v_proj", "o_proj"})
+_OF_DENSE_LAYERS = frozenset({"gate_proj", "up_proj", "down_proj"})
 KINDS = ("routed experts", "shared experts", "dense layers", "attention", "router", "other")
 
 
@@ -134,9 +137,15 @@ class _Paths:
         for block in self._blocks:
             if path.startswith(f"{block}."):
                 child = path[len(block) + 1 :].split(".")[0]
-                return "shared experts" if "shared" in child and "gate" not in child else "router"
-        if any("attn" in part or "attention" in part for part in parts):
+                if "shared" in child and "gate" not in child:
+                    return "shared experts"
+                # where a whole layer holds the experts, its attention and dense part lie beside the router
+                if "router" in child or "gate" in child or not block.rpartition(".")[2].isdigit():
+                    return "router"
+        if any("norm" in part for part in parts):
+            return "other"
+        if any("attn" in part or "attention" in part for part in parts) or parts[-1] in _OF_ATTENTION:
             return "attention"
-        if any(part in ("mlp", "feed_forward", "ffn") for part in parts):
+        if any(part in ("mlp", "feed_forward", "ffn") for part in parts) or parts[-1] in _OF_DENSE_LAYERS:
             return "dense layers"
         return "other"
