@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from expertune.activations import ClampedSwiGlu, Gate, GeGlu, HostGate, SwiGlu
+from expertune.activations import ClampedSwiGlu, Gate, GeGlu, HostGate, ReluSquared, SwiGlu
 
 
 def _glu(activation, is_concatenated):  # type: ignore[no-untyped-def]
@@ -34,6 +34,7 @@ GATES = {
         lambda h: F.silu(h[..., :5].clamp(max=1.0)) * h[..., 5:].clamp(-1.0, 1.0),
     ),
     "host": (HostGate(_clamped), _clamped),
+    "relu²": (ReluSquared(), lambda h: F.relu(h).square()),
     "no gate": (HostGate(lambda h: F.relu(h).square()), lambda h: F.relu(h).square()),
 }
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from expertune.activations import ClampedSwiGlu, Gate, GeGlu, HostGate, SwiGlu
+from expertune.activations import ClampedSwiGlu, Gate, GeGlu, HostGate, ReluSquared, SwiGlu
 from expertune.backends import grouped_mm, native_torch
 from expertune.backends.protocol import Backend
 from expertune.experts import ExpertsStep, Projection, experts
@@ -58,6 +58,7 @@ KINDS = {
     "gelu": Kind(GeGlu("tanh"), lambda h: F.gelu(h[..., :F_], approximate="tanh") * h[..., F_:]),
     "host's own gate": Kind(HostGate(_clamped), _clamped),
     "no gate": Kind(HostGate(lambda h: F.relu(h).square()), lambda h: F.relu(h).square(), has_gate=False),
+    "relu²": Kind(ReluSquared(), lambda h: F.relu(h).square(), has_gate=False),
 }
 # The gradient jumps at a clamp, and a rounded value may fall on either side of it: no measure of error. So in low
 # precision the limit is gpt-oss's own, which these inputs do not reach; the clamp itself is tested in float64.

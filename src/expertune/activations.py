@@ -130,6 +130,20 @@ class ClampedSwiGlu:
 
 
 @dataclass(frozen=True)
+class ReluSquared:
+    """`relu(h)²` of experts without a gate (So et al. 2021, "Primer")."""
+
+    name: str = "relu², no gate"
+
+    def forward(self, h_NG: Tensor) -> Tensor:
+        return F.relu(h_NG).square_()
+
+    def backward(self, h_NG: Tensor, da_NF: Tensor) -> tuple[Tensor, Tensor]:
+        relu_NF = F.relu(h_NG)
+        return relu_NF.square(), relu_NF.mul_(2).mul_(da_NF)
+
+
+@dataclass(frozen=True)
 class HostGate:
     """Any differentiable function of the host, differentiated by autograd. It must hold no trained parameter."""
 

@@ -7,7 +7,7 @@ import pytest
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from expertune.activations import ClampedSwiGlu, Gate, GeGlu, HostGate, SwiGlu
+from expertune.activations import ClampedSwiGlu, Gate, GeGlu, HostGate, ReluSquared, SwiGlu
 from expertune.hosts.gates import gate_of
 from tests.families.found import families
 from tests.families.proof import experts_of
@@ -23,6 +23,7 @@ FOUND: dict[str, Gate] = {
     "hy_v4": UNSHIFTED,
     "glm5_next": UNSHIFTED,
     "lfm2_moe": SwiGlu(),
+    "nemotron_h": ReluSquared(),
 }
 
 

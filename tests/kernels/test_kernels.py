@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from expertune.activations import ClampedSwiGlu, Gate, GeGlu, SwiGlu
+from expertune.activations import ClampedSwiGlu, Gate, GeGlu, ReluSquared, SwiGlu
 from expertune.backends import native_torch, triton
 from expertune.backends.protocol import FactorSide
 from expertune.shapes import Dispatch, LoraFactors
@@ -28,6 +28,7 @@ GATES = {
     "clamped": ClampedSwiGlu(1.702, 1.0),
     "clamped concatenated": ClampedSwiGlu(1.702, 1.0, is_concatenated=True),
     "clamped, not shifted": ClampedSwiGlu(1.0, 1.0, shift=0.0, is_concatenated=True),
+    "relu²": ReluSquared(),
 }
 
 
@@ -157,7 +158,8 @@ def test_packing_is_exact(ranks: tuple[int, ...], is_transposed: bool, dtype: to
 def test_gates(routing: Dispatch, gate: Gate, dtype: torch.dtype) -> None:
     num_rows = len(routing.row_expert_N)
     # beyond one block of columns, and at the clamp on neither side by rounding
-    h_NG, da_NF = normal(num_rows, 600, dtype=dtype) * 1.5, normal(num_rows, 300, dtype=dtype)
+    width = 600 if isinstance(gate, ReluSquared) else 300
+    h_NG, da_NF = normal(num_rows, 600, dtype=dtype) * 1.5, normal(num_rows, width, dtype=dtype)
     weight_TK = normal(*routing.token_row_TK.shape)
     before = h_NG.clone()
     results = [steps().gate_forward(gate, h_NG), *steps().gate_backward(gate, h_NG, da_NF.clone(), weight_TK, routing)]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from expertune import lora
-from expertune.activations import ClampedSwiGlu, Gate, GeGlu, SwiGlu
+from expertune.activations import ClampedSwiGlu, Gate, GeGlu, ReluSquared, SwiGlu
 from expertune.backends import torch_steps
 from expertune.backends.protocol import FactorSide, PackedFactors
 from expertune.kernels import combine, gates, linear, linear_hopper, outer, repack, routing, shrink
@@ -188,6 +188,8 @@ def _gate_kernel(gate: Gate) -> gates.GateKernel | None:
     if isinstance(gate, GeGlu):
         functions = gates.GELU if gate.approximate == "none" else gates.GELU_TANH
         return gates.GateKernel(*functions, is_concatenated=gate.is_concatenated)
+    if isinstance(gate, ReluSquared):
+        return gates.GateKernel(*gates.RELU_SQUARED, is_concatenated=True, has_up=False)
     if isinstance(gate, ClampedSwiGlu):
         functions = gates.SHIFTED if gate.shift else gates.CLAMPED
         return gates.GateKernel(*functions, is_concatenated=gate.is_concatenated, alpha=gate.alpha, limit=gate.limit)

@@ -12,7 +12,7 @@ from torch import nn
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import _default_apply_gate
 
-from expertune.activations import ClampedSwiGlu, Gate, GeGlu, HostGate, SwiGlu
+from expertune.activations import ClampedSwiGlu, Gate, GeGlu, HostGate, ReluSquared, SwiGlu
 
 _FUSED: dict[str, Gate] = {
     "silu": SwiGlu(),
@@ -30,6 +30,8 @@ def gate_of(experts: nn.Module) -> Gate:
     """Our own gate where it gives the same numbers, the host's function otherwise."""
     module: Any = experts
     if not getattr(module, "has_gate", True):
+        if type(module.act_fn) is type(ACT2FN["relu2"]):
+            return ReluSquared()
         return HostGate(module.act_fn, name=f"{type(module.act_fn).__name__}, no gate")
     if type(module)._apply_gate is _default_apply_gate:
         for name, gate in _FUSED.items():

@@ -92,6 +92,18 @@ def _clamped_slopes(g, u, da, ALPHA: tl.constexpr, LIMIT: tl.constexpr, SHIFT: t
     return glu * u, tl.where(passes_g, dg, 0.0), tl.where(passes_u, da * glu, 0.0)
 
 
+@triton.jit
+def _relu_squared(g, u, ALPHA: tl.constexpr, LIMIT: tl.constexpr):
+    g = tl.maximum(g, 0.0)
+    return g * g
+
+
+@triton.jit
+def _relu_squared_grad(g, u, da, ALPHA: tl.constexpr, LIMIT: tl.constexpr):
+    g = tl.maximum(g, 0.0)
+    return g * g, 2.0 * g * da, da
+
+
 @dataclass(frozen=True)
 class GateKernel:
     """A gate's device functions and how gate and up lie in a row of `h_NG`.
@@ -101,6 +113,7 @@ class GateKernel:
         grad: `(g, u, da) -> (a, dg, du)`.
         is_concatenated: `[gate | up]`, else interleaved.
         alpha, limit: for the clamped gates.
+        has_up: whether there are two of them in a row; otherwise it is `h_NF`, and `u` and `du` mean nothing.
     """
 
     function: Any
@@ -108,29 +121,40 @@ class GateKernel:
     is_concatenated: bool
     alpha: float = 1.0
     limit: float = 0.0
+    has_up: bool = True
 
 
-SILU, GELU, GELU_TANH, CLAMPED, SHIFTED = (
+SILU, GELU, GELU_TANH, CLAMPED, SHIFTED, RELU_SQUARED = (
     (_silu, _silu_grad),
     (_gelu, _gelu_grad),
     (_gelu_tanh, _gelu_tanh_grad),
     (_clamped, _clamped_grad),
     (_shifted, _shifted_grad),
+    (_relu_squared, _relu_squared_grad),
 )
 
 
 @triton.jit
-def _load_gate_up(h_ptr, row, in_rows, first, F, IS_CONCATENATED: tl.constexpr, BLOCK: tl.constexpr):
+def _load_gate_up(
+    h_ptr, row, in_rows, first, F, HAS_UP: tl.constexpr, IS_CONCATENATED: tl.constexpr, BLOCK: tl.constexpr
+):
     """Gate and up of a tile, in float32."""
-    offset = row[:, None] * (2 * F)
-    if IS_CONCATENATED:
-        f = first + tl.arange(0, BLOCK)
-        mask = in_rows[:, None] & (f < F)[None, :]
+    f = first + tl.arange(0, BLOCK)
+    mask = in_rows[:, None] & (f < F)[None, :]
+    if not HAS_UP:
+        g = tl.load(h_ptr + row[:, None] * F + f[None, :], mask=mask, other=0.0)
+        u = g
+    elif IS_CONCATENATED:
+        offset = row[:, None] * (2 * F)
         g = tl.load(h_ptr + offset + f[None, :], mask=mask, other=0.0)
         u = tl.load(h_ptr + offset + F + f[None, :], mask=mask, other=0.0)
     else:
         column = 2 * first + tl.arange(0, 2 * BLOCK)
-        pair = tl.load(h_ptr + offset + column[None, :], mask=in_rows[:, None] & (column < 2 * F)[None, :], other=0.0)
+        pair = tl.load(
+            h_ptr + row[:, None] * (2 * F) + column[None, :],
+            mask=in_rows[:, None] & (column < 2 * F)[None, :],
+            other=0.0,
+        )
         g, u = tl.split(tl.reshape(pair, (pair.shape[0], BLOCK, 2)))
     return g.to(tl.float32), u.to(tl.float32)
 
@@ -144,6 +168,7 @@ def _forward_kernel(
     GATE: tl.constexpr,
     ALPHA: tl.constexpr,
     LIMIT: tl.constexpr,
+    HAS_UP: tl.constexpr,
     IS_CONCATENATED: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -153,7 +178,7 @@ def _forward_kernel(
     first = tl.program_id(1) * BLOCK
     f = first + tl.arange(0, BLOCK)
     mask = (row < N)[:, None] & (f < F)[None, :]
-    g, u = _load_gate_up(h_ptr, row, row < N, first, F, IS_CONCATENATED, BLOCK)
+    g, u = _load_gate_up(h_ptr, row, row < N, first, F, HAS_UP, IS_CONCATENATED, BLOCK)
     a = GATE(g, u, ALPHA, LIMIT)
     tl.store(a_ptr + row[:, None] * F + f[None, :], a.to(a_ptr.dtype.element_ty), mask=mask)
 
@@ -172,6 +197,7 @@ def _backward_kernel(
     GRAD: tl.constexpr,
     ALPHA: tl.constexpr,
     LIMIT: tl.constexpr,
+    HAS_UP: tl.constexpr,
     IS_CONCATENATED: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -185,7 +211,7 @@ def _backward_kernel(
     for first in tl.range(0, F, BLOCK):
         f = first + tl.arange(0, BLOCK)
         mask = in_rows[:, None] & (f < F)[None, :]
-        g, u = _load_gate_up(h_ptr, row, in_rows, first, F, IS_CONCATENATED, BLOCK)
+        g, u = _load_gate_up(h_ptr, row, in_rows, first, F, HAS_UP, IS_CONCATENATED, BLOCK)
         da = tl.load(da_ptr + row[:, None] * F + f[None, :], mask=mask, other=0.0).to(tl.float32)
         a, dg, du = GRAD(g, u, da, ALPHA, LIMIT)
         dweight += tl.sum(a * da, axis=1)
@@ -194,7 +220,9 @@ def _backward_kernel(
         du = (du * weight[:, None]).to(dh_ptr.dtype.element_ty)
         tl.store(a_ptr + row[:, None] * F + f[None, :], a.to(a_ptr.dtype.element_ty), mask=mask)
         offset = row[:, None] * (2 * F)
-        if IS_CONCATENATED:
+        if not HAS_UP:
+            tl.store(dh_ptr + row[:, None] * F + f[None, :], dg, mask=mask)
+        elif IS_CONCATENATED:
             tl.store(dh_ptr + offset + f[None, :], dg, mask=mask)
             tl.store(dh_ptr + offset + F + f[None, :], du, mask=mask)
         else:
@@ -208,6 +236,7 @@ def _constants(gate: GateKernel) -> dict[str, Any]:
     return {
         "ALPHA": gate.alpha,
         "LIMIT": gate.limit,
+        "HAS_UP": gate.has_up,
         "IS_CONCATENATED": gate.is_concatenated,
         "ROWS": _ROWS,
         "BLOCK": _BLOCK,
@@ -216,7 +245,7 @@ def _constants(gate: GateKernel) -> dict[str, Any]:
 
 def gate_forward(h_NG: Tensor, gate: GateKernel) -> Tensor:
     """`a_NF`, in the dtype of `h_NG`, which is contiguous."""
-    num_rows, width = h_NG.shape[0], h_NG.shape[1] // 2
+    num_rows, width = h_NG.shape[0], h_NG.shape[1] // (2 if gate.has_up else 1)
     a_NF = h_NG.new_empty((num_rows, width))
     if num_rows:
         grid = (ceil_div(num_rows, _ROWS), ceil_div(width, _BLOCK), 1)

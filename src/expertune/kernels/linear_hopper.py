@@ -325,8 +325,8 @@ def _descriptor(matrix: Tensor, block: tuple[int, int]) -> TensorDescriptor:
 
 
 def fuses(gate: GateKernel, w_EIO: Tensor) -> bool:
-    """Whether `linear` can compute this gate: halves are copied row by row, so they need weights that lie by row."""
-    return not gate.is_concatenated or w_EIO.stride(1) == 1
+    """Whether `linear` can compute this gate of two parts: halves are copied row by row, and need weights by row."""
+    return gate.has_up and (not gate.is_concatenated or w_EIO.stride(1) == 1)
 
 
 def _gate_constants(gate: GateKernel | None) -> dict[str, Any]:
