@@ -136,7 +136,7 @@ def test_the_disk_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_explain_tells_the_status(checkpoint: Checkpoint) -> None:
     model = load_tiny(checkpoint("qwen3_moe"), torch.float32).to(DEVICE)
     text = str(expertune.explain(expertune.optimize(model, backend="triton")))
-    assert text.splitlines()[-1] == f"kernels: {lookup.TUNED.status(model.device)}"
+    assert f"kernels: {lookup.TUNED.status(model.device)}" in text.splitlines()
 
 
 def test_nothing_is_read_at_import(tmp_path: Path) -> None:
