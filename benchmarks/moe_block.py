@@ -9,17 +9,15 @@ between runs, medians count. Writes `runs/bench/moe_block.json` with its provena
 
 import argparse
 import json
-import platform
 import statistics
-import subprocess
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from matplotlib.figure import Figure
 from peft import LoraConfig, get_peft_model
+from provenance import provenance
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -162,16 +160,6 @@ def _peak_gib(block: Block, inputs: tuple[Tensor, Tensor]) -> float:
     return round((torch.cuda.max_memory_allocated() - before) / 2**30, 3)
 
 
-def provenance(device: torch.device) -> dict[str, str]:
-    """What the numbers were measured on."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
-        "commit": commit.stdout.strip(),
-        **{package: version(package) for package in ("torch", "transformers", "peft")},
-    }
-
-
 def plot(results: dict[int, dict[str, dict[str, float]]], path: Path, title: str) -> None:
     """Milliseconds over tokens, a line a variant."""
     figure = Figure(figsize=(7, 4.5))
@@ -204,7 +192,7 @@ def main() -> None:
         results[num_tokens] = measure(block, variants(block, inputs, console), inputs, args.repeats)
     args.output.mkdir(parents=True, exist_ok=True)
     settings = {"shape": args.shape, "rank": args.rank, "skew": args.skew}
-    report = {"provenance": provenance(device), **settings, "tokens": results}
+    report = {"provenance": provenance("torch", "transformers", "peft"), **settings, "tokens": results}
     (args.output / "moe_block.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
     plot(results, args.output / "moe_block.png", f"MoE block, {args.shape} shape, r={args.rank}")
     table = Table("tokens", *next(iter(results.values())), title="ms (ratio to stock)")

@@ -20,10 +20,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from provenance import provenance
 from rich.console import Console
 from rich.table import Table
 
@@ -107,6 +107,7 @@ PARTS = {
     r"|enable_3x_kernel|_moe_|gather",
     "dense products": r"nvjet|gemm|cutlass|cublas|splitK",
 }
+_PACKAGES = ("torch", "triton", "transformers", "peft", "trl", "bitsandbytes", "unsloth")
 PEERS = ("transformers", "expertune", "unsloth")
 
 
@@ -278,21 +279,6 @@ def work(args: argparse.Namespace) -> None:
         print(json.dumps({"longest": fits}), flush=True)
 
 
-def provenance() -> dict[str, Any]:
-    """What the numbers were measured on."""
-    import torch
-
-    found = {}
-    for package in ("torch", "triton", "transformers", "peft", "trl", "bitsandbytes", "unsloth"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = None
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    return {"device": device, "commit": commit.stdout.strip(), "command": " ".join(sys.argv), "versions": found}
-
-
 def plot(results: dict[str, list[dict[str, Any]]], path: Path, title: str) -> None:
     """Milliseconds and peak memory over the context, a line a peer."""
     from matplotlib.figure import Figure
@@ -359,7 +345,7 @@ def main() -> None:
                 results[peer] = run_peer(peer, folder, args.timeout, console)
     args.output.mkdir(parents=True, exist_ok=True)
     settings = {key: getattr(args, key) for key in ("shape", "layers", "rank", "memory", "steps")}
-    report = {"provenance": provenance(), **settings, "peers": results}
+    report = {"provenance": provenance(*_PACKAGES), "command": " ".join(sys.argv), **settings, "peers": results}
     (args.output / "sft_step.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
     plot(results, args.output / "sft_step.png", f"SFT step, {args.shape} shape, {args.layers} layers, r={args.rank}")
     show(results, console)

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from expertune.backends import PREFERRED
 from expertune.hosts import attach, peft, report
 from expertune.hosts.coverage import Coverage, coverage
-from expertune.hosts.targets import Targets, resolve, towers
+from expertune.hosts.targets import Targets, resolve
 
 _BACKEND_VARIABLE = "EXPERTUNE_MOE_BACKEND"
 # Fields of LoraConfig by which PEFT chooses among modules, but not among parameters.
@@ -129,8 +129,9 @@ def add_lora(
     _warn_of_lost(wrapped)
     console = Console()
     console.print(coverage(wrapped))
-    if left := [tower for tower in towers(model) if not any(path.startswith(f"{tower}.") for path in targets.paths)]:
-        console.print(f"left as it is: {', '.join(left)}; name its modules by dotted paths to train it", soft_wrap=True)
+    if targets.left:
+        left = ", ".join(targets.left)
+        console.print(f"left as it is: {left}; name its modules by dotted paths to train it", soft_wrap=True)
     return wrapped
 
 

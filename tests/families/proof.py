@@ -103,11 +103,15 @@ def lora(model: PreTrainedModel) -> tuple[float, str]:
         return farthest(run(expertune.optimize(with_adapters(model), backend="native_torch")), truth)
 
 
+def usual_names(model: nn.Module) -> list[str]:
+    """The names by which users know the linears of experts and dense layers, as far as this model has them."""
+    has_gate = all(first_name(module) == "gate_up_proj" for module in experts_of(model).values())
+    return ["gate_proj", "up_proj", "down_proj"] if has_gate else ["up_proj", "down_proj"]
+
+
 def by_usual_names(model: PreTrainedModel, folder: Path) -> tuple[float, str]:
     """`add_lora` by the names that users know, a step, and the adapter in stock PEFT: the output there against ours."""
-    has_gate = all(first_name(module) == "gate_up_proj" for module in experts_of(model).values())
-    names = ["gate_proj", "up_proj", "down_proj"] if has_gate else ["up_proj", "down_proj"]
-    ours: Any = expertune.add_lora(copy.deepcopy(model), r=4, target_modules=names)
+    ours: Any = expertune.add_lora(copy.deepcopy(model), r=4, target_modules=usual_names(model))
     expertune.optimize(ours, backend="native_torch")
     torch.manual_seed(4)
     with torch.no_grad():

@@ -10,16 +10,15 @@ import torch
 from accelerate import dispatch_model
 from datasets import Dataset
 from safetensors.torch import load_file
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel
 from trl import SFTConfig, SFTTrainer
 
 import expertune
 from expertune.hosts.trl import GradientProof
 from tests.families.found import families
-from tests.families.proof import exactly, experts_of, farthest, run
+from tests.families.proof import exactly, farthest, run, usual_names
 from tests.families.tiny import SIZES, tiny_model
+from tests.hosts.models import tokenizer
 
 HEADLINE = (
     "qwen3_moe",
@@ -68,13 +67,6 @@ headline = pytest.mark.parametrize("model", HEADLINE, indirect=True)
 newest = pytest.mark.skipif(version("transformers") < "5.24", reason="older hosts name some parts otherwise")
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
-    words = {f"<{i}>": i for i in range(SIZES["image_token_id"])}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(WordLevel(words, unk_token="<3>")), pad_token="<0>", bos_token="<1>", eos_token="<2>"
-    )
-
-
 def rows() -> Dataset:
     draw = torch.Generator().manual_seed(0)
     lengths = torch.randint(5, 13, (8,), generator=draw).tolist()
@@ -84,9 +76,7 @@ def rows() -> Dataset:
 
 @headline
 def test_it_is_trained_through_trl(model: PreTrainedModel, tmp_path: Path) -> None:
-    has_gate = all(hasattr(module, "gate_up_proj") for module in experts_of(model).values())
-    names = ["gate_proj", "up_proj", "down_proj"] if has_gate else ["up_proj", "down_proj"]
-    ours = expertune.add_lora(copy.deepcopy(model).float(), r=4, target_modules=names)
+    ours = expertune.add_lora(copy.deepcopy(model).float(), r=4, target_modules=usual_names(model))
     before = {name: p.detach().clone() for name, p in ours.named_parameters()}
     settings = SFTConfig(
         output_dir=str(tmp_path),
@@ -105,7 +95,11 @@ def test_it_is_trained_through_trl(model: PreTrainedModel, tmp_path: Path) -> No
         settings.router_aux_loss_coef = 0.0  # older versions have no such setting, and add no such loss
     proofs = [] if model.config.model_type in SHORT else [GradientProof()]
     trainer = SFTTrainer(
-        model=ours, args=settings, train_dataset=rows(), processing_class=tokenizer(), callbacks=proofs
+        model=ours,
+        args=settings,
+        train_dataset=rows(),
+        processing_class=tokenizer(SIZES["image_token_id"]),
+        callbacks=proofs,
     )
     trainer.train()
     losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
@@ -204,11 +198,7 @@ def test_the_coverage_of_the_usual_names(model: PreTrainedModel) -> None:
 
 def coverage_lines(family: str, model: PreTrainedModel) -> list[str]:
     """What `add_lora` trains by the usual names: part, path below the layer, number of layers."""
-    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     held = {path.rpartition(".")[0].rpartition(".")[2] for path, _ in model.named_parameters()}
-    if all(hasattr(module, "gate_up_proj") for module in experts_of(model).values()):
-        held |= {"gate_proj", "up_proj", "down_proj"}
-    else:
-        held |= {"up_proj", "down_proj"}
-    ours = expertune.add_lora(copy.deepcopy(model), r=2, target_modules=[name for name in names if name in held])
+    attention = [name for name in ("q_proj", "k_proj", "v_proj", "o_proj") if name in held]
+    ours = expertune.add_lora(copy.deepcopy(model), r=2, target_modules=[*attention, *usual_names(model)])
     return [f"{family}: {row.kind}, {row.name}, {row.num_layers} layers" for row in expertune.trained(ours).rows]

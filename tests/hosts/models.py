@@ -4,8 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 SHARED: dict[str, Any] = {
     "vocab_size": 64,
@@ -90,6 +92,14 @@ def randomize(model: nn.Module) -> None:
 def load_tiny(folder: Path, dtype: torch.dtype = torch.float64, experts: str = "eager") -> PreTrainedModel:
     """The host's own model: with `experts="eager"` the truth."""
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, experts_implementation=experts).train()
+
+
+def tokenizer(num_words: int) -> PreTrainedTokenizerFast:
+    """A token a word: `<0>` pads, `<1>` begins, `<2>` ends, `<3>` is what is not known."""
+    words = {f"<{i}>": i for i in range(num_words)}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(words, unk_token="<3>")), pad_token="<0>", bos_token="<1>", eos_token="<2>"
+    )
 
 
 def batch(seed: int = 0, num_rows: int = 2, length: int = 11) -> dict[str, torch.Tensor]:

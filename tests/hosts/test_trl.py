@@ -9,28 +9,18 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from peft.tuners.lora.layer import ParamWrapper
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
 from torch import nn
-from transformers import PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
 import expertune
 from expertune.hosts.trl import GradientProof, adapters_without_gradient
 from tests.conftest import Checkpoint
 from tests.hosts.adapters import lora, stock
-from tests.hosts.models import SHARED, batch, load_tiny
+from tests.hosts.models import SHARED, batch, load_tiny, tokenizer
 from tests.hosts.passes import BACKENDS, run
 
 NUM_STEPS = 20
 CONFIG = lora(init_lora_weights=True, target_modules=["q_proj", "o_proj"])
-
-
-def _tokenizer() -> PreTrainedTokenizerFast:
-    words = {f"<{i}>": i for i in range(SHARED["vocab_size"])}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(WordLevel(words, unk_token="<3>")), pad_token="<0>", bos_token="<1>", eos_token="<2>"
-    )
 
 
 def _dataset() -> Dataset:
@@ -72,7 +62,7 @@ def _trainer(model: nn.Module, folder: Path, num_steps: int = NUM_STEPS, **setti
         model=model,
         args=SFTConfig(**arguments | settings),
         train_dataset=_dataset(),
-        processing_class=_tokenizer(),
+        processing_class=tokenizer(SHARED["vocab_size"]),
         **extra,
     )
 

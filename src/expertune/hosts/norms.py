@@ -82,9 +82,8 @@ def formula_of(norm: nn.Module) -> Formula | None:
     weight = torch.randn(parameters["weight"].shape, generator=draw, dtype=torch.float32)
     twin = copy.copy(norm)
     twin._parameters = {"weight": nn.Parameter(weight, requires_grad=False)}
-    x = torch.randn(3, *weight.shape, generator=draw, dtype=torch.float32).mul_(
-        10 * eps**0.5
-    )  # so small that eps counts
+    x = torch.randn(3, *weight.shape, generator=draw, dtype=torch.float32)
+    x *= 10 * eps**0.5  # so small that eps counts
     given = twin(x)
     for offset in (0.0, 1.0):
         if torch.allclose(given, rms_norm(x, weight, eps, offset), rtol=_AGREES, atol=_AGREES):

@@ -28,11 +28,13 @@ class Targets:
         modules: for `target_modules`.
         parameters: for `target_parameters`.
         paths: every linear and every experts parameter meant, by its full path.
+        left: the vision or audio towers in which nothing is meant.
     """
 
     modules: tuple[str, ...]
     parameters: tuple[str, ...]
     paths: frozenset[str]
+    left: tuple[str, ...] = ()
 
 
 def resolve(model: PreTrainedModel, requested: Sequence[str] | str, parameters: Iterable[str] = ()) -> Targets:
@@ -53,24 +55,26 @@ def resolve(model: PreTrainedModel, requested: Sequence[str] | str, parameters: 
     if missing := [name for name in parameters if not any(_ends(path, name) for path in held)]:
         raise ValueError(f"target_parameters {missing} match nothing in this model.")
     meant = {path.removesuffix(".weight") for path in held for name in parameters if _ends(path, name)}
-    targets = _resolve_modules(model, requested)
+    towers = _towers(model)
+    targets = _resolve_modules(model, requested, towers)
+    paths = targets.paths | meant
     return Targets(
         modules=targets.modules,
         parameters=tuple(dict.fromkeys((*targets.parameters, *parameters))),
-        paths=targets.paths | meant,
+        paths=paths,
+        left=tuple(tower for tower in towers if not any(_is_below(path, [tower]) for path in paths)),
     )
 
 
-def towers(model: PreTrainedModel) -> tuple[str, ...]:
+def _towers(model: PreTrainedModel) -> tuple[str, ...]:
     """The paths of models without experts beside one with: a vision or audio tower, which bare names leave alone."""
     names = {id(module): path for path, module in model.named_modules()}
     inner = {names[id(decoder)]: any(is_experts(module) for module in decoder.modules()) for decoder in decoders(model)}
     return tuple(name for name, has_experts in inner.items() if not has_experts) if any(inner.values()) else ()
 
 
-def _resolve_modules(model: PreTrainedModel, requested: Sequence[str] | str) -> Targets:
+def _resolve_modules(model: PreTrainedModel, requested: Sequence[str] | str, towers: Sequence[str]) -> Targets:
     linears = {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
-    left = towers(model)
     routers = _routers(model)
     experts = _experts_parameters(model)
     if requested == "all-linear":
@@ -83,7 +87,7 @@ def _resolve_modules(model: PreTrainedModel, requested: Sequence[str] | str) -> 
             if module is not head
             and path not in routers
             and path.rpartition(".")[0] not in names_of_blocks
-            and not _is_below(path, left)
+            and not _is_below(path, towers)
         ]
         return _targets(paths, list(experts), (*linears, *routers, *experts), rewritten=bool(experts))
     if isinstance(requested, str):
@@ -98,7 +102,7 @@ def _resolve_modules(model: PreTrainedModel, requested: Sequence[str] | str) -> 
     found: dict[str, list[str]] = {}
     for name in names:
         found[name] = [
-            path for path in (*linears, *routers) if _ends(path, name) and ("." in name or not _is_below(path, left))
+            path for path in (*linears, *routers) if _ends(path, name) and ("." in name or not _is_below(path, towers))
         ]
         found[name] += [path for path, aliases in experts.items() if name in aliases or _ends(path, name)]
     if missing := [name for name in names if not found[name]]:
