@@ -13,6 +13,7 @@ from peft import PeftModel
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from expertune import AdamW8bit
 from expertune.training import run as run_module
 from expertune.training.callbacks import Trainer
 from expertune.training.errors import UserError
@@ -180,6 +181,17 @@ def test_the_balance_loss_counts(make: Make, tmp_path: Path) -> None:
     )
     assert on > off + 1  # it is at least 1 a layer where experts are balanced, and more where not
     assert as_model - off == pytest.approx((on - off) * 0.001, rel=1e-2)  # qwen3_moe's own coefficient
+
+
+def test_eight_bit_adam_is_our_own(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained: list[Trainer] = []
+    monkeypatch.setattr(run_module, "Trainer", lambda **kwargs: trained.append(Trainer(**kwargs)) or trained[0])
+    quiet(make(optim="adamw_8bit", learning_rate=3e-3, weight_decay=0.1))
+    optimizer = trained[0].optimizer.optimizer  # within accelerate's
+    assert type(optimizer) is AdamW8bit
+    assert optimizer.defaults["lr"] == 3e-3
+    assert 0.1 in [group["weight_decay"] for group in optimizer.param_groups]
+    assert {state["step"] for state in optimizer.state.values()} == {3}
 
 
 def test_two_runs_are_equal(make: Make, tmp_path: Path) -> None:

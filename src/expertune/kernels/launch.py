@@ -33,7 +33,7 @@ def launch(
     kernel: Any,
     grid: tuple[int, int, int],
     tensors: tuple[Tensor, ...],
-    sizes: tuple[int, ...],
+    sizes: tuple[int | float, ...],
     numbers: tuple[int | float, ...],
     constants: dict[str, Any],
     *,
@@ -46,7 +46,7 @@ def launch(
         kernel: a Triton or Gluon `jit` function with its parameters in that order.
         grid: programs along each axis.
         tensors: passed as pointers.
-        sizes: whole numbers that change from batch to batch; the kernel names them in `do_not_specialize`.
+        sizes: numbers that change from batch to batch; the kernel names them in `do_not_specialize`.
         numbers: what a layer keeps: widths, strides, scales.
         constants: the kernel's `constexpr` parameters, in their order.
         descriptors: tensor-memory descriptors, all of the dtype of the first tensor.

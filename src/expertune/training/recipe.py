@@ -126,7 +126,7 @@ class Recipe(BaseModel):
     max_grad_norm: Annotated[_Float, Field(ge=0)] = 1
     """Gradients are scaled down to this norm. 0: never."""
     optim: str = "adamw_torch"
-    """The optimizer, by Transformers' name for it."""
+    """The optimizer, by Transformers' name for it; adamw_8bit is expertune.AdamW8bit and needs no bitsandbytes."""
     seed: int = 42
     """Of adapters, data order and held-out rows."""
     logging_steps: Annotated[int, Field(gt=0)] = 10

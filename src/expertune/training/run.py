@@ -29,7 +29,7 @@ from expertune.training.output import OutputFolder
 from expertune.training.progress import Display
 from expertune.training.recipe import Recipe
 from expertune.training.recipe_file import VERSIONS
-from expertune.training.setup import add_adapters, load_model, make_arguments, set_balance_loss
+from expertune.training.setup import add_adapters, load_model, make_arguments, own_optimizer, set_balance_loss
 from expertune.training.supervision import (
     Supervision,
     check_chat_template,
@@ -125,6 +125,7 @@ def _make_trainer(
             train_dataset=raw[0],
             eval_dataset=raw[1] if len(raw) > 1 else None,
             processing_class=tokenizer,
+            optimizer_cls_and_kwargs=own_optimizer(arguments),
         )
     except RuntimeError as error:  # TRL's, which does not say which row
         if "no assistant tokens" not in str(error):

@@ -10,10 +10,12 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.integrations import get_available_reporting_integrations
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
+from transformers.training_args import OptimizerNames
 from trl import SFTConfig
 
 import expertune
 from expertune.backends import PREFERRED
+from expertune.optim.adamw_8bit import AdamW8bit
 from expertune.training.errors import UserError
 from expertune.training.recipe import LORA_FIELDS, Recipe
 
@@ -40,6 +42,18 @@ def make_arguments(recipe: Recipe, *, has_eval: bool) -> SFTConfig:
             f"{arguments.n_gpu} GPUs are visible and a run uses one. Make one visible, as in CUDA_VISIBLE_DEVICES=0."
         )
     return arguments
+
+
+def own_optimizer(arguments: SFTConfig) -> tuple[type[AdamW8bit], dict[str, Any]] | None:
+    """Ours where the arguments name the one that Transformers takes from bitsandbytes; None where they name another.
+
+    Args:
+        arguments: from `make_arguments`.
+    """
+    if arguments.optim != OptimizerNames.ADAMW_8BIT:
+        return None
+    betas = (arguments.adam_beta1, arguments.adam_beta2)
+    return AdamW8bit, {"lr": arguments.learning_rate, "betas": betas, "eps": arguments.adam_epsilon}
 
 
 def load_model(recipe: Recipe) -> tuple[nn.Module, PreTrainedTokenizerBase]:

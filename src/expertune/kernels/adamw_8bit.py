@@ -1,0 +1,139 @@
+"""AdamW with moments in dynamic 8-bit numbers: all parameters of a model in one launch.
+
+A program takes eight blocks of 256 numbers of one parameter: it reads gradient, parameter and moments once, and writes
+parameter and moments once. Which parameter it works on stands in a table of addresses, so a hundred small factors cost
+one launch. The code of a number is computed, not searched: the decade by six comparisons, then the step within it.
+Any Triton target.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from expertune.kernels.launch import are_aligned, ceil_div, launch
+
+_BLOCK = 256  # numbers that share a maximum
+_TILE = 8  # blocks of a program
+
+
+@triton.jit
+def _encode(x, bound_ptr, IS_SIGNED: tl.constexpr):
+    """The codes nearest to `x`, fractions of their block's maximum."""
+    first: tl.constexpr = 1 if IS_SIGNED else 2  # steps of the lowest decade
+    zero: tl.constexpr = 127 if IS_SIGNED else 0  # the code of zero
+    magnitude = tl.abs(x)
+    steps = tl.full(x.shape, first, tl.int32)
+    scale = tl.full(x.shape, 1e6, tl.float32)
+    for decade in tl.static_range(6):
+        above = magnitude >= 1e-6 * 10**decade
+        steps = tl.where(above, steps * 2, steps)
+        scale = tl.where(above, 1e5 / 10**decade, scale)
+    step = ((magnitude * scale - 0.1) * (steps.to(tl.float32) / 0.9)).to(tl.int32)
+    number = steps - first + tl.minimum(tl.maximum(step, 0), steps - 1)  # among the values above zero
+    # a step's value is its middle, so only at the edge of a decade may the value below be nearer
+    number = tl.where(magnitude <= tl.load(bound_ptr + zero + number), number, number + 1)
+    top: tl.constexpr = 1 - 0.225 / (64 * first)  # the middle between the highest step and one
+    if IS_SIGNED:
+        number = tl.where(x > top, 128, number)
+        number = tl.where(x < 0, -number, number)
+    else:
+        number = tl.where(x > top, 255, number)
+    return (number + zero).to(tl.uint8)
+
+
+@triton.jit(do_not_specialize=["decay", "beta1", "beta2", "step_size", "root_correction", "eps"])
+def _adamw_8bit_kernel(
+    address_ptr, tile_ptr, numel_ptr, mean_value_ptr, mean_bound_ptr, square_value_ptr, square_bound_ptr,
+    decay, beta1, beta2, step_size, root_correction, eps,
+    PARAM_DTYPE: tl.constexpr, GRAD_DTYPE: tl.constexpr, IS_ALIGNED: tl.constexpr,
+    TILE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program per tile."""
+    number = tl.load(tile_ptr + 2 * tl.program_id(0)).to(tl.int64)
+    tile = tl.load(tile_ptr + 2 * tl.program_id(0) + 1).to(tl.int64)
+    numel = tl.load(numel_ptr + number)
+    param = tl.load(address_ptr + 6 * number)
+    grad = tl.load(address_ptr + 6 * number + 1)
+    mean = tl.load(address_ptr + 6 * number + 2)
+    square = tl.load(address_ptr + 6 * number + 3)
+    if IS_ALIGNED:
+        param, grad = tl.multiple_of(param, 16), tl.multiple_of(grad, 16)
+        mean, square = tl.multiple_of(mean, 16), tl.multiple_of(square, 16)
+    block = tile * TILE + tl.arange(0, TILE)
+    at = (block * BLOCK)[:, None] + tl.arange(0, BLOCK)[None, :]
+    inside = at < numel
+    has_numbers = block * BLOCK < numel
+    param_at = param.to(tl.pointer_type(PARAM_DTYPE)) + at
+    mean_at = mean.to(tl.pointer_type(tl.uint8)) + at
+    square_at = square.to(tl.pointer_type(tl.uint8)) + at
+    mean_maximum_at = tl.load(address_ptr + 6 * number + 4).to(tl.pointer_type(tl.float32)) + block
+    square_maximum_at = tl.load(address_ptr + 6 * number + 5).to(tl.pointer_type(tl.float32)) + block
+
+    g = tl.load(grad.to(tl.pointer_type(GRAD_DTYPE)) + at, mask=inside, other=0.0).to(tl.float32)
+    p = tl.load(param_at, mask=inside, other=0.0).to(tl.float32)
+    m = tl.load(mean_value_ptr + tl.load(mean_at, mask=inside, other=127).to(tl.int32))
+    m *= tl.load(mean_maximum_at, mask=has_numbers, other=0.0)[:, None]
+    v = tl.load(square_value_ptr + tl.load(square_at, mask=inside, other=0).to(tl.int32))
+    v *= tl.load(square_maximum_at, mask=has_numbers, other=0.0)[:, None]
+
+    m = beta1 * m + (1 - beta1) * g
+    v = beta2 * v + (1 - beta2) * g * g
+    p = p * decay - step_size * m / (tl.sqrt(v) * root_correction + eps)
+    tl.store(param_at, p.to(PARAM_DTYPE), mask=inside)
+
+    mean_maximum = tl.max(tl.abs(m), axis=1)
+    square_maximum = tl.max(v, axis=1)
+    tl.store(mean_maximum_at, mean_maximum, mask=has_numbers)
+    tl.store(square_maximum_at, square_maximum, mask=has_numbers)
+    m = m / tl.where(mean_maximum > 0, mean_maximum, 1.0)[:, None]
+    v = v / tl.where(square_maximum > 0, square_maximum, 1.0)[:, None]
+    tl.store(mean_at, _encode(m, mean_bound_ptr, True), mask=inside)
+    tl.store(square_at, _encode(v, square_bound_ptr, False), mask=inside)
+
+
+def adamw_8bit(rows: Sequence[Sequence[Tensor]], tables: Sequence[Tensor], update: tuple[float, ...]) -> None:
+    """Step, in place, parameters that share a device, a dtype and the dtype of their gradients.
+
+    Args:
+        rows: a parameter each: itself, its gradient, the codes of both moments (uint8), and the maxima of their blocks
+            (float32, `⌈numel / 256⌉`). All dense, and in the same order of numbers.
+        tables: values and bounds of the codes, of the signed first moment and of the second, on the device.
+        update: what a parameter is first multiplied by, both betas, `lr / (1 - beta1^t)`, `(1 - beta2^t)^(-1/2)`, eps.
+    """
+    param, grad, *_ = rows[0]
+    device = param.device
+    pointers = [tensor.data_ptr() for row in rows for tensor in row]
+    addresses = torch.tensor(pointers, dtype=torch.int64, pin_memory=device.type == "cuda")
+    tiles, numels = _tiles(tuple(row[0].numel() for row in rows), device)
+    launch(
+        _adamw_8bit_kernel,
+        (tiles.shape[0], 1, 1),
+        (addresses.to(device, non_blocking=True), tiles, numels, *tables),
+        update,
+        (),
+        {
+            "PARAM_DTYPE": _TRITON[param.dtype],
+            "GRAD_DTYPE": _TRITON[grad.dtype],
+            "IS_ALIGNED": are_aligned(pointers),
+            "TILE": _TILE,
+            "BLOCK": _BLOCK,
+        },
+        num_warps=4,
+    )
+
+
+_TRITON = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+@lru_cache(maxsize=64)
+def _tiles(numels: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Of each program the parameter and the tile within it, int32 `(tiles, 2)`; and `numels` as a tensor."""
+    counts = torch.tensor([ceil_div(numel, _TILE * _BLOCK) for numel in numels])
+    number = torch.arange(len(numels)).repeat_interleave(counts)
+    tile = torch.arange(int(counts.sum())) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+    tiles = torch.stack((number, tile), dim=1).to(torch.int32)
+    return tiles.to(device), torch.tensor(numels, dtype=torch.int64).to(device)

@@ -1,0 +1,1 @@
+"""Optimizers whose state is small and whose step is one launch."""

@@ -1,0 +1,177 @@
+"""AdamW whose moments are kept in 8 bits, and whose step is one launch for all parameters.
+
+The moments are kept in bitsandbytes' format (`dynamic_8bit.py`): two bytes a parameter instead of eight. Theirs is a
+launch for each parameter, and a wait. The update is torch's: decay first, then `m / (√v + eps)`, with both moments as
+they are before they are rounded.
+"""
+
+import importlib.util
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from functools import lru_cache
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from expertune.optim import dynamic_8bit
+
+# of a parameter: the codes of its moments, then the maxima of their blocks
+_MOMENTS = ("exp_avg", "exp_avg_sq", "exp_avg_max", "exp_avg_sq_max")
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class AdamW8bit(Optimizer):
+    """AdamW (Loshchilov & Hutter 2019) with both moments in 8 bits, 2.03 bytes a parameter.
+
+    For a trainer of Transformers or TRL: `optimizer_cls_and_kwargs=(expertune.AdamW8bit, {"lr": 2e-4})`.
+
+    Args:
+        params: parameters or groups of them, in float32, bfloat16 or float16.
+        lr: learning rate.
+        betas: of the running means of the gradient and of its square.
+        eps: is added to the root of the latter.
+        weight_decay: decoupled from the gradient.
+
+    Raises:
+        ValueError: a setting is out of range, or a parameter has another dtype.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+    ) -> None:
+        if lr < 0 or eps < 0 or weight_decay < 0 or not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(
+                "expected lr, eps and weight_decay of at least 0 and betas in [0, 1), "
+                f"got {lr=}, {eps=}, {weight_decay=}, {betas=}."
+            )
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refuses dtypes that the step does not read."""
+        super().add_param_group(param_group)
+        for param in self.param_groups[-1]["params"]:
+            if param.dtype not in _DTYPES:
+                raise ValueError(f"AdamW8bit trains {', '.join(map(str, _DTYPES))}; got a parameter in {param.dtype}.")
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One step of every parameter that has a gradient. Waits for nothing.
+
+        Args:
+            closure: computes loss and gradients anew, and returns the loss.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            alike: defaultdict[Any, list[list[Tensor]]] = defaultdict(list)
+            for param in group["params"]:
+                if param.grad is not None:
+                    state = self._advance(param)
+                    grad = param.grad if _lies_like(param.grad, param) else torch.empty_like(param).copy_(param.grad)
+                    key = (param.device, param.dtype, grad.dtype, state["step"])
+                    alike[key].append([param, grad, *(state[name] for name in _MOMENTS)])
+            for (device, _, _, count), rows in alike.items():
+                _step(device, rows, _update(group, count))
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As every optimizer's, but the moments keep their dtypes, which torch would cast to the parameter's.
+
+        Args:
+            state_dict: from `state_dict`.
+        """
+        super().load_state_dict(state_dict)
+        saved = [number for group in state_dict["param_groups"] for number in group["params"]]
+        ours = [param for group in self.param_groups for param in group["params"]]
+        for number, param in zip(saved, ours, strict=True):
+            if number in state_dict["state"]:
+                moments = {name: state_dict["state"][number][name] for name in _MOMENTS}
+                self.state[param].update({name: t.to(param.device, copy=True) for name, t in moments.items()})
+
+    def _advance(self, param: Tensor) -> dict[str, Any]:
+        """The state of a parameter, its count of steps one further."""
+        state: dict[str, Any] = self.state[param]
+        if not state:
+            mean, mean_maximum = dynamic_8bit.zeros(param, is_signed=True)
+            square, square_maximum = dynamic_8bit.zeros(param, is_signed=False)
+            state["step"] = 0
+            state.update(zip(_MOMENTS, (mean, square, mean_maximum, square_maximum), strict=True))
+        state["step"] += 1
+        return state
+
+
+def _lies_like(grad: Tensor, param: Tensor) -> bool:
+    """Whether number after number in memory belong together."""
+    if grad.is_sparse:
+        raise ValueError("AdamW8bit takes no sparse gradients. Use torch.optim.SparseAdam for that parameter.")
+    return grad.stride() == param.stride()
+
+
+def _update(group: dict[str, Any], count: int) -> tuple[float, ...]:
+    """The numbers of step `count`, from 1: decay, both betas, size, correction of the root, eps."""
+    lr, (beta1, beta2) = float(group["lr"]), group["betas"]
+    step_size, root_correction = lr / (1 - beta1**count), (1 - beta2**count) ** -0.5
+    return 1 - lr * group["weight_decay"], beta1, beta2, step_size, root_correction, group["eps"]
+
+
+def _step(device: torch.device, rows: list[list[Tensor]], update: tuple[float, ...]) -> None:
+    if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
+        from expertune.kernels.adamw_8bit import adamw_8bit  # imports Triton, which is optional
+
+        adamw_8bit(rows, _tables(device), update)
+        return
+    for param, grad, *moments in rows:
+        plain_step(param, grad, moments, update)
+
+
+@lru_cache
+def _tables(device: torch.device) -> tuple[Tensor, ...]:
+    """Values and bounds of the codes of the first and of the second moment."""
+    kinds = (True, False)
+    return tuple(
+        t.to(device) for s in kinds for t in (dynamic_8bit.values(is_signed=s), dynamic_8bit.bounds(is_signed=s))
+    )
+
+
+def plain_step(param: Tensor, grad: Tensor, moments: list[Tensor], update: tuple[float, ...]) -> None:
+    """The step of one parameter in plain torch, in place: what the kernel is held against.
+
+    Args:
+        param: dense.
+        grad: laid out as `param` is.
+        moments: their codes and the maxima of their blocks.
+        update: the numbers of the step.
+    """
+    decay, beta1, beta2, step_size, root_correction, eps = update
+    mean_codes, square_codes, mean_maximum, square_maximum = moments
+    g, p = _in_memory(grad).float(), _in_memory(param)
+    mean = dynamic_8bit.decode(mean_codes, mean_maximum, is_signed=True)
+    square = dynamic_8bit.decode(square_codes, square_maximum, is_signed=False)
+    mean = beta1 * mean + (1 - beta1) * g
+    square = beta2 * square + (1 - beta2) * g * g
+    p.copy_(p.float() * decay - step_size * mean / (square.sqrt() * root_correction + eps))
+    for codes, maximum, x, is_signed in (
+        (mean_codes, mean_maximum, mean, True),
+        (square_codes, square_maximum, square, False),
+    ):
+        new_codes, new_maximum = dynamic_8bit.encode(x, is_signed=is_signed)
+        codes.copy_(new_codes)
+        maximum.copy_(new_maximum)
+
+
+def _in_memory(tensor: Tensor) -> Tensor:
+    """A dense tensor's numbers in the order in which they lie, a view."""
+    return tensor.as_strided((tensor.numel(),), (1,))

@@ -1,0 +1,72 @@
+"""The kernel against the same step in plain torch."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from expertune.backends import triton
+from expertune.optim import dynamic_8bit
+from expertune.optim.adamw_8bit import _tables, plain_step
+from tests.cases import DEVICE, problem
+
+DTYPES = [d for d in (torch.float32, torch.float16, torch.bfloat16) if triton.BACKEND.why_not(problem(d, 16)) is None]
+pytestmark = pytest.mark.skipif(not DTYPES, reason="needs a GPU, or TRITON_INTERPRET=1 for Triton's interpreter")
+SIZES = (1, 256, 300, 2048, 5000)
+UPDATE = (0.999, 0.9, 0.98, 1e-2, 1.5, 1e-8)
+
+
+def draw(numel: int, seed: int) -> Tensor:
+    """Of all magnitudes, and some zeros."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(numel, generator=generator) * 10 ** (6 * torch.rand(numel, generator=generator) - 6)
+    return (x * (torch.rand(numel, generator=generator) > 0.1)).to(DEVICE)
+
+
+def row(numel: int, seed: int, dtype: torch.dtype) -> list[Tensor]:
+    mean, mean_maximum = dynamic_8bit.encode(draw(numel, seed), is_signed=True)
+    square, square_maximum = dynamic_8bit.encode(draw(numel, seed + 1).square(), is_signed=False)
+    param, grad = draw(numel, seed + 2).to(dtype), draw(numel, seed + 3).to(dtype)
+    return [param, grad, mean, square, mean_maximum, square_maximum]
+
+
+@pytest.mark.parametrize("is_aligned", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_all_parameters_step_as_each_in_torch(dtype: torch.dtype, is_aligned: bool) -> None:
+    from expertune.kernels.adamw_8bit import adamw_8bit
+
+    rows = [row(numel, seed, dtype) for seed, numel in enumerate(SIZES)]
+    if not is_aligned:
+        rows[2][1] = torch.cat((rows[2][1][:1], rows[2][1]))[1:]
+    expected = [[t.clone() for t in each] for each in rows]
+    for param, grad, *moments in expected:
+        plain_step(param, grad, moments, UPDATE)
+    adamw_8bit(rows, _tables(DEVICE), UPDATE)
+    for ours, theirs in zip(rows, expected, strict=True):
+        torch.testing.assert_close(ours[0], theirs[0])
+        for codes, maximum, is_signed in ((2, 4, True), (3, 5, False)):
+            torch.testing.assert_close(ours[maximum], theirs[maximum], rtol=1e-6, atol=0)
+            is_off = ours[codes] != theirs[codes]
+            assert is_off.float().mean() <= 0.01  # what lies in the middle of two values may fall to either side
+            assert ((ours[codes].int() - theirs[codes].int()).abs() <= 1).all()
+            values = [dynamic_8bit.decode(each[codes], each[maximum], is_signed=is_signed) for each in (ours, theirs)]
+            torch.testing.assert_close(*values, rtol=0.4, atol=1e-6)
+
+
+@pytest.mark.parametrize("is_signed", [True, False])
+def test_every_code_is_reached_and_the_nearest(is_signed: bool) -> None:
+    from expertune.kernels.adamw_8bit import adamw_8bit
+
+    bounds = dynamic_8bit.bounds(is_signed=is_signed)
+    x = torch.cat((dynamic_8bit.values(is_signed=is_signed), bounds * (1 - 1e-5), bounds * (1 + 1e-5)))
+    blocks = torch.ones(4, 256)  # each begins with its maximum, one
+    blocks[:, 1:].copy_(torch.cat((x, torch.zeros(4 * 255 - len(x)))).view(4, 255))
+    wanted = blocks.flatten().to(DEVICE)
+    grad = wanted if is_signed else wanted.sqrt()
+    mean, mean_maximum = dynamic_8bit.zeros(grad, is_signed=True)
+    square, square_maximum = dynamic_8bit.zeros(grad, is_signed=False)
+    becomes = (1.0, 0.0, 0.0, 0.0, 1.0, 1.0)  # the moments become the gradient and its square
+    row = [torch.zeros_like(grad), grad, mean, square, mean_maximum, square_maximum]
+    adamw_8bit([row], _tables(DEVICE), becomes)
+    codes = (mean if is_signed else square).view(4, 256)[:, 1:].flatten()[: len(x)].cpu().int()
+    assert torch.equal(codes, torch.bucketize(x, bounds).int())
+    assert len(set(codes.tolist())) == 256

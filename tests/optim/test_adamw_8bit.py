@@ -1,0 +1,125 @@
+"""Each update is torch's; between updates the moments are rounded, and nothing else is lost."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from expertune import AdamW8bit
+from expertune.optim import dynamic_8bit
+
+SETTINGS = {"lr": 1e-2, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1}
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def rounded(x: Tensor, *, is_signed: bool) -> Tensor:
+    """By searching all 256 values, block by block."""
+    values = dynamic_8bit.values(is_signed=is_signed)
+    blocks = []
+    for block in x.flatten().split(256):
+        maximum = block.abs().max()
+        blocks.append(values[(block[:, None] / maximum - values).abs().argmin(dim=1)] * maximum)
+    return torch.cat(blocks).view(x.shape)
+
+
+def test_the_first_step_is_torchs() -> None:
+    ours, theirs = nn.Parameter(draw(40, 30)), nn.Parameter(draw(40, 30))
+    for param, optimizer in ((ours, AdamW8bit([ours], **SETTINGS)), (theirs, torch.optim.AdamW([theirs], **SETTINGS))):
+        param.grad = draw(40, 30, seed=1)
+        optimizer.step()
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_later_steps_are_torchs_on_rounded_moments() -> None:
+    ours, theirs = nn.Parameter(draw(40, 30)), nn.Parameter(draw(40, 30))
+    optimizer, reference = AdamW8bit([ours], **SETTINGS), torch.optim.AdamW([theirs], **SETTINGS)
+    for seed in range(1, 6):
+        ours.grad = theirs.grad = draw(40, 30, seed=seed)
+        optimizer.step()
+        reference.step()
+        state = reference.state[theirs]
+        state["exp_avg"] = rounded(state["exp_avg"], is_signed=True)
+        state["exp_avg_sq"] = rounded(state["exp_avg_sq"], is_signed=False)
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_the_state_takes_two_bytes_a_parameter() -> None:
+    param = nn.Parameter(draw(256, 64))
+    param.grad = draw(256, 64, seed=1)
+    optimizer = AdamW8bit([param])
+    optimizer.step()
+    taken = sum(t.nbytes for t in optimizer.state[param].values() if isinstance(t, Tensor))
+    assert taken == 2 * param.numel() + 2 * 4 * param.numel() // 256
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_run_goes_on_from_its_state(dtype: torch.dtype) -> None:
+    first = nn.Parameter(draw(30, 20).to(dtype))
+    optimizer = AdamW8bit([first], **SETTINGS)
+    for seed in (1, 2):
+        first.grad = draw(30, 20, seed=seed).to(dtype)
+        optimizer.step()
+    second = nn.Parameter(first.detach().clone())
+    resumed = AdamW8bit([second], lr=1.0)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for param, each in ((first, optimizer), (second, resumed)):
+        param.grad = draw(30, 20, seed=3).to(dtype)
+        each.step()
+    assert torch.equal(first, second)
+    assert all(torch.equal(a, b) for a, b in zip(tensors(optimizer), tensors(resumed), strict=True))
+
+
+def tensors(optimizer: AdamW8bit) -> list[Tensor]:
+    return [t for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
+
+
+def test_a_transposed_parameter_with_a_contiguous_gradient() -> None:
+    straight, transposed = nn.Parameter(draw(20, 30)), nn.Parameter(draw(20, 30).T.contiguous().T)
+    assert not transposed.is_contiguous()
+    for param in (straight, transposed):
+        optimizer = AdamW8bit([param], **SETTINGS)
+        for seed in (1, 2):
+            param.grad = draw(20, 30, seed=seed)
+            optimizer.step()
+    torch.testing.assert_close(straight, transposed, rtol=0, atol=2e-3)  # other blocks, so another rounding
+    assert not torch.equal(straight, draw(20, 30))
+
+
+def test_parameters_without_gradient_stay_and_groups_keep_their_settings() -> None:
+    still, decayed, free = (nn.Parameter(torch.ones(300)) for _ in range(3))
+    groups = [{"params": [still, decayed], "weight_decay": 0.5}, {"params": [free], "weight_decay": 0.0}]
+    optimizer = AdamW8bit(groups, lr=0.1)
+    decayed.grad = free.grad = torch.zeros(300)
+    optimizer.step()
+    assert torch.equal(still, torch.ones(300))
+    torch.testing.assert_close(decayed, torch.full((300,), 0.95))
+    assert torch.equal(free, torch.ones(300))
+
+
+def test_a_closure_is_called_with_gradients_on() -> None:
+    param = nn.Parameter(torch.ones(3))
+    optimizer = AdamW8bit([param], lr=0.1)
+
+    def closure() -> float:
+        optimizer.zero_grad()
+        loss = param.square().sum()
+        loss.backward()
+        return loss.item()
+
+    assert optimizer.step(closure) == 3.0
+    assert (param < 1).all()
+
+
+def test_what_it_does_not_take_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"betas in \[0, 1\), got .*betas=\(1.0, 0.9\)"):
+        AdamW8bit([nn.Parameter(torch.ones(3))], betas=(1.0, 0.9))
+    with pytest.raises(ValueError, match=r"got a parameter in torch\.float64"):
+        AdamW8bit([nn.Parameter(torch.ones(3, dtype=torch.float64))])
+    param = nn.Parameter(torch.ones(3))
+    param.grad = torch.ones(3).to_sparse()
+    with pytest.raises(ValueError, match=r"no sparse gradients\. Use torch\.optim\.SparseAdam"):
+        AdamW8bit([param]).step()
