@@ -32,7 +32,7 @@ def _encode(x, bound_ptr, IS_SIGNED: tl.constexpr):
         above = magnitude >= 1e-6 * 10**decade
         steps = tl.where(above, steps * 2, steps)
         scale = tl.where(above, 1e5 / 10**decade, scale)
-    step = ((magnitude * scale - 0.1) * (steps.to(tl.float32) / 0.9)).to(tl.int32)
+    step = ((magnitude * scale - 0.1) * (steps.to(tl.float32) * (1 / 0.9))).to(tl.int32)
     number = steps - first + tl.minimum(tl.maximum(step, 0), steps - 1)  # among the values above zero
     # a step's value is its middle, so only at the edge of a decade may the value below be nearer
     number = tl.where(magnitude <= tl.load(bound_ptr + zero + number), number, number + 1)
@@ -56,43 +56,42 @@ def _adamw_8bit_kernel(
     number = tl.load(tile_ptr + 2 * tl.program_id(0)).to(tl.int64)
     tile = tl.load(tile_ptr + 2 * tl.program_id(0) + 1).to(tl.int64)
     numel = tl.load(numel_ptr + number)
-    param = tl.load(address_ptr + 6 * number)
-    grad = tl.load(address_ptr + 6 * number + 1)
-    mean = tl.load(address_ptr + 6 * number + 2)
-    square = tl.load(address_ptr + 6 * number + 3)
-    if IS_ALIGNED:
-        param, grad = tl.multiple_of(param, 16), tl.multiple_of(grad, 16)
-        mean, square = tl.multiple_of(mean, 16), tl.multiple_of(square, 16)
+    row_ptr = address_ptr + 6 * number
+    param_ptr = tl.load(row_ptr).to(tl.pointer_type(PARAM_DTYPE))
+    grad_ptr = tl.load(row_ptr + 1).to(tl.pointer_type(GRAD_DTYPE))
+    mean_ptr = tl.load(row_ptr + 2).to(tl.pointer_type(tl.uint8))
+    square_ptr = tl.load(row_ptr + 3).to(tl.pointer_type(tl.uint8))
+    if IS_ALIGNED:  # so that numbers are read and written by the vector
+        numel = tl.multiple_of(numel, 16)
+        param_ptr, grad_ptr = tl.multiple_of(param_ptr, 16), tl.multiple_of(grad_ptr, 16)
+        mean_ptr, square_ptr = tl.multiple_of(mean_ptr, 16), tl.multiple_of(square_ptr, 16)
     block = tile * TILE + tl.arange(0, TILE)
     at = (block * BLOCK)[:, None] + tl.arange(0, BLOCK)[None, :]
     inside = at < numel
     has_numbers = block * BLOCK < numel
-    param_at = param.to(tl.pointer_type(PARAM_DTYPE)) + at
-    mean_at = mean.to(tl.pointer_type(tl.uint8)) + at
-    square_at = square.to(tl.pointer_type(tl.uint8)) + at
-    mean_maximum_at = tl.load(address_ptr + 6 * number + 4).to(tl.pointer_type(tl.float32)) + block
-    square_maximum_at = tl.load(address_ptr + 6 * number + 5).to(tl.pointer_type(tl.float32)) + block
+    mean_maximum_ptr = tl.load(row_ptr + 4).to(tl.pointer_type(tl.float32)) + block
+    square_maximum_ptr = tl.load(row_ptr + 5).to(tl.pointer_type(tl.float32)) + block
 
-    g = tl.load(grad.to(tl.pointer_type(GRAD_DTYPE)) + at, mask=inside, other=0.0).to(tl.float32)
-    p = tl.load(param_at, mask=inside, other=0.0).to(tl.float32)
-    m = tl.load(mean_value_ptr + tl.load(mean_at, mask=inside, other=127).to(tl.int32))
-    m *= tl.load(mean_maximum_at, mask=has_numbers, other=0.0)[:, None]
-    v = tl.load(square_value_ptr + tl.load(square_at, mask=inside, other=0).to(tl.int32))
-    v *= tl.load(square_maximum_at, mask=has_numbers, other=0.0)[:, None]
+    g = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    p = tl.load(param_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    m = tl.load(mean_value_ptr + tl.load(mean_ptr + at, mask=inside, other=127).to(tl.int32))
+    m *= tl.load(mean_maximum_ptr, mask=has_numbers, other=0.0)[:, None]
+    v = tl.load(square_value_ptr + tl.load(square_ptr + at, mask=inside, other=0).to(tl.int32))
+    v *= tl.load(square_maximum_ptr, mask=has_numbers, other=0.0)[:, None]
 
     m = beta1 * m + (1 - beta1) * g
     v = beta2 * v + (1 - beta2) * g * g
     p = p * decay - step_size * m / (tl.sqrt(v) * root_correction + eps)
-    tl.store(param_at, p.to(PARAM_DTYPE), mask=inside)
+    tl.store(param_ptr + at, p.to(PARAM_DTYPE), mask=inside)
 
     mean_maximum = tl.max(tl.abs(m), axis=1)
     square_maximum = tl.max(v, axis=1)
-    tl.store(mean_maximum_at, mean_maximum, mask=has_numbers)
-    tl.store(square_maximum_at, square_maximum, mask=has_numbers)
-    m = m / tl.where(mean_maximum > 0, mean_maximum, 1.0)[:, None]
-    v = v / tl.where(square_maximum > 0, square_maximum, 1.0)[:, None]
-    tl.store(mean_at, _encode(m, mean_bound_ptr, True), mask=inside)
-    tl.store(square_at, _encode(v, square_bound_ptr, False), mask=inside)
+    tl.store(mean_maximum_ptr, mean_maximum, mask=has_numbers)
+    tl.store(square_maximum_ptr, square_maximum, mask=has_numbers)
+    m *= (1 / tl.where(mean_maximum > 0, mean_maximum, 1.0))[:, None]
+    v *= (1 / tl.where(square_maximum > 0, square_maximum, 1.0))[:, None]
+    tl.store(mean_ptr + at, _encode(m, mean_bound_ptr, True), mask=inside)
+    tl.store(square_ptr + at, _encode(v, square_bound_ptr, False), mask=inside)
 
 
 def adamw_8bit(rows: Sequence[Sequence[Tensor]], tables: Sequence[Tensor], update: tuple[float, ...]) -> None:
@@ -107,18 +106,19 @@ def adamw_8bit(rows: Sequence[Sequence[Tensor]], tables: Sequence[Tensor], updat
     param, grad, *_ = rows[0]
     device = param.device
     pointers = [tensor.data_ptr() for row in rows for tensor in row]
+    numels = tuple(row[0].numel() for row in rows)
     addresses = torch.tensor(pointers, dtype=torch.int64, pin_memory=device.type == "cuda")
-    tiles, numels = _tiles(tuple(row[0].numel() for row in rows), device)
+    tiles, numel_of = _tiles(numels, device)
     launch(
         _adamw_8bit_kernel,
         (tiles.shape[0], 1, 1),
-        (addresses.to(device, non_blocking=True), tiles, numels, *tables),
+        (addresses.to(device, non_blocking=True), tiles, numel_of, *tables),
         update,
         (),
         {
             "PARAM_DTYPE": _TRITON[param.dtype],
             "GRAD_DTYPE": _TRITON[grad.dtype],
-            "IS_ALIGNED": are_aligned(pointers),
+            "IS_ALIGNED": are_aligned(pointers) and are_aligned(numels),
             "TILE": _TILE,
             "BLOCK": _BLOCK,
         },
