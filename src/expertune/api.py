@@ -136,7 +136,12 @@ def add_lora(
 
 
 def optimize(
-    model: _Model, *, backend: str | None = None, memory: str | None = None, attention: str = "auto"
+    model: _Model,
+    *,
+    backend: str | None = None,
+    memory: str | None = None,
+    attention: str = "auto",
+    graphs: bool = True,
 ) -> _Model:
     """Run the experts of this one model through the walk, in place. Undone by `restore`.
 
@@ -146,6 +151,8 @@ def optimize(
         memory: as for `load`; None leaves gradient checkpointing as it is.
         attention: "auto" runs it through ours where the host would form all scores (sinks, sliding windows); "host"
             leaves it as it is.
+        graphs: whether attention and dense layers with adapters may be replayed as CUDA graphs, once calls on the same
+            number of tokens, of at most 8,192, have come twice.
 
     Raises:
         ValueError: a layer, an adapter or a setting cannot be honoured; the model is then as it was.
@@ -156,7 +163,7 @@ def optimize(
         raise ValueError(f"memory='lean' needs gradient checkpointing, which {type(inner).__name__} does not support.")
     if attention not in _ATTENTION:
         raise ValueError(f"unknown attention {attention!r}; choose one of {list(_ATTENTION)}")
-    state = attach.attach(inner, requested, is_attention_ours=attention == "auto")
+    state = attach.attach(inner, requested, is_attention_ours=attention == "auto", uses_graphs=graphs)
     if memory is not None:
         attach.set_checkpointing(inner, state, memory)
     return model

@@ -18,7 +18,8 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from expertune.hosts import attention, norms, peft, transformers
+from expertune.graphs.piece import Recorder
+from expertune.hosts import attention, graphs, norms, peft, transformers
 from expertune.memory.checkpoint import checkpoint_layer
 from expertune.memory.planner import Planner
 from expertune.memory.replay import ReplayingCheckpoint, RoutingReplay
@@ -38,6 +39,7 @@ class Attached:
         attentions: the decoders that attend through ours, each with what it had.
         norms: those that run our forward.
         planner: says which layers are checkpointed; None for all.
+        recorder: of the parts that are replayed as CUDA graphs; None if none is to be.
     """
 
     requested: str
@@ -49,6 +51,7 @@ class Attached:
     attentions: list[tuple[PreTrainedModel, str]] = field(default_factory=list)
     norms: list[nn.Module] = field(default_factory=list)
     planner: Planner | None = None
+    recorder: Recorder | None = None
 
 
 def attached(model: nn.Module) -> Attached | None:
@@ -57,10 +60,18 @@ def attached(model: nn.Module) -> Attached | None:
     return state if isinstance(state, Attached) else None
 
 
-def attach(model: PreTrainedModel, requested: str, *, is_attention_ours: bool = True) -> Attached:
+def attach(
+    model: PreTrainedModel, requested: str, *, is_attention_ours: bool = True, uses_graphs: bool = True
+) -> Attached:
     """Hand the experts of this model to the walk, and its attention to ours, instead of what an earlier `attach` did.
 
     All plans are made and all adapters are checked before anything is changed.
+
+    Args:
+        model: the model.
+        requested: the backend asked for.
+        is_attention_ours: whether ours takes over where the host's would form all scores.
+        uses_graphs: whether parts of layers may be replayed as CUDA graphs.
 
     Raises:
         ValueError: an experts module, an adapter or the backend asked for cannot be honoured.
@@ -98,6 +109,7 @@ def attach(model: PreTrainedModel, requested: str, *, is_attention_ours: bool = 
             state.handles.append(decoder.register_forward_pre_hook(partial(_before_decoder, model, state)))
     for layer in ours:
         _checkpoint(layer, state)
+    state.recorder = graphs.recorder(state.replay) if uses_graphs else None
     model._expertune = state
     bind_all(model)
     state.adapters = _adapters_of(model)
@@ -112,6 +124,8 @@ def detach(model: PreTrainedModel) -> None:
     for handle in state.handles:
         handle.remove()
     norms.unbind(state.norms)
+    if state.recorder is not None:
+        graphs.unbind(state.recorder)
     for decoder, had in state.attentions:
         attention.give_back(decoder, had)
     for _, module in transformers.named_experts(model):  # also those that PEFT copied, to save them whole
@@ -138,6 +152,9 @@ def bind_all(model: PreTrainedModel) -> None:
     for module in model.modules():
         if id(module) not in inner:
             peft.bind(module)
+    state = attached(model)
+    if state is not None and state.recorder is not None:
+        graphs.bind(state.layers, state.recorder)
 
 
 def blocks(model: nn.Module) -> Iterator[nn.Module]:

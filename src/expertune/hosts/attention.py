@@ -85,6 +85,16 @@ def kernels_of(decoder: PreTrainedModel) -> str:
     return " · ".join(words)
 
 
+def is_whole(mask: Tensor | None, position_ids: Tensor | None) -> bool:
+    """Whether each sample of a batch is one sequence without padding, which is all that ours looks for in a call.
+
+    Args:
+        mask: what `_mask` gave.
+        position_ids: of the batch.
+    """
+    return mask is None and _sequences(None, position_ids) is None
+
+
 def _has_windows(config: Any) -> bool:
     types = getattr(config, "layer_types", None)
     if types is not None:

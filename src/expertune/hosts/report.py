@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedModel
 
-from expertune.hosts import attention
+from expertune.hosts import attention, graphs
 from expertune.hosts.attach import attached, blocks, decoders
 from expertune.hosts.peft import experts_in, wrappers_of
 from expertune.hosts.transformers import first_name, has_norm, plan_of
@@ -41,12 +41,14 @@ class Explanation:
         layers: a report a layer.
         kernels: which configurations our kernels run with, where any layer runs on them.
         attention: whose attention each decoder runs, and why not ours.
+        graphs: which parts of layers are replayed as CUDA graphs, where any can be.
     """
 
     requested: str | None
     layers: tuple[LayerReport, ...]
     kernels: str | None = None
     attention: tuple[str, ...] = ()
+    graphs: str | None = None
 
     def __str__(self) -> str:
         if self.requested is None:
@@ -59,7 +61,9 @@ class Explanation:
             lines += [f"    adapter  {adapter}" for adapter in layer.adapters] or ["    adapter  none"]
             lines += [f"    passed over  {reason}" for reason in layer.passed_over]
         lines += [f"kernels: {self.kernels}"] if self.kernels is not None else []
-        return "\n".join([*lines, *self.attention])
+        lines += self.attention
+        lines += [self.graphs] if self.graphs is not None else []
+        return "\n".join(lines)
 
 
 def explain(model: PreTrainedModel) -> Explanation:
@@ -75,6 +79,7 @@ def explain(model: PreTrainedModel) -> Explanation:
         layers=tuple(layers),
         kernels=kernels,
         attention=tuple(_attention(decoder) for decoder in decoders(model)),
+        graphs=graphs.status(state.recorder) if state.recorder is not None and state.recorder.pieces else None,
     )
 
 

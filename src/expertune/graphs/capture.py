@@ -1,0 +1,74 @@
+"""Work recorded into a CUDA graph: submitted once, run again by one call with the same addresses."""
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+
+
+class Graph(Protocol):
+    """Recorded work."""
+
+    def replay(self) -> None:
+        """Run it again, on the current stream."""
+        ...
+
+
+class Capture(Protocol):
+    """A way to record work."""
+
+    def record(self, work: Callable[[], None], *, keeps: bool) -> Graph:
+        """Record work, without running it.
+
+        Args:
+            work: launches kernels and waits for nothing; has run once before, so that what is done but once is done.
+            keeps: whether what it allocates outlives it; otherwise other recordings may be given the same memory.
+
+        Raises:
+            RuntimeError: it waits for the device, or there is no memory.
+        """
+        ...
+
+
+class CudaCapture:
+    """Records on a stream of its own, with two pools of memory: what forwards keep, and what backwards use in passing.
+
+    Nothing of the second lives from one replay to the next, so every backward may use the memory of every other. Of the
+    first, a forward's passing memory may be what a later one keeps: so forwards are replayed in the order in which they
+    were recorded, which `Pool` sees to.
+
+    Args:
+        device: a CUDA device.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._kept, self._passing = torch.cuda.graph_pool_handle(), torch.cuda.graph_pool_handle()
+
+    def record(self, work: Callable[[], None], *, keeps: bool) -> Graph:
+        """Other threads may allocate meanwhile, as those of data loaders do."""
+        graph = torch.cuda.CUDAGraph()
+        current = torch.cuda.current_stream(self._stream.device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream), _no_collection():
+            graph.capture_begin(pool=self._kept if keeps else self._passing, capture_error_mode="thread_local")
+            try:
+                work()
+            finally:
+                graph.capture_end()
+        current.wait_stream(self._stream)
+        return graph
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """A collector that runs while work is recorded may free what ends the recording, such as another graph."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()

@@ -1,0 +1,192 @@
+"""Which calls of a module are recorded: those that came before, in training, on few tokens."""
+
+from collections.abc import Callable, Hashable
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from expertune.graphs.capture import CudaCapture
+from expertune.graphs.pool import Pool
+from expertune.graphs.recording import Recording
+from expertune.graphs.structure import put_together, take_apart
+from expertune.graphs.watch import Watch
+from expertune.memory.planner import meter_of
+
+_SEEN = 2  # calls of a kind before the one that is recorded: the first finds kernels, the second runs as planned
+_MOST_KINDS = 2  # of calls that a module is recorded for: each takes memory of its own
+_MOST_TOKENS = 8192  # above, the device is what a step waits for
+_MOST_RELEASES = 3
+
+Context: TypeAlias = Callable[[nn.Module, dict[str, Any]], Hashable | None]
+
+
+class Recorder:
+    """The pieces of one model.
+
+    Args:
+        context: of a module and the keywords of a call, what else the call depends on; None if it must not be recorded.
+        is_checkpointed: whether the layer that runs now will run again in backward.
+        ignored: keywords that no piece reads.
+        pool_of: of a device; None for one without graphs.
+    """
+
+    def __init__(
+        self,
+        context: Context,
+        is_checkpointed: Callable[[], bool],
+        ignored: frozenset[str] = frozenset(),
+        pool_of: "PoolOf | None" = None,
+    ) -> None:
+        self.context, self.is_checkpointed, self.ignored = context, is_checkpointed, ignored
+        self.pieces: list[Piece] = []
+        self.refused: dict[type[nn.Module], str] = {}
+        self.pools: dict[torch.device, Pool | None] = {}
+        self._pool_of = pool_of or cuda_pool
+        self._releases = 0
+
+    def pool(self, device: torch.device) -> Pool | None:
+        """Of a device; None if nothing is recorded there."""
+        if device not in self.pools:
+            self.pools[device] = self._pool_of(device)
+        return self.pools[device]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """As for a piece."""
+        return vars(self) | {"pools": {}}
+
+    def release(self) -> None:
+        """Give the memory of all recordings back: it is wanted for something else."""
+        for piece in self.pieces:
+            piece.forget()
+        self.pools.clear()
+        self._releases += 1
+
+    @property
+    def is_on(self) -> bool:
+        """Whether it still pays to record."""
+        return self._releases < _MOST_RELEASES
+
+
+PoolOf: TypeAlias = Callable[[torch.device], Pool | None]
+
+
+def cuda_pool(device: torch.device) -> Pool | None:
+    """A pool for CUDA graphs."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return None
+    return Pool(CudaCapture(device), meter_of(device))
+
+
+class Piece:
+    """The forward of a module, replayed where such a call has been recorded. Stands in for `module.forward`.
+
+    Args:
+        module: computes the same from the same inputs.
+        recorder: of its model.
+    """
+
+    def __init__(self, module: nn.Module, recorder: Recorder) -> None:
+        self.module = module
+        self._recorder = recorder
+        self._kinds: dict[Hashable, int | Recording] = {}
+        self._watch: Watch | None = None
+        recorder.pieces.append(self)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the module's own forward."""
+        found = self._find(args, kwargs)
+        if found is None:
+            return type(self.module).forward(self.module, *args, **kwargs)
+        recording, tensors = found
+        return recording.replay(tensors)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Recordings belong to one model in one process; a copy makes its own."""
+        return vars(self) | {"_kinds": {}, "_watch": None}
+
+    @property
+    def recordings(self) -> int:
+        """For how many kinds of calls there are recordings."""
+        return sum(isinstance(each, Recording) for each in self._kinds.values())
+
+    def forget(self) -> None:
+        """Drop all recordings."""
+        self._kinds.clear()
+
+    def _find(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Recording, list[Tensor]] | None:
+        """The recording for a call, perhaps made now, and the call's tensors; None if the module itself is to run."""
+        recorder = self._recorder
+        if not recorder.is_on or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        if recorder.is_checkpointed() or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+            if self.recordings:  # memory is wanted
+                recorder.release()
+            return None
+        context = recorder.context(self.module, kwargs)
+        if context is None:
+            return None
+        tensors: list[Tensor] = []
+        read = {name: value for name, value in kwargs.items() if name not in recorder.ignored}
+        call = take_apart((args, read), tensors)
+        device = tensors[0].device.type
+        autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+        kind = (call, context, autocast)
+        if self._watch is None or not self._watch.is_same():
+            self._kinds.clear()
+            self._watch = Watch(self.module)
+        known = self._known(kind)
+        if known is None or isinstance(known, Recording):
+            return (known, tensors) if known is not None and known.may_begin(tensors) else None
+        if known < _SEEN or not self._may_record(tensors):
+            return None
+        return self._record(kind, tensors)
+
+    def _known(self, kind: Hashable) -> int | Recording | None:
+        """The recording of a kind of call, or how often it came before; None if it can never come again."""
+        try:
+            known = self._kinds.get(kind, 0)
+        except TypeError:  # an argument that cannot be compared, such as a cache
+            return None
+        if isinstance(known, int):
+            if len(self._kinds) > 64:
+                self._kinds = {k: v for k, v in self._kinds.items() if isinstance(v, Recording)}
+            self._kinds[kind] = known + 1
+        return known
+
+    def _may_record(self, tensors: list[Tensor]) -> bool:
+        pool = self._recorder.pool(tensors[0].device)
+        return (
+            pool is not None
+            and type(self.module) not in self._recorder.refused
+            and any(tensor.requires_grad for tensor in (*tensors, *self.module.parameters()))
+            and self.recordings < _MOST_KINDS
+            and max(tensor.shape[:-1].numel() for tensor in tensors) <= _MOST_TOKENS
+            and not any(tensor.is_inference() for tensor in tensors)
+            and self._watch is not None
+            and not self._watch.is_hooked()
+            and not any(isinstance(m, nn.Dropout) and m.p for m in self.module.modules())
+            and not getattr(self.module, "attention_dropout", 0.0)
+            and pool.has_room(len(self._recorder.pieces))
+        )
+
+    def _record(self, kind: Any, tensors: list[Tensor]) -> tuple[Recording, list[Tensor]] | None:
+        pool = self._recorder.pool(tensors[0].device)
+        assert pool is not None
+        (call, _, autocast), device, module = kind, tensors[0].device.type, self.module
+
+        def forward(inputs: Any) -> Any:
+            args, kwargs = put_together(call, iter(inputs))
+            dtype = autocast or None
+            # a weight that an earlier operation cast would be read from the cache, and be stale in every replay
+            with torch.autocast(device, dtype=dtype, enabled=bool(autocast), cache_enabled=False):
+                return type(module).forward(module, *args, **kwargs)
+
+        trained = [p for p in module.parameters() if p.requires_grad]
+        try:
+            recording = Recording(forward, tensors, trained, pool)
+        except RuntimeError as error:
+            self._recorder.refused[type(module)] = str(error).splitlines()[0]
+            return None
+        self._kinds[kind] = recording
+        return recording, tensors

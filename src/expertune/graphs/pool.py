@@ -1,0 +1,127 @@
+"""What the recordings of a model on one device share: tensors that all layers get, buffers, memory, and its limit."""
+
+import weakref
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from expertune.graphs.capture import Capture
+from expertune.memory.planner import Meter
+
+_PART = 4  # recordings take at most such a part of the memory that is free
+
+
+class User(Protocol):
+    """A recording."""
+
+    number: int
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether a backward is to come."""
+        ...
+
+
+class Shared:
+    """A tensor without gradient that several recordings read, such as the angles of rotary embeddings.
+
+    Args:
+        x: what it holds first.
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        self.tensor = x.detach().clone()
+        self.users: weakref.WeakSet[User] = weakref.WeakSet()
+        self._note(x)
+
+    def holds(self, x: Tensor) -> bool:
+        """Whether it has the values of this very tensor."""
+        return self._source() is x and self._version == x._version
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether it can be given the values of `x`: not while a backward is to come that reads others."""
+        return self.holds(x) or not any(user.is_pending for user in self.users)
+
+    def load(self, x: Tensor) -> None:
+        """Copy, unless that was done for another layer."""
+        if not self.holds(x):
+            self.tensor.copy_(x)
+            self._note(x)
+
+    def _note(self, x: Tensor) -> None:
+        self._source, self._version = weakref.ref(x), x._version
+
+
+class Pool:
+    """Shared by the recordings of a model on one device.
+
+    Args:
+        capture: how work is recorded.
+        meter: the memory of the device; None where nobody counts.
+    """
+
+    def __init__(self, capture: Capture, meter: Meter | None = None) -> None:
+        self.capture = capture
+        self._meter = meter
+        self._shared: list[Shared] = []
+        self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
+        self._largest = 0  # bytes that a recording took
+        self._numbers = 0
+        self._begun: list[User] = []  # ascending
+
+    def has_room(self, recordings: int) -> bool:
+        """Whether so many more recordings, as large as the largest so far, leave enough memory for all else."""
+        return self._meter is None or recordings * self._largest * _PART <= self._meter.free()
+
+    def next_number(self) -> int:
+        """Of a recording, in the order in which they are made."""
+        self._numbers += 1
+        return self._numbers
+
+    def note_size(self, before: int) -> None:
+        """A recording was made; `before` it so many bytes were allocated."""
+        if self._meter is not None:
+            self._largest = max(self._largest, self._meter.allocated() - before)
+
+    def allocated(self) -> int:
+        """Bytes, now."""
+        return 0 if self._meter is None else self._meter.allocated()
+
+    def may_begin(self, user: User, shared: Sequence[tuple[Shared, Tensor]]) -> bool:
+        """Whether a forward can be replayed now, on these values of what it shares.
+
+        It cannot while its own backward is to come, or one of a recording that was made later and may keep what lies
+        where this one writes in passing, or one that reads other values.
+        """
+        while self._begun and not self._begun[-1].is_pending:
+            self._begun.pop()
+        if self._begun and self._begun[-1].number >= user.number:
+            return False
+        return all(each.takes(x) for each, x in shared)
+
+    def begin(self, user: User) -> None:
+        """A forward is replayed."""
+        self._begun.append(user)
+
+    def shared(self, x: Tensor) -> Shared:
+        """A copy of `x` for recordings to read: the one that holds it already, if there is one."""
+        for shared in self._shared:
+            if shared.holds(x):
+                return shared
+        self._shared.append(Shared(x))
+        return self._shared[-1]
+
+    def buffer(self, purpose: str, numel: int, like: Tensor) -> Tensor:
+        """A flat buffer through which values enter or leave a graph, the same memory for all recordings.
+
+        Args:
+            purpose: buffers of different purposes are used at the same time.
+            numel: its size.
+            like: has its dtype and device.
+        """
+        key = (purpose, like.dtype)
+        if key not in self._buffers or self._buffers[key].numel() < numel:
+            self._buffers[key] = like.new_empty(numel)  # a smaller one lives on in the recordings that use it
+        return self._buffers[key][:numel]

@@ -1,0 +1,204 @@
+"""One call of a module, forward and backward, recorded over tensors that stay where they are, and replayed."""
+
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from expertune.graphs.pool import Pool
+from expertune.graphs.structure import put_together, take_apart
+
+
+class Recording:
+    """The two graphs of a call.
+
+    What goes in is copied to tensors of the recording, or to ones that recordings share; what comes out is copied from
+    such. So nobody holds a tensor that a later step writes to. What backward needs stays in the recording's own memory.
+
+    Args:
+        call: the module's forward, as a function of its tensors.
+        inputs: these tensors, as they are now.
+        parameters: those that want a gradient.
+        pool: what recordings share.
+
+    Raises:
+        RuntimeError: the module waits for the device, or there is no memory.
+    """
+
+    def __init__(
+        self,
+        call: Callable[[Sequence[Tensor]], Any],
+        inputs: Sequence[Tensor],
+        parameters: Sequence[Tensor],
+        pool: Pool,
+    ) -> None:
+        self.number = pool.next_number()
+        self._pool, self._call, self._parameters = pool, call, tuple(parameters)
+        self._pass: Callable[[], _Pass | None] = lambda: None
+        before = pool.allocated()
+        self._own = [_Own(i, _empty_like(x)) for i, x in enumerate(inputs) if x.requires_grad]
+        self._shared = [(i, pool.shared(x)) for i, x in enumerate(inputs) if not x.requires_grad]
+        for _, shared in self._shared:
+            shared.users.add(self)
+        by_place = dict(self._own) | {i: shared.tensor for i, shared in self._shared}
+        self._tensors = [by_place[i] for i in range(len(inputs))]
+        self._rest: Any = None
+        self._outs: list[Tensor] = []
+        self._douts: list[Tensor] = []
+        self._leaving: list[_Leaving] = []
+
+        self._load(inputs)
+        self._try()
+        self._forward = pool.capture.record(self._run_forward, keeps=True)
+        self._backward = pool.capture.record(self._run_backward, keeps=False)
+        pool.note_size(before)
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether a backward is to come, whose tensors another forward would write over."""
+        return self._pass() is not None
+
+    def may_begin(self, inputs: Sequence[Tensor]) -> bool:
+        """Whether it can be replayed on these inputs now; see `Pool.may_begin`."""
+        return self._pool.may_begin(self, [(shared, inputs[i]) for i, shared in self._shared])
+
+    def replay(self, inputs: Sequence[Tensor]) -> Any:
+        """What the module's forward returns for these inputs, differentiable as it is."""
+        outs = _Replay.apply(self, len(inputs), *inputs, *self._parameters)  # type: ignore[no-untyped-call]
+        return put_together(self._rest, iter(outs))
+
+    def forward(self, inputs: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], "_Pass"]:
+        """The outputs, and what stands for their backward: once nobody holds it, none is to come."""
+        self._load(inputs)
+        self._forward.replay()
+        begun = _Pass()
+        self._pass = weakref.ref(begun)
+        self._pool.begin(self)
+        return tuple(out.detach().clone() for out in self._outs), begun
+
+    def backward(self, begun: "_Pass", douts: Sequence[Tensor], *, is_last: bool) -> list[Tensor | None]:
+        """The gradients of the inputs that want one, then of the parameters.
+
+        Args:
+            begun: from `forward`.
+            douts: of the outputs that want one.
+            is_last: whether no other backward of this forward follows.
+
+        Raises:
+            RuntimeError: another forward has been replayed since, or this backward was the last already.
+        """
+        if self._pass() is not begun:
+            raise RuntimeError(
+                "backward came a second time, without retain_graph=True in the first or after another forward of the "
+                "same layer. Do without it, or call expertune.optimize(model, graphs=False)."
+            )
+        for mine, dout in zip(self._douts, douts, strict=True):
+            mine.copy_(dout)
+        self._backward.replay()
+        if is_last:
+            self._pass = lambda: None
+        grads: list[Tensor | None] = [None] * (len(self._own) + len(self._parameters))
+        for leaving in self._leaving:
+            parts = torch.split(leaving.flat.clone(), [shape.numel() for shape in leaving.shapes])
+            for number, part, shape in zip(leaving.numbers, parts, leaving.shapes, strict=True):
+                grads[number] = part.view(shape)
+        return grads
+
+    @property
+    def wants(self) -> list[int]:
+        """The places of the inputs that want a gradient."""
+        return [place for place, _ in self._own]
+
+    @property
+    def wanted_outs(self) -> list[int]:
+        """The numbers of the outputs that carry a gradient."""
+        return [number for number, out in enumerate(self._outs) if out.requires_grad]
+
+    def _load(self, inputs: Sequence[Tensor]) -> None:
+        for place, tensor in self._own:
+            tensor.detach().copy_(inputs[place])
+        for place, shared in self._shared:
+            shared.load(inputs[place])
+
+    def _try(self) -> None:
+        """Once for all that is done but once, and to see which gradients there are."""
+        self._run_forward()
+        asked = [out for out in self._outs if out.requires_grad]
+        sizes = [out.numel() for out in asked]
+        flat = self._pool.buffer("in", sum(sizes), asked[0])
+        self._douts = [part.view(out.shape) for part, out in zip(torch.split(flat, sizes), asked, strict=True)]
+        by_dtype: defaultdict[torch.dtype, list[int]] = defaultdict(list)
+        grads = self._gradients()
+        for number, grad in enumerate(grads):
+            if grad is not None:
+                by_dtype[grad.dtype].append(number)
+        for numbers in by_dtype.values():
+            found = [cast(Tensor, grads[number]) for number in numbers]
+            flat = self._pool.buffer("out", sum(grad.numel() for grad in found), found[0])
+            self._leaving.append(_Leaving(numbers, [grad.shape for grad in found], flat))
+
+    def _run_forward(self) -> None:
+        outs: list[Tensor] = []
+        with torch.enable_grad():
+            self._rest = take_apart(self._call(self._tensors), outs)
+        self._outs = outs
+
+    def _run_backward(self) -> None:
+        grads = self._gradients()
+        for leaving in self._leaving:
+            torch.cat([cast(Tensor, grads[number]).reshape(-1) for number in leaving.numbers], out=leaving.flat)
+
+    def _gradients(self) -> tuple[Tensor | None, ...]:
+        asked = [out for out in self._outs if out.requires_grad]
+        wanted = [*(tensor for _, tensor in self._own), *self._parameters]
+        return torch.autograd.grad(asked, wanted, self._douts, retain_graph=True, allow_unused=True)
+
+
+class _Own(NamedTuple):
+    """The copy of an input that wants a gradient."""
+
+    place: int
+    tensor: Tensor
+
+
+class _Leaving(NamedTuple):
+    """Gradients of one dtype, side by side in one buffer."""
+
+    numbers: list[int]
+    shapes: list[torch.Size]
+    flat: Tensor
+
+
+class _Pass:
+    """A forward whose backward is to come."""
+
+
+class _Replay(torch.autograd.Function):
+    """Arguments: the recording, how many inputs, the inputs, the parameters."""
+
+    @staticmethod
+    def forward(ctx: Any, recording: Recording, num_inputs: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        outs, ctx.begun = recording.forward(tensors[:num_inputs])
+        ctx.recording, ctx.num_inputs = recording, num_inputs
+        wanted = recording.wanted_outs
+        ctx.mark_non_differentiable(*[out for number, out in enumerate(outs) if number not in wanted])
+        return outs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *douts: Tensor) -> tuple[Tensor | None, ...]:
+        recording: Recording = ctx.recording
+        is_last = not torch._C._autograd._get_current_graph_task_keep_graph()
+        grads = iter(recording.backward(ctx.begun, [douts[i] for i in recording.wanted_outs], is_last=is_last))
+        of_inputs: list[Tensor | None] = [None] * ctx.num_inputs
+        for place in recording.wants:
+            of_inputs[place] = next(grads)
+        return None, None, *of_inputs, *grads
+
+
+def _empty_like(x: Tensor) -> Tensor:
+    return torch.empty_like(x).requires_grad_()

@@ -1,0 +1,304 @@
+"""A piece gives what its module gives, value and gradients, however calls come; and records when it should."""
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from expertune.graphs.piece import Piece
+from tests.graphs.replayed import FakeCapture, Toy, make_recorder, recorded_toy
+
+
+def draw(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def inputs(seed: int, length: int = 5) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    x = draw(1, length, 4, seed=seed).requires_grad_()
+    return x, (draw(1, length, 4, seed=seed + 100), draw(1, length, 4, seed=seed + 200))
+
+
+def gradients(toy: nn.Module, x: Tensor) -> list[Tensor | None]:
+    return [x.grad, *(p.grad for p in toy.parameters())]
+
+
+def assert_same(toy: Toy, stock: Toy, seed: int, length: int = 5) -> None:
+    """One step of both on the same input."""
+    results = []
+    for module in (toy, stock):
+        module.zero_grad()
+        x, pair = inputs(seed, length)
+        out, nothing = module(x, pair)
+        assert nothing is None
+        out.square().sum().backward()
+        results.append([out, *gradients(module, x)])
+    torch.testing.assert_close(*results)
+
+
+@pytest.fixture
+def capture() -> FakeCapture:
+    return FakeCapture()
+
+
+@pytest.fixture
+def pair(capture: FakeCapture) -> tuple[Toy, Toy]:
+    toy = recorded_toy(capture)
+    stock = copy.deepcopy(toy)
+    del stock.forward
+    return toy, stock
+
+
+def test_the_third_call_of_a_kind_is_recorded_and_all_are_right(capture: FakeCapture, pair: tuple[Toy, Toy]) -> None:
+    for seed in range(6):
+        assert_same(*pair, seed)
+        assert capture.recorded == ([True, False] if seed >= 2 else [])
+        assert capture.replays == max(0, 2 * (seed - 1))
+
+
+def test_what_was_given_out_does_not_change(pair: tuple[Toy, Toy]) -> None:
+    toy, _ = pair
+    for seed in range(3):
+        toy.zero_grad()
+        x, others = inputs(seed)
+        out, _ = toy(x, others)
+        out.sum().backward()
+    kept = [out, x.grad, toy.linear.weight.grad]
+    values = [each.clone() for each in kept]
+    toy.zero_grad()
+    y, others = inputs(7)
+    toy(y, others)[0].sum().backward()
+    torch.testing.assert_close(kept, values, rtol=0, atol=0)
+
+
+def test_gradients_of_several_passes_add_up(capture: FakeCapture, pair: tuple[Toy, Toy]) -> None:
+    for module in pair:
+        for seed in range(6):
+            x, others = inputs(seed)
+            module(x, others)[0].square().sum().backward()
+    assert capture.replays == 8
+    torch.testing.assert_close(*[[p.grad for p in module.parameters()] for module in pair])
+
+
+def test_two_forwards_before_a_backward(capture: FakeCapture, pair: tuple[Toy, Toy]) -> None:
+    toy, stock = pair
+    for seed in range(3):
+        assert_same(toy, stock, seed)
+    before = capture.replays
+    for module in pair:
+        module.zero_grad()
+        (x, a), (y, b) = inputs(11), inputs(12)
+        (module(x, a)[0] * module(y, b)[0]).sum().backward()
+    assert capture.replays == before + 2  # the second ran as it is
+    torch.testing.assert_close(*[[p.grad for p in module.parameters()] for module in pair])
+
+
+def test_a_forward_without_backward_leaves_no_trace(capture: FakeCapture, pair: tuple[Toy, Toy]) -> None:
+    for seed in range(3):
+        assert_same(*pair, seed)
+    x, others = inputs(5)
+    pair[0](x, others)
+    before = capture.replays
+    assert_same(*pair, 6)
+    assert capture.replays == before + 2
+
+
+def test_backward_twice_with_retain_graph(pair: tuple[Toy, Toy]) -> None:
+    for module in pair:
+        for seed in range(4):
+            module.zero_grad()
+            x, others = inputs(seed)
+            out = module(x, others)[0].square().sum()
+            out.backward(retain_graph=True)
+            out.backward()
+    torch.testing.assert_close(*[[p.grad for p in module.parameters()] for module in pair])
+
+
+def test_a_backward_that_comes_too_late_is_refused(pair: tuple[Toy, Toy]) -> None:
+    toy, stock = pair
+    for seed in range(3):
+        assert_same(toy, stock, seed)
+    x, others = inputs(5)
+    out = toy(x, others)[0].sum()
+    out.backward()
+    with pytest.raises(RuntimeError, match=r"a second time, without retain_graph=True .* graphs=False"):
+        out.backward()
+
+
+def test_layers_share_what_all_get(capture: FakeCapture) -> None:
+    recorder = make_recorder(capture)
+    torch.manual_seed(0)
+    layers = [Toy() for _ in range(3)]
+    stock = copy.deepcopy(layers)
+    for layer in layers:
+        layer.forward = Piece(layer, recorder)  # type: ignore[method-assign]
+    for seed in range(5):
+        results = []
+        for stack in (layers, stock):
+            x, others = inputs(seed)
+            for layer in stack:
+                layer.zero_grad()
+                x = layer(x, others)[0]
+            x.square().sum().backward()
+            results.append([p.grad for layer in stack for p in layer.parameters()])
+        torch.testing.assert_close(*results)
+    (pool,) = recorder.pools.values()
+    assert pool is not None
+    assert len(pool._shared) == 2
+    assert capture.replays == 3 * 3 * 2
+
+
+def test_layers_that_no_longer_share_are_right_too(capture: FakeCapture) -> None:
+    """Recorded with one pair for both layers, then called with one each: the second must not read the first's."""
+    recorder = make_recorder(capture)
+    torch.manual_seed(0)
+    layers = [Toy(), Toy()]
+    stock = copy.deepcopy(layers)
+    for layer in layers:
+        layer.forward = Piece(layer, recorder)  # type: ignore[method-assign]
+    for seed in range(5):
+        results = []
+        for stack in (layers, stock):
+            x, first = inputs(seed)
+            second = first if seed < 3 else inputs(seed + 50)[1]
+            for layer, others in zip(stack, (first, second), strict=True):
+                layer.zero_grad()
+                x = layer(x, others)[0]
+            x.square().sum().backward()
+            results.append([p.grad for layer in stack for p in layer.parameters()])
+        torch.testing.assert_close(*results)
+
+
+def test_an_input_written_to_in_place_is_read_anew(pair: tuple[Toy, Toy]) -> None:
+    _, others = inputs(0)
+    for seed in range(5):
+        with torch.no_grad():
+            others[0].fill_(seed)
+        results = []
+        for module in pair:
+            module.zero_grad()
+            x, _ = inputs(seed)
+            out = module(x, others)[0]
+            out.sum().backward()
+            results.append([out, *gradients(module, x)])
+        torch.testing.assert_close(*results)
+
+
+def change_scale(toy: Toy) -> None:
+    toy.scale = 3.0
+
+
+def replace_weight(toy: Toy) -> None:
+    toy.linear.weight = nn.Parameter(torch.ones(4, 4))
+
+
+def freeze(toy: Toy) -> None:
+    toy.linear.bias.requires_grad_(False)
+
+
+def move(toy: Toy) -> None:
+    toy.linear.weight.data = toy.linear.weight.data * 2
+
+
+def replace_linear(toy: Toy) -> None:
+    toy.linear = nn.Linear(4, 4).requires_grad_(False)
+    nn.init.ones_(toy.linear.weight)
+    nn.init.zeros_(toy.linear.bias)
+
+
+@pytest.mark.parametrize("change", [change_scale, replace_weight, freeze, move, replace_linear])
+def test_a_module_that_changed_is_recorded_anew(capture: FakeCapture, pair: tuple[Toy, Toy], change: Any) -> None:
+    for seed in range(3):
+        assert_same(*pair, seed)
+    for module in pair:
+        change(module)
+    for seed in range(3, 7):
+        assert_same(*pair, seed)
+    assert len(capture.recorded) == 4
+
+
+def test_what_is_not_recorded(capture: FakeCapture, pair: tuple[Toy, Toy]) -> None:
+    toy, _ = pair
+    x, others = inputs(0)
+    for _ in range(5):
+        with torch.no_grad():
+            toy(x, others)
+        checkpoint(toy, x, others, use_reentrant=False)[0].sum().backward()
+        toy(x, others, cache=[object()])[0].sum().backward()
+        with torch.inference_mode():
+            toy(x, others)
+    for length in range(6, 12):
+        toy(*inputs(0, length))[0].sum().backward()
+    assert capture.recorded == []
+    hooked = toy.linear.register_forward_hook(lambda *_: None)
+    for _ in range(5):
+        toy(x, others)[0].sum().backward()
+    assert capture.recorded == []
+    hooked.remove()
+    for unread in range(5):
+        toy(x, others, unread=unread)[0].sum().backward()
+    assert capture.recorded == [True, False]
+
+
+def test_only_so_many_tokens_and_kinds(capture: FakeCapture, pair: tuple[Toy, Toy]) -> None:
+    for length in (8193, 3, 4, 5):
+        for seed in range(4):
+            assert_same(*pair, seed, length)
+    assert len(capture.recorded) == 2 * 2
+
+
+def test_a_module_that_cannot_be_recorded_runs_as_it_is(pair: tuple[Toy, Toy], capture: FakeCapture) -> None:
+    capture.refuses = "operation not permitted when stream is capturing\nmore"
+    for seed in range(5):
+        assert_same(*pair, seed)
+    toy, _ = pair
+    recorder = toy.forward._recorder  # type: ignore[attr-defined]
+    assert recorder.refused == {Toy: "operation not permitted when stream is capturing"}
+    assert capture.replays == 0
+
+
+def test_memory_is_given_back_once_the_layer_runs_twice(pair: tuple[Toy, Toy], capture: FakeCapture) -> None:
+    toy, _ = pair
+    piece = toy.forward
+    for _ in range(4):
+        for seed in range(3):
+            assert_same(*pair, seed)
+        x, others = inputs(0)
+        checkpoint(toy, x, others, use_reentrant=False)[0].sum().backward()
+        assert piece.recordings == 0  # type: ignore[attr-defined]
+    assert len(capture.recorded) == 3 * 2  # then it no longer tries
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
+def test_a_copy_records_for_itself(copied: Any) -> None:
+    torch.manual_seed(0)
+    toy = Toy()
+    toy.forward = Piece(toy, make_recorder_of_module())  # type: ignore[method-assign]
+    for _ in range(4):
+        toy(*inputs(0))[0].sum().backward()
+    twin = copied(toy)
+    assert twin.forward.module is twin
+    assert twin.forward.recordings == 0
+    with torch.no_grad():
+        twin.linear.weight.zero_()
+    assert not torch.equal(twin(*inputs(0))[0], toy(*inputs(0))[0])
+
+
+def make_recorder_of_module() -> Any:
+    """With nothing in it that cannot be pickled."""
+    from expertune.graphs.piece import Recorder
+
+    return Recorder(_context, bool, frozenset(), _pool)
+
+
+def _context(_module: nn.Module, _kwargs: dict[str, Any]) -> str:
+    return ""
+
+
+def _pool(_device: torch.device) -> Any:
+    from expertune.graphs.pool import Pool
+
+    return Pool(FakeCapture())

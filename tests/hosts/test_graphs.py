@@ -1,0 +1,164 @@
+"""Models whose layers are replayed: every step's loss and gradients as without; and on a GPU with real graphs."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+import expertune
+from expertune.graphs.piece import Piece
+from expertune.graphs.pool import Pool
+from expertune.hosts.attach import attached
+from tests.conftest import Checkpoint
+from tests.graphs.replayed import FakeCapture
+
+PIECES = {
+    "qwen3_moe": ["layers.0.self_attn", "layers.1.self_attn"],
+    "gpt_oss": ["layers.0.self_attn", "layers.1.self_attn"],
+    "glm4_moe_lite": [
+        "layers.0.self_attn",
+        "layers.0.mlp",
+        "layers.1.self_attn",
+        "layers.1.mlp.shared_experts",
+    ],
+}
+TARGETS = {"glm4_moe_lite": ["q_a_proj", "q_b_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]}
+
+
+def make(folder: Path, family: str, *, graphs: bool, **settings: Any) -> Any:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.requires_grad_(False)
+    expertune.optimize(model, graphs=graphs, **settings)
+    targets = TARGETS.get(family, ["q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"])
+    torch.manual_seed(0)
+    wrapped = expertune.add_lora(model, r=4, target_modules=targets, init_lora_weights=False)
+    return wrapped.train()
+
+
+def fake(model: Any) -> FakeCapture:
+    capture = FakeCapture()
+    recorder = attached(model.get_base_model()).recorder  # type: ignore[union-attr]
+    recorder._pool_of = lambda device: Pool(capture)  # type: ignore[union-attr]
+    return capture
+
+
+def step(model: nn.Module, ids: torch.Tensor, **inputs: Any) -> list[torch.Tensor | None]:
+    """Loss and gradients."""
+    model.zero_grad()
+    loss = model(input_ids=ids, labels=ids, use_cache=False, **inputs).loss
+    loss.backward()
+    return [loss.detach(), *(p.grad for p in model.parameters())]
+
+
+def tokens(seed: int, batch: int = 2, length: int = 12) -> torch.Tensor:
+    return torch.randint(3, 64, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("family", PIECES)
+def test_every_step_is_the_same(checkpoint: Checkpoint, family: str) -> None:
+    folder = checkpoint(family)
+    ours, stock = make(folder, family, graphs=True), make(folder, family, graphs=False)
+    capture = fake(ours)
+    names = [name for name, module in ours.named_modules() if isinstance(vars(module).get("forward"), Piece)]
+    assert [name.removeprefix("base_model.model.model.") for name in names] == PIECES[family]
+    for seed in range(5):
+        ids = tokens(seed)
+        torch.testing.assert_close(step(ours, ids), step(stock, ids))
+    assert capture.replays == 3 * 2 * len(names)
+    assert f"CUDA graphs: {len(names)} of {len(names)} parts of layers" in str(expertune.explain(ours))
+
+
+def test_router_logits_and_their_loss_are_the_hosts(checkpoint: Checkpoint) -> None:
+    folder = checkpoint("qwen3_moe")
+    ours, stock = make(folder, "", graphs=True), make(folder, "", graphs=False)
+    capture = fake(ours)
+    for seed in range(5):
+        ids = tokens(seed)
+        extra = {"output_router_logits": True}
+        torch.testing.assert_close(step(ours, ids, **extra), step(stock, ids, **extra))
+    assert capture.replays
+
+
+def test_packed_padded_and_longer_batches_between(checkpoint: Checkpoint) -> None:
+    """Ours looks at positions and padding before a layer runs, so such a batch is not replayed as a plain one."""
+    folder = checkpoint("gpt_oss")
+    ours, stock = make(folder, "", graphs=True), make(folder, "", graphs=False)
+    capture = fake(ours)
+    packed = torch.cat((torch.arange(5), torch.arange(7)))[None]
+    padding = torch.ones(1, 12, dtype=torch.long)
+    padding[:, :4] = 0
+    for seed in range(5):
+        ids = tokens(seed, batch=1)
+        torch.testing.assert_close(step(ours, ids), step(stock, ids))
+        before = capture.replays
+        for inputs in ({"position_ids": packed}, {"attention_mask": padding}):
+            torch.testing.assert_close(step(ours, ids, **inputs), step(stock, ids, **inputs))
+        assert capture.replays == before
+    assert capture.replays == 3 * 2 * 2
+
+
+def test_adapters_that_change_are_seen(checkpoint: Checkpoint) -> None:
+    folder = checkpoint("qwen3_moe")
+    ours, stock = make(folder, "", graphs=True), make(folder, "", graphs=False)
+    capture = fake(ours)
+    ids = tokens(0)
+    for _ in range(3):
+        step(ours, ids)
+    for change in (
+        lambda model: model.base_model.model.model.layers[0].self_attn.q_proj.set_scale("default", 3.0),
+        lambda model: model.base_model.disable_adapter_layers(),
+        lambda model: model.base_model.enable_adapter_layers(),
+        lambda model: model.base_model.model.model.layers[0].self_attn.q_proj.merge(),
+    ):
+        for model in (ours, stock):
+            change(model)
+            model.base_model.model.model.embed_tokens.weight.requires_grad_(True)
+        for _ in range(4):
+            torch.testing.assert_close(step(ours, ids), step(stock, ids))
+    assert capture.replays
+
+
+def test_generation_and_checkpointing_run_as_without(checkpoint: Checkpoint) -> None:
+    folder = checkpoint("qwen3_moe")
+    ours, stock = make(folder, "", graphs=True, memory="lean"), make(folder, "", graphs=False, memory="lean")
+    capture = fake(ours)
+    for seed in range(4):
+        ids = tokens(seed)
+        torch.testing.assert_close(step(ours, ids), step(stock, ids))
+    prompt = tokens(9)[:1, :4]
+    generated = [model.eval().generate(input_ids=prompt, max_new_tokens=6, do_sample=False) for model in (ours, stock)]
+    assert torch.equal(*generated)
+    assert capture.recorded == []
+
+
+def test_restore_and_copies(checkpoint: Checkpoint) -> None:
+    ours = make(checkpoint("qwen3_moe"), "", graphs=True)
+    twin = copy.deepcopy(ours)
+    mine = {id(module) for module in ours.modules()}
+    pieces = [vars(module).get("forward") for module in twin.modules()]
+    assert not mine & {id(piece.module) for piece in pieces if isinstance(piece, Piece)}
+    expertune.restore(ours)
+    assert not any(isinstance(vars(module).get("forward"), Piece) for module in ours.modules())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("family", PIECES)
+def test_on_a_gpu(checkpoint: Checkpoint, family: str) -> None:
+    """In bfloat16 under autocast: the same kernels on the same numbers, so the same bits."""
+    folder = checkpoint(family)
+    ours, stock = (make(folder, family, graphs=graphs).cuda().bfloat16() for graphs in (True, False))
+    for seed in range(6):
+        ids = tokens(seed, length=32).cuda()
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            results = [step(model, ids) for model in (ours, stock)]
+        torch.testing.assert_close(*results, rtol=0, atol=0)
+        for model in (ours, stock):
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    if parameter.grad is not None:
+                        parameter -= 0.1 * parameter.grad
+    assert f"CUDA graphs: {len(PIECES[family])} of" in str(expertune.explain(ours))
