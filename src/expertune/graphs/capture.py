@@ -2,7 +2,7 @@
 
 import gc
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Protocol
 
 import torch
@@ -56,8 +56,11 @@ class CudaCapture:
             graph.capture_begin(pool=self._kept if keeps else self._passing, capture_error_mode="thread_local")
             try:
                 work()
-            finally:
-                graph.capture_end()
+            except RuntimeError:
+                with suppress(RuntimeError):  # that the recording failed, which the first error says better
+                    graph.capture_end()
+                raise
+            graph.capture_end()
         current.wait_stream(self._stream)
         return graph
 

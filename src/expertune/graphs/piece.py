@@ -1,6 +1,7 @@
 """Which calls of a module are recorded: those that came before, in training, on few tokens."""
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import torch
@@ -175,14 +176,15 @@ class Piece:
         assert pool is not None
         (call, _, autocast), device, module = kind, tensors[0].device.type, self.module
 
-        def forward(inputs: Any) -> Any:
+        trained = [p for p in module.parameters() if p.requires_grad]
+
+        def forward(inputs: Any, leaves: Any) -> Any:
             args, kwargs = put_together(call, iter(inputs))
-            dtype = autocast or None
             # a weight that an earlier operation cast would be read from the cache, and be stale in every replay
-            with torch.autocast(device, dtype=dtype, enabled=bool(autocast), cache_enabled=False):
+            autocasts = torch.autocast(device, dtype=autocast or None, enabled=bool(autocast), cache_enabled=False)
+            with autocasts, _with_parameters(module, dict(zip(trained, leaves, strict=True))):
                 return type(module).forward(module, *args, **kwargs)
 
-        trained = [p for p in module.parameters() if p.requires_grad]
         try:
             recording = Recording(forward, tensors, trained, pool)
         except RuntimeError as error:
@@ -190,3 +192,16 @@ class Piece:
             return None
         self._kinds[kind] = recording
         return recording, tensors
+
+
+@contextmanager
+def _with_parameters(module: nn.Module, instead: dict[nn.Parameter, Tensor]) -> Iterator[None]:
+    """Let a module compute with other tensors in place of its parameters."""
+    held = [(m._parameters, name, p) for m in module.modules() for name, p in m._parameters.items() if p in instead]
+    try:
+        for parameters, name, p in held:
+            parameters[name] = instead[p]  # type: ignore[assignment]
+        yield
+    finally:
+        for parameters, name, p in held:
+            parameters[name] = p

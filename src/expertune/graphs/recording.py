@@ -20,7 +20,7 @@ class Recording:
     such. So nobody holds a tensor that a later step writes to. What backward needs stays in the recording's own memory.
 
     Args:
-        call: the module's forward, as a function of its tensors.
+        call: the module's forward, as a function of its tensors and of what stands for its parameters.
         inputs: these tensors, as they are now.
         parameters: those that want a gradient.
         pool: what recordings share.
@@ -31,13 +31,15 @@ class Recording:
 
     def __init__(
         self,
-        call: Callable[[Sequence[Tensor]], Any],
+        call: Callable[[Sequence[Tensor], Sequence[Tensor]], Any],
         inputs: Sequence[Tensor],
         parameters: Sequence[Tensor],
         pool: Pool,
     ) -> None:
         self.number = pool.next_number()
         self._pool, self._call, self._parameters = pool, call, tuple(parameters)
+        # on the parameters' memory, but unknown to whoever else keeps an eye on these, as data parallelism does
+        self._leaves = [parameter.detach().requires_grad_() for parameter in parameters]
         self._pass: Callable[[], _Pass | None] = lambda: None
         before = pool.allocated()
         self._own = [_Own(i, _empty_like(x)) for i, x in enumerate(inputs) if x.requires_grad]
@@ -48,11 +50,9 @@ class Recording:
         self._tensors = [by_place[i] for i in range(len(inputs))]
         self._rest: Any = None
         self._outs: list[Tensor] = []
-        self._douts: list[Tensor] = []
-        self._leaving: list[_Leaving] = []
 
         self._load(inputs)
-        self._try()
+        self._leaving, self._douts = self._try()
         self._forward = pool.capture.record(self._run_forward, keeps=True)
         self._backward = pool.capture.record(self._run_backward, keeps=False)
         pool.note_size(before)
@@ -124,38 +124,42 @@ class Recording:
         for place, shared in self._shared:
             shared.load(inputs[place])
 
-    def _try(self) -> None:
-        """Once for all that is done but once, and to see which gradients there are."""
+    def _try(self) -> tuple[list["_Leaving"], list[Tensor]]:
+        """Run once for all that is done but once, and to see which gradients there are: how they leave, and enter."""
         self._run_forward()
         asked = [out for out in self._outs if out.requires_grad]
         sizes = [out.numel() for out in asked]
         flat = self._pool.buffer("in", sum(sizes), asked[0])
-        self._douts = [part.view(out.shape) for part, out in zip(torch.split(flat, sizes), asked, strict=True)]
+        douts = [part.view(out.shape) for part, out in zip(torch.split(flat, sizes), asked, strict=True)]
+        grads = self._gradients(douts)
         by_dtype: defaultdict[torch.dtype, list[int]] = defaultdict(list)
-        grads = self._gradients()
         for number, grad in enumerate(grads):
             if grad is not None:
                 by_dtype[grad.dtype].append(number)
+        leaving = []
         for numbers in by_dtype.values():
             found = [cast(Tensor, grads[number]) for number in numbers]
             flat = self._pool.buffer("out", sum(grad.numel() for grad in found), found[0])
-            self._leaving.append(_Leaving(numbers, [grad.shape for grad in found], flat))
+            leaving.append(_Leaving(numbers, [grad.shape for grad in found], flat))
+        # autograd keeps the stream that a graph was first built on; the recording is built on another
+        self._outs = []
+        return leaving, douts
 
     def _run_forward(self) -> None:
         outs: list[Tensor] = []
         with torch.enable_grad():
-            self._rest = take_apart(self._call(self._tensors), outs)
+            self._rest = take_apart(self._call(self._tensors, self._leaves), outs)
         self._outs = outs
 
     def _run_backward(self) -> None:
-        grads = self._gradients()
+        grads = self._gradients(self._douts)
         for leaving in self._leaving:
             torch.cat([cast(Tensor, grads[number]).reshape(-1) for number in leaving.numbers], out=leaving.flat)
 
-    def _gradients(self) -> tuple[Tensor | None, ...]:
+    def _gradients(self, douts: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
         asked = [out for out in self._outs if out.requires_grad]
-        wanted = [*(tensor for _, tensor in self._own), *self._parameters]
-        return torch.autograd.grad(asked, wanted, self._douts, retain_graph=True, allow_unused=True)
+        wanted = [*(tensor for _, tensor in self._own), *self._leaves]
+        return torch.autograd.grad(asked, wanted, douts, retain_graph=True, allow_unused=True)
 
 
 class _Own(NamedTuple):
