@@ -11,6 +11,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES, mo
 
 _MODELS = Path(transformers.__file__).parent / "models"
 _MARK = "\n@use_experts_implementation"
+# served though they stand outside that interface
+UNMARKED = ("llama4",)
 
 
 class Family(NamedTuple):
@@ -30,13 +32,14 @@ class Family(NamedTuple):
 @cache
 def families() -> dict[str, Family]:
     """Those that an auto class builds, by name."""
-    return {name: found for name in marked() if (found := _buildable(name)) is not None}
+    return {name: found for name in with_experts() if (found := _buildable(name)) is not None}
 
 
 @cache
-def marked() -> tuple[str, ...]:
-    """The folders with experts."""
-    return tuple(sorted({path.parent.name for path in _MODELS.glob("*/modeling_*.py") if _MARK in path.read_text()}))
+def with_experts() -> tuple[str, ...]:
+    """The folders with experts that are served."""
+    marked = {path.parent.name for path in _MODELS.glob("*/modeling_*.py") if _MARK in path.read_text()}
+    return tuple(sorted(marked | set(UNMARKED)))
 
 
 def family(name: str) -> Family:

@@ -10,7 +10,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 import expertune
 from tests.families import proof
-from tests.families.found import families, family, marked
+from tests.families.found import families, family, with_experts
 from tests.families.tiny import OVERRIDES, tiny_config, tiny_model
 from tests.numerics import assert_no_worse
 
@@ -26,7 +26,6 @@ LOST = {"deepseek_ocr2", "laguna", "mistral_large4", "unlimited_ocr"}
 # Families outside Transformers' experts interface, and the first module that `optimize` refuses them for.
 OUTSIDE = {
     "jetmoe": r"model\.layers\.0\.mlp \(JetMoeMoE\)",
-    "llama4": r"model\.layers\.0\.feed_forward\.experts \(Llama4TextExperts\)",
     "longcat_flash": r"model\.layers\.0\.mlp \(LongcatFlashMoE\)",
     "nllb_moe": r"encoder\.layers\.3\.ffn\.experts \(NllbMoeExperts\)",
     "step3p7": r"model\.language_model\.layers\.3\.mlp \(Step3p7SparseMoeBlock\)",
@@ -117,7 +116,7 @@ newest = pytest.mark.skipif(version("transformers") < "5.24", reason="older vers
 
 @newest
 def test_every_family_is_built() -> None:
-    assert list(marked()) == list(families())
+    assert list(with_experts()) == list(families())
 
 
 @newest

@@ -36,6 +36,7 @@ HEADLINE = (
     "deepseek_v4",
     "mixtral",
     "olmoe",
+    "llama4",
     "gemma4",
     "ernie4_5_moe",
     "granitemoe",
@@ -45,7 +46,11 @@ HEADLINE = (
 
 
 # TRL 1.16 adds the load-balancing loss and asks these configs for a `num_experts` that they do not have.
-NO_AUX_LOSS = {"granitemoe", "glm4v_moe", "deepseek_v4"}
+NO_AUX_LOSS = {"granitemoe", "glm4v_moe", "deepseek_v4", "llama4_text"}
+
+
+# TRL 1.16 asks the class for the name of its decoder; this one names another than it has, so that stock fails too.
+MISNAMED = {"llama4_text"}
 
 
 # Stock fails too: a view of their linear attention's output does not fit its strides once it is compiled.
@@ -93,6 +98,8 @@ def test_it_is_trained_through_trl(model: PreTrainedModel, tmp_path: Path) -> No
     )
     if model.config.model_type in NO_AUX_LOSS:
         settings.router_aux_loss_coef = 0.0  # older versions have no such setting, and add no such loss
+    if model.config.model_type in MISNAMED:
+        ours.get_base_model().base_model_prefix = "model"
     proofs = [] if model.config.model_type in SHORT else [GradientProof()]
     trainer = SFTTrainer(
         model=ours,

@@ -26,6 +26,7 @@ ROUTING: dict[str, dict[str, Any]] = {
     "gpt_oss": {},
     "glm4_moe_lite": {"num_experts_per_tok": 3},
     "deepseek_v3": {"num_experts_per_tok": 1, "norm_topk_prob": False},
+    "llama4_text": {"num_experts_per_tok": 3},
 }
 
 
@@ -150,7 +151,7 @@ def test_the_variable_names_the_backend_and_an_argument_wins(
 
 
 @pytest.mark.parametrize("memory", [None, "fast", "auto"])
-@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "llama4_text"])
 def test_restore_gives_the_stock_model_back(
     checkpoint: Checkpoint, walks: list[str], family: str, memory: str | None
 ) -> None:
@@ -220,8 +221,9 @@ def test_models_that_share_a_config_are_each_on_their_own(checkpoint: Checkpoint
     assert len(walks) == 2
 
 
-def test_a_copy_of_an_optimized_model_runs_by_itself(checkpoint: Checkpoint, walks: list[str]) -> None:
-    model = expertune.optimize(load_tiny(checkpoint("gpt_oss"), torch.float32), memory="lean")
+@pytest.mark.parametrize("family", ["gpt_oss", "llama4_text"])
+def test_a_copy_of_an_optimized_model_runs_by_itself(checkpoint: Checkpoint, walks: list[str], family: str) -> None:
+    model = expertune.optimize(load_tiny(checkpoint(family), torch.float32), memory="lean")
     twin = copy.deepcopy(model)
     assert_equal_within(run(twin, batch()), run(model, batch()), 0)
     expertune.restore(model)

@@ -20,6 +20,7 @@ from expertune.activations import Gate
 from expertune.backends import choose
 from expertune.backends.protocol import Backend
 from expertune.experts import ExpertsStep, Projection, experts
+from expertune.hosts import llama4
 from expertune.hosts.gates import gate_of
 from expertune.memory.replay import RoutingReplay
 from expertune.shapes import ALIGNMENT, ExpertsLayout, LoraFactors, Problem
@@ -38,7 +39,7 @@ class ExpertsPlan:
         layout: how its weights lie.
         gate: its gate function.
         requested: the backend asked for, or "auto".
-        host_config: the config that the module had before.
+        host_config: the config that the module had before; None where it has none.
         replay: the routing replay of its model.
     """
 
@@ -99,10 +100,16 @@ def has_norm(module: nn.Module) -> bool:
     return bool(getattr(module, "has_post_expert_norm", False))
 
 
+def is_transposed(module: Any) -> bool:
+    """Whether the weights of an experts module lie as `(E, I, O)`."""
+    return llama4.is_experts(module) or bool(module.is_transposed)
+
+
 def is_experts(module: nn.Module) -> bool:
-    """Whether Transformers' own decorator marked this module as experts."""
+    """Whether Transformers' own decorator marked this module as experts, or it is Llama 4's."""
     # not hasattr: PEFT's wrapper of a module that is saved whole answers for what it holds
-    return {"is_transposed", "has_bias"} <= vars(module).keys() and hasattr(type(module), "_apply_gate")
+    is_marked = {"is_transposed", "has_bias"} <= vars(module).keys() and hasattr(type(module), "_apply_gate")
+    return is_marked or llama4.is_experts(module)
 
 
 def plan_of(module: nn.Module) -> ExpertsPlan:
@@ -148,7 +155,7 @@ def make_plan(name: str, module: nn.Module, model_type: str, requested: str, rep
         layout=layout_of(module),
         gate=gate_of(module),
         requested=requested,
-        host_config=earlier.host_config if isinstance(earlier, ExpertsPlan) else module.config,
+        host_config=earlier.host_config if isinstance(earlier, ExpertsPlan) else getattr(module, "config", None),
         replay=replay,
     )
     # refuses now what was asked for by name and cannot run
@@ -160,15 +167,15 @@ def layout_of(module: Any) -> ExpertsLayout:
     """How the weights of an experts module lie, by its own flags and their shapes."""
     first = first_name(module)
     num_experts, *shape = module.get_parameter(first).shape
-    model_width, first_width = shape if module.is_transposed else reversed(shape)
+    model_width, first_width = shape if is_transposed(module) else reversed(shape)
     has_gate = first == "gate_up_proj"
     return ExpertsLayout(
         num_experts=num_experts,
         model_width=model_width,
         expert_width=first_width // 2 if has_gate else first_width,
         has_gate=has_gate,
-        is_transposed=bool(module.is_transposed),
-        has_bias=bool(module.has_bias),
+        is_transposed=is_transposed(module),
+        has_bias=bool(getattr(module, "has_bias", False)),
     )
 
 
