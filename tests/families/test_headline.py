@@ -159,6 +159,21 @@ def test_a_dispatched_model_runs_through_the_walk(model: PreTrainedModel) -> Non
     assert difference <= 1e-11, f"{name}: {difference:.3g}"
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+@headline
+def test_padding_changes_no_token(model: PreTrainedModel, side: str) -> None:
+    """The logits of all that is no padding are the host's, whose attention is not ours for some."""
+    ids = torch.randint(3, SIZES["image_token_id"], (2, 9), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, slice(0, 3) if side == "left" else slice(-3, None)] = 0
+    inputs = {"input_ids": ids.masked_fill(mask == 0, 0), "attention_mask": mask, "use_cache": False}
+    with exactly(), torch.no_grad():
+        truth = model(**inputs).logits[mask.bool()]
+        ours = expertune.optimize(copy.deepcopy(model), backend="native_torch")(**inputs).logits[mask.bool()]
+    difference, _ = farthest({"out": ours}, {"out": truth})
+    assert difference <= 1e-11
+
+
 @headline
 def test_a_compiled_model_is_as_the_plain_one(model: PreTrainedModel) -> None:
     if model.config.model_type in NOT_COMPILED:
