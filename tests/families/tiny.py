@@ -98,6 +98,9 @@ _HYBRID = ["linear_attention", "full_attention"] * 2
 OVERRIDES: dict[str, dict[str, Any]] = {
     "bailing_hybrid": {"layer_types": _HYBRID},
     "deepseek_ocr2": {"text_config": {"mlp_layer_types": _SPARSE}},
+    # refused, but not before they are built
+    "dbrx": {"d_model": 32, "n_heads": 4, "n_layers": 2, "attn_config": {"rope_theta": 1e4}},
+    "doge": {"is_moe": True},
     "dots3_note": {
         "swa_num_attention_heads": 4,
         "swa_num_key_value_heads": 4,
