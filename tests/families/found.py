@@ -1,5 +1,6 @@
 """The families with experts that the installed Transformers holds: found by looking into its files, not by a list."""
 
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +12,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES, mo
 
 _MODELS = Path(transformers.__file__).parent / "models"
 _MARK = "\n@use_experts_implementation"
+_NAMED = re.compile(r"^class \w*(?:Experts|MoE|MoeBlock)\(", re.MULTILINE)
+# served though they stand outside that interface
+UNMARKED = ("llama4",)
 
 
 class Family(NamedTuple):
@@ -30,13 +34,22 @@ class Family(NamedTuple):
 @cache
 def families() -> dict[str, Family]:
     """Those that an auto class builds, by name."""
-    return {name: found for name in marked() if (found := _buildable(name)) is not None}
+    return {name: found for name in with_experts() if (found := _buildable(name)) is not None}
 
 
 @cache
-def marked() -> tuple[str, ...]:
-    """The folders with experts."""
-    return tuple(sorted({path.parent.name for path in _MODELS.glob("*/modeling_*.py") if _MARK in path.read_text()}))
+def with_experts() -> tuple[str, ...]:
+    """The folders with experts that are served."""
+    marked = {path.parent.name for path in _MODELS.glob("*/modeling_*.py") if _MARK in path.read_text()}
+    return tuple(sorted(marked | set(UNMARKED)))
+
+
+@cache
+def outside() -> tuple[str, ...]:
+    """The folders with classes that are named like experts, and none that is marked or served."""
+    texts = {path.parent.name: path.read_text() for path in _MODELS.glob("*/modeling_*.py")}
+    named_so = {name for name, text in texts.items() if _NAMED.search(text)}
+    return tuple(sorted(named_so - set(with_experts())))
 
 
 def family(name: str) -> Family:

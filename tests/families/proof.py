@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import expertune
+from expertune.hosts import llama4
 from expertune.hosts.transformers import first_name, is_experts, layout_of
 from tests.families.tiny import SIZES
 from tests.hosts.passes import Routes
@@ -169,6 +170,16 @@ def generated(model: PreTrainedModel) -> tuple[Any, Any]:
     return results[0], results[1]
 
 
+def _call_experts(module: nn.Module, x: Tensor, chosen: Tensor, weight: Tensor) -> Any:
+    """What experts give for these choices; a host's that take all tokens for every expert give that too."""
+    (experts,) = experts_of(module).values()
+    if not llama4.is_experts(experts) or "forward" in vars(experts):
+        return module(x, chosen, weight)
+    num_experts = layout_of(experts).num_experts
+    out_ETD = module(x.repeat(num_experts, 1)).view(num_experts, *x.shape)
+    return (out_ETD[chosen, torch.arange(len(x))[:, None]] * weight.unsqueeze(-1)).sum(1)
+
+
 def run_experts(model: nn.Module, path: str, dtype: torch.dtype) -> dict[str, Tensor]:
     """Output and gradients of one experts module under adapters, for random tokens and choices."""
     module = model.get_submodule(f"base_model.model.{path}")
@@ -177,7 +188,7 @@ def run_experts(model: nn.Module, path: str, dtype: torch.dtype) -> dict[str, Te
     x = torch.randn(40, layout.model_width, generator=generator).to(dtype).requires_grad_()
     weight, chosen = torch.rand(40, layout.num_experts, generator=generator).softmax(-1).topk(2)
     weight = weight.to(dtype).requires_grad_()
-    out = module(x, chosen, weight)
+    out = _call_experts(module, x, chosen, weight)
     wanted = {"x": x, "weight": weight} | {name: p for name, p in module.named_parameters() if p.requires_grad}
     grads = torch.autograd.grad(out, list(wanted.values()), torch.randn(out.shape, generator=generator).to(out.dtype))
     return {"out": out.detach()} | dict(zip(wanted, grads, strict=True))

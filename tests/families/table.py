@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 import expertune
 from expertune.hosts.transformers import layout_of
 from tests.families import proof
-from tests.families.found import Family, families
+from tests.families.found import UNMARKED, Family, families
 from tests.families.test_families import NO_GENERATION, OUTSIDE, RECOMPUTED, ROUNDING
 from tests.families.tiny import tiny_model
 
@@ -24,7 +24,8 @@ Written by `make models`, which proves each row on a tiny model of the family's 
 {transformers}, PEFT {peft} and torch {torch}; do not edit. The same proofs are tests (`tests/families`), for
 every family that the installed Transformers has: one that a newer version brings is tested by itself.
 
-{count} families mark their experts with Transformers' `use_experts_implementation`. **All of them are served.**
+{count} families mark their experts with Transformers' `use_experts_implementation`. **All of them are served**, and
+{unmarked}, which does not.
 The table says how far the walk (`native_torch`, float64) is from the host's eager code, relative to the largest
 entry of each tensor, in full fine-tuning (output, and the gradient of every parameter) and with stock PEFT's
 LoRA on the experts; how far one layer's experts on `grouped_mm` in float32 are from float64, in brackets the
@@ -82,7 +83,7 @@ def main() -> None:
     logging.disable(logging.WARNING)
     rows = [row(family) for family in track(families().values(), description="proving")]
     versions = {name: version(name) for name in ("transformers", "peft")} | {"torch": version("torch").split("+")[0]}
-    head = _HEAD.format(count=len(rows), **versions)
+    head = _HEAD.format(count=len(rows) - len(UNMARKED), unmarked=", ".join(UNMARKED), **versions)
     _PAGE.write_text(head + "\n".join(rows) + "\n" + _TAIL.format(outside=", ".join(OUTSIDE)), encoding="utf-8")
 
 

@@ -36,6 +36,7 @@ HEADLINE = (
     "deepseek_v4",
     "mixtral",
     "olmoe",
+    "llama4",
     "gemma4",
     "ernie4_5_moe",
     "granitemoe",
@@ -45,7 +46,11 @@ HEADLINE = (
 
 
 # TRL 1.16 adds the load-balancing loss and asks these configs for a `num_experts` that they do not have.
-NO_AUX_LOSS = {"granitemoe", "glm4v_moe", "deepseek_v4"}
+NO_AUX_LOSS = {"granitemoe", "glm4v_moe", "deepseek_v4", "llama4_text"}
+
+
+# TRL 1.16 asks the class for the name of its decoder; this one names another than it has, so that stock fails too.
+MISNAMED = {"llama4_text"}
 
 
 # Stock fails too: a view of their linear attention's output does not fit its strides once it is compiled.
@@ -93,6 +98,8 @@ def test_it_is_trained_through_trl(model: PreTrainedModel, tmp_path: Path) -> No
     )
     if model.config.model_type in NO_AUX_LOSS:
         settings.router_aux_loss_coef = 0.0  # older versions have no such setting, and add no such loss
+    if model.config.model_type in MISNAMED:
+        ours.get_base_model().base_model_prefix = "model"
     proofs = [] if model.config.model_type in SHORT else [GradientProof()]
     trainer = SFTTrainer(
         model=ours,
@@ -150,6 +157,21 @@ def test_a_dispatched_model_runs_through_the_walk(model: PreTrainedModel) -> Non
         hooked: Any = dispatch_model(copy.deepcopy(model), {"": "cpu"}, force_hooks=True)
         difference, name = farthest(run(expertune.optimize(hooked, backend="native_torch")), truth)
     assert difference <= 1e-11, f"{name}: {difference:.3g}"
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@headline
+def test_padding_changes_no_token(model: PreTrainedModel, side: str) -> None:
+    """The logits of all that is no padding are the host's, whose attention is not ours for some."""
+    ids = torch.randint(3, SIZES["image_token_id"], (2, 9), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, slice(0, 3) if side == "left" else slice(-3, None)] = 0
+    inputs = {"input_ids": ids.masked_fill(mask == 0, 0), "attention_mask": mask, "use_cache": False}
+    with exactly(), torch.no_grad():
+        truth = model(**inputs).logits[mask.bool()]
+        ours = expertune.optimize(copy.deepcopy(model), backend="native_torch")(**inputs).logits[mask.bool()]
+    difference, _ = farthest({"out": ours}, {"out": truth})
+    assert difference <= 1e-11
 
 
 @headline

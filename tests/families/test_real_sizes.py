@@ -13,6 +13,7 @@ RANK = 16
 # hidden size, width of an expert, experts, layers with experts; as published for the model that a config describes
 REAL: dict[str, tuple[int, int, int, int]] = {
     "deepseek_v3": (7168, 2048, 256, 58),
+    "llama4_text": (5120, 8192, 16, 48),
     "gpt_oss": (2880, 2880, 128, 36),
     "mixtral": (4096, 14336, 8, 32),
     "qwen3_moe": (2048, 768, 128, 24),

@@ -98,6 +98,9 @@ _HYBRID = ["linear_attention", "full_attention"] * 2
 OVERRIDES: dict[str, dict[str, Any]] = {
     "bailing_hybrid": {"layer_types": _HYBRID},
     "deepseek_ocr2": {"text_config": {"mlp_layer_types": _SPARSE}},
+    # refused, but not before they are built
+    "dbrx": {"d_model": 32, "n_heads": 4, "n_layers": 2, "attn_config": {"rope_theta": 1e4}},
+    "doge": {"is_moe": True},
     "dots3_note": {
         "swa_num_attention_heads": 4,
         "swa_num_key_value_heads": 4,
@@ -119,6 +122,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "kimi_linear": {"layer_types": _HYBRID},
     "hy_v4_vl": {"text_config": {"rope_parameters": _ROPE}},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},
+    # no_rope_layers, layer_types and moe_layers follow from the number of layers
+    "llama4": {"interleave_moe_layer_step": 2, "intermediate_size_mlp": 56, "attention_chunk_size": 4},
     "mistral4": {"head_dim": 16},
     "muse_spark": {
         "audio_config": {"hidden_sizes": (8, 8, 16, 32), "depths": (1, 1, 1, 1)},

@@ -11,7 +11,7 @@ from torch import nn
 
 from tests.hosts.models import load_tiny
 
-EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
 
 
 def lora(**settings: Any) -> LoraConfig:

@@ -57,6 +57,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "glm4_moe_lite": {**MLA, "mlp_layer_types": ["dense", "sparse"]},
     "deepseek_v3": {**MLA, "first_k_dense_replace": 1},
+    "llama4_text": {
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "intermediate_size": 24,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 1,
+        "attention_chunk_size": 8,
+    },
 }
 # Other ways to name the parts: a gate on the shared expert, Mixtral's w1, w2, w3. For what is about names alone.
 NAMED: dict[str, dict[str, Any]] = {

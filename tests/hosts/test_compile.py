@@ -58,7 +58,9 @@ def _results(model: nn.Module, function: Callable[..., Any]) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("backend", ["native_torch", "grouped_mm"])
-@pytest.mark.parametrize(("family", "rank"), [("qwen3_moe", 4), ("gpt_oss", 4), ("qwen3_moe", 0)], ids=str)
+@pytest.mark.parametrize(
+    ("family", "rank"), [("qwen3_moe", 4), ("gpt_oss", 4), ("llama4_text", 4), ("qwen3_moe", 0)], ids=str
+)
 def test_a_compiled_model_is_one_graph(
     checkpoint: Checkpoint, walks: list[str], family: str, rank: int, backend: str
 ) -> None:

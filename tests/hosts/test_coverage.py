@@ -46,11 +46,22 @@ ROWS: dict[str, list[Row]] = {
     "gpt_oss": [*_routed(2), _row("attention", "self_attn.o_proj", 2, (D, D))],
     "glm4_moe_lite": _MLA,
     "deepseek_v3": _MLA,
+    "llama4_text": [
+        _row("routed experts", "feed_forward.experts.down_proj", 2, (F, D), E),
+        _row("routed experts", "feed_forward.experts.gate_up_proj", 2, (D, 2 * F), E),
+        _row("shared experts", "feed_forward.shared_expert.down_proj", 2, (F, D)),
+        _row("shared experts", "feed_forward.shared_expert.gate_proj", 2, (D, F)),
+        _row("shared experts", "feed_forward.shared_expert.up_proj", 2, (D, F)),
+        _row("attention", "self_attn.o_proj", 2, (D, D)),
+    ],
 }
 
 
 @pytest.mark.parametrize("family", CONFIGS)
-def test_rows(checkpoint: Checkpoint, capsys: pytest.CaptureFixture[str], family: str) -> None:
+def test_rows(
+    checkpoint: Checkpoint, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", "110")  # wide enough for the longest name
     names = ["o_proj", "gate_proj", "up_proj", "down_proj"]
     model = expertune.add_lora(load_tiny(checkpoint(family)), r=R, target_modules=names)
     printed = capsys.readouterr().out
@@ -73,7 +84,7 @@ def test_full_fine_tuning_covers_every_parameter(checkpoint: Checkpoint, family:
     assert table.num_trained == table.num_all == sum(p.numel() for p in model.parameters())
     assert not table.adapted
     kinds = table.kinds()
-    routers = [p.numel() for name, p in model.named_parameters() if ".mlp.gate." in name or ".mlp.router." in name]
+    routers = [p.numel() for name, p in model.named_parameters() if ".mlp.gate." in name or ".router." in name]
     assert kinds["router"] == sum(routers) > 0
     assert kinds["routed experts"] == sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
     model.requires_grad_(False)

@@ -118,12 +118,13 @@ def test_settings_of_peft_mean_what_they_mean_there(
     assert walks
 
 
-def test_experts_saved_whole_are_trained_by_the_walk(checkpoint: Checkpoint, walks: list[str]) -> None:
+@pytest.mark.parametrize("family", ["gpt_oss", "llama4_text"])
+def test_experts_saved_whole_are_trained_by_the_walk(checkpoint: Checkpoint, walks: list[str], family: str) -> None:
     """`modules_to_save=["experts"]`: PEFT trains a copy of them, with the biases of gpt-oss."""
     config = lora(target_parameters=None, modules_to_save=["experts"])
     for way in (WAYS["wrapped, then optimized"], WAYS["optimized, then wrapped"]):
-        theirs = stock(checkpoint("gpt_oss"), config)
-        ours = way(checkpoint("gpt_oss"), config, Path())
+        theirs = stock(checkpoint(family), config)
+        ours = way(checkpoint(family), config, Path())
         walks.clear()
         truth = run(theirs, batch())
         assert_equal_within(run(ours, batch()), truth, ROUNDING)

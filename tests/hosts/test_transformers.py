@@ -4,12 +4,17 @@ import copy
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
+from transformers import FineGrainedFP8Config
+from transformers.integrations.finegrained_fp8 import replace_with_fp8_linear
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 import expertune
 from tests.conftest import Checkpoint
@@ -26,6 +31,7 @@ ROUTING: dict[str, dict[str, Any]] = {
     "gpt_oss": {},
     "glm4_moe_lite": {"num_experts_per_tok": 3},
     "deepseek_v3": {"num_experts_per_tok": 1, "norm_topk_prob": False},
+    "llama4_text": {"num_experts_per_tok": 3},
 }
 
 
@@ -132,6 +138,66 @@ def test_experts_that_the_walk_does_not_know_are_refused(checkpoint: Checkpoint,
     assert fingerprint(model) == before
 
 
+class _OwnExperts(Qwen3MoeExperts):  # type: ignore[misc]
+    """As remote code may have it: marked by its parent, and past the interface."""
+
+    def forward(self, hidden_states: torch.Tensor, *_routing: Any) -> torch.Tensor:
+        return hidden_states
+
+
+def _rounded(dtype: torch.dtype) -> Callable[[Any], None]:
+    def change(experts: Any) -> None:
+        experts.down_proj = nn.Parameter(experts.down_proj.detach().to(dtype), requires_grad=False)
+
+    return change
+
+
+def _two_in_one(experts: Any) -> None:
+    weight = experts.down_proj.detach()
+    experts.down_proj = nn.Parameter(TwoTensor(weight, weight.clone()))
+
+
+UNREADABLE: dict[str, tuple[Callable[[Any], None], str]] = {
+    "float8": (_rounded(torch.float8_e4m3fn), "float8_e4m3fn.*quantized"),
+    "packed": (_rounded(torch.uint8), "uint8.*quantized"),
+    "a tensor of another kind": (_two_in_one, "TwoTensor.*quantized"),
+    "code of its own": (lambda experts: setattr(experts, "__class__", _OwnExperts), "a forward of its own"),
+}
+
+
+@pytest.mark.parametrize(("change", "words"), UNREADABLE.values(), ids=UNREADABLE)
+def test_experts_that_the_walk_cannot_read_are_refused(
+    checkpoint: Checkpoint, change: Callable[[Any], None], words: str
+) -> None:
+    model = load_tiny(checkpoint("qwen3_moe"), torch.float32)
+    change(model.model.layers[1].mlp.experts)
+    before = fingerprint(model)
+    with pytest.raises(ValueError, match=rf"model\.layers\.1\.mlp\.experts \(\w+\).*{words}"):
+        expertune.optimize(model)
+    assert fingerprint(model) == before
+
+
+def test_quantized_experts_of_transformers_are_refused(checkpoint: Checkpoint) -> None:
+    """Marked in newer versions; in older ones the block is named instead."""
+    model = load_tiny(checkpoint("qwen3_moe"), torch.bfloat16)
+    replace_with_fp8_linear(model, ["lm_head"], FineGrainedFP8Config(), pre_quantized=True)
+    who = r"model\.layers\.0\.mlp(\.experts \(FP8Experts\)| \(Qwen3MoeSparseMoeBlock\)) holds"
+    with pytest.raises(ValueError, match=who):
+        expertune.optimize(model)
+
+
+@pytest.mark.parametrize("layers", [[0, 1], [1]], ids=["all", "one"])
+def test_experts_that_are_a_list_of_modules_are_refused(checkpoint: Checkpoint, layers: list[int]) -> None:
+    """As remote code of Transformers 4 has them."""
+    model = load_tiny(checkpoint("glm4_moe_lite", mlp_layer_types=["sparse", "sparse"]))
+    for layer in layers:
+        model.model.layers[layer].mlp.experts = nn.ModuleList([nn.Linear(4, 4)])  # type: ignore[assignment]
+    before = fingerprint(model)
+    with pytest.raises(ValueError, match=rf"model\.layers\.{layers[0]}\.mlp.*in a form that"):
+        expertune.optimize(model)
+    assert fingerprint(model) == before
+
+
 def test_the_variable_names_the_backend_and_an_argument_wins(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, walks: list[str]
 ) -> None:
@@ -150,7 +216,7 @@ def test_the_variable_names_the_backend_and_an_argument_wins(
 
 
 @pytest.mark.parametrize("memory", [None, "fast", "auto"])
-@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "llama4_text"])
 def test_restore_gives_the_stock_model_back(
     checkpoint: Checkpoint, walks: list[str], family: str, memory: str | None
 ) -> None:
@@ -220,8 +286,9 @@ def test_models_that_share_a_config_are_each_on_their_own(checkpoint: Checkpoint
     assert len(walks) == 2
 
 
-def test_a_copy_of_an_optimized_model_runs_by_itself(checkpoint: Checkpoint, walks: list[str]) -> None:
-    model = expertune.optimize(load_tiny(checkpoint("gpt_oss"), torch.float32), memory="lean")
+@pytest.mark.parametrize("family", ["gpt_oss", "llama4_text"])
+def test_a_copy_of_an_optimized_model_runs_by_itself(checkpoint: Checkpoint, walks: list[str], family: str) -> None:
+    model = expertune.optimize(load_tiny(checkpoint(family), torch.float32), memory="lean")
     twin = copy.deepcopy(model)
     assert_equal_within(run(twin, batch()), run(model, batch()), 0)
     expertune.restore(model)

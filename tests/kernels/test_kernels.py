@@ -65,6 +65,14 @@ class TestRouting:
         assert torch.equal(ours.row_slot_N, plain.row_slot_N)
         assert torch.equal(ours.token_row_TK, plain.token_row_TK)
 
+    @pytest.mark.parametrize("top_k", [1, 2])
+    def test_choices_that_are_a_part_of_a_sort(self, top_k: int) -> None:
+        """One choice a token, cut out of more, is still strided when it is flattened."""
+        expert_TK = normal(19, NUM_EXPERTS).sort(dim=-1).indices[:, :top_k]
+        ours, plain = (s.dispatch(expert_TK, NUM_EXPERTS) for s in (steps(), native_torch.STEPS))
+        assert torch.equal(ours.row_expert_N, plain.row_expert_N)
+        assert torch.equal(ours.token_row_TK, plain.token_row_TK)
+
     def test_tiles_cover_each_experts_rows_once(self, routing: Dispatch) -> None:
         tiles = routing.tiles
         assert tiles is not None

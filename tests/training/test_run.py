@@ -194,6 +194,20 @@ def test_eight_bit_adam_is_our_own(make: Make, monkeypatch: pytest.MonkeyPatch) 
     assert {state["step"] for state in optimizer.state.values()} == {3}
 
 
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_llama4_is_trained(make: Make, make_base: Callable[..., Path], method: str) -> None:
+    """TRL finds neither its decoder by the class's name for it, nor a balance loss where its config has settings."""
+    base = str(make_base("llama4_text"))
+    settings = {"r": 4} if method == "lora" else {"finetuning_type": "full"}
+    result = quiet(make(model_name_or_path=base, learning_rate=1e-2, **settings))
+    assert len(result.losses) == 3
+    if method == "full":
+        _, info = AutoModelForCausalLM.from_pretrained(result.weights, output_loading_info=True)
+        assert not any(info.values())
+    with pytest.raises(UserError, match="llama4_text has no balance loss"):
+        quiet(make(model_name_or_path=base, router_aux_loss_coef=0.1, overwrite_output_dir=True))
+
+
 def test_two_runs_are_equal(make: Make, tmp_path: Path) -> None:
     runs = [quiet(make(output_dir=str(tmp_path / name))) for name in ("a", "b")]
     assert runs[0].losses == runs[1].losses

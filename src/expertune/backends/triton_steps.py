@@ -30,7 +30,7 @@ class TritonSteps:
 
     def dispatch(self, expert_TK: Tensor, num_experts: int) -> Dispatch:
         shape = RoutingShape.of(expert_TK, num_experts, tile_rows(expert_TK.device))
-        (words,) = self.run(_sort, shape, (expert_TK,))
+        (words,) = self.run(_sort, shape, (expert_TK.contiguous(),))
         return Dispatch(shape, cast(Tensor, words))
 
     def pack(self, projections: Sequence[tuple[Sequence[LoraFactors], DenseWeights]]) -> list[PackedFactors | None]:

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from expertune.graphs.piece import Recorder
-from expertune.hosts import attention, graphs, norms, peft, transformers
+from expertune.hosts import attention, graphs, llama4, norms, peft, transformers
 from expertune.memory.checkpoint import checkpoint_layer
 from expertune.memory.planner import Planner
 from expertune.memory.replay import ReplayingCheckpoint, RoutingReplay
@@ -77,6 +77,7 @@ def attach(
         ValueError: an experts module, an adapter or the backend asked for cannot be honoured.
     """
     transformers.refuse_unknown_experts(model)
+    _refuse_unknown_blocks(model)
     state = Attached(requested=requested)
     plans = [
         (module, transformers.make_plan(name, module, _model_type(module, model), requested, state.replay))
@@ -98,8 +99,11 @@ def attach(
     configs: dict[int, Any] = {}
     for module, plan in plans:
         module._expertune = plan  # type: ignore[assignment]
-        module.config = _own_config(module.config, configs)
+        if not llama4.is_experts(module):
+            module.config = _own_config(module.config, configs)
+    llama4.bind((module for module, _ in plans if llama4.is_experts(module)), transformers.experts_forward)
     state.blocks = list(blocks(model))
+    llama4.bind(filter(llama4.is_block, state.blocks), llama4.block_forward)
     state.layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     for block in state.blocks:
         state.handles.append(block.register_forward_pre_hook(partial(_before_block, state.replay)))
@@ -128,8 +132,12 @@ def detach(model: PreTrainedModel) -> None:
         graphs.unbind(state.recorder)
     for decoder, had in state.attentions:
         attention.give_back(decoder, had)
+    llama4.unbind(state.blocks, llama4.block_forward)
     for _, module in transformers.named_experts(model):  # also those that PEFT copied, to save them whole
-        module.config = transformers.plan_of(module).host_config
+        if llama4.is_experts(module):
+            llama4.unbind([module], transformers.experts_forward)
+        else:
+            module.config = transformers.plan_of(module).host_config
         del module._expertune
     for layer in _checkpointed(model):
         layer._gradient_checkpointing_func = layer._gradient_checkpointing_func.host
@@ -165,8 +173,24 @@ def blocks(model: nn.Module) -> Iterator[nn.Module]:
             yield module
 
 
+def _refuse_unknown_blocks(model: nn.Module) -> None:
+    """Refuse a block that holds Llama 4's experts and is not Llama 4's: it would not know how to call them.
+
+    Raises:
+        ValueError: names the first of them.
+    """
+    names = {id(module): transformers.clean(path) for path, module in model.named_modules()}
+    for block in blocks(model):
+        held = [experts for child in block.children() if (experts := peft.experts_in(child)) is not None]
+        if any(map(llama4.is_experts, held)) and not llama4.is_block(block):
+            raise ValueError(
+                f"{names[id(block)]} ({type(block).__name__}) calls Llama 4's experts with code of its own, which the "
+                "walk cannot read. Train it as stock Transformers does."
+            )
+
+
 def _model_type(module: nn.Module, model: PreTrainedModel) -> str:
-    return str(getattr(module.config, "model_type", model.config.model_type))
+    return str(getattr(getattr(module, "config", None), "model_type", model.config.model_type))
 
 
 def _own_config(config: Any, copies: dict[int, Any]) -> Any:

@@ -5,6 +5,7 @@ A gate that none of ours gives runs as the host's own function: right, but slowe
 
 from collections.abc import Iterator
 from itertools import product
+from types import MethodType
 from typing import Any
 
 import torch
@@ -33,7 +34,9 @@ def gate_of(experts: nn.Module) -> Gate:
         if type(module.act_fn) is type(ACT2FN["relu2"]):
             return ReluSquared()
         return HostGate(module.act_fn, name=f"{type(module.act_fn).__name__}, no gate")
-    if type(module)._apply_gate is _default_apply_gate:
+    # Llama 4's experts have no such function, and compute what the default one does
+    apply_gate = getattr(type(module), "_apply_gate", _default_apply_gate)
+    if apply_gate is _default_apply_gate:
         for name, gate in _FUSED.items():
             if type(module.act_fn) is type(ACT2FN[name]):
                 return gate
@@ -41,9 +44,9 @@ def gate_of(experts: nn.Module) -> Gate:
     normal_NG = torch.randn(64, 16, generator=draw, dtype=torch.float32)
     for gate in _candidates(module):
         h_NG = normal_NG * (2 * gate.limit if isinstance(gate, ClampedSwiGlu) else 1)  # beyond its clamps
-        if torch.allclose(module._apply_gate(h_NG), gate.forward(h_NG), rtol=_AGREES, atol=_AGREES):
+        if torch.allclose(apply_gate(module, h_NG), gate.forward(h_NG), rtol=_AGREES, atol=_AGREES):
             return gate
-    return HostGate(module._apply_gate)
+    return HostGate(MethodType(apply_gate, module))
 
 
 def _candidates(module: Any) -> Iterator[Gate]:

@@ -21,7 +21,8 @@ from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from expertune.hosts.transformers import ExpertsPlan, first_name, is_experts, named_experts
+from expertune.hosts import llama4
+from expertune.hosts.transformers import ExpertsPlan, first_name, is_experts, is_transposed, named_experts
 from expertune.lora_linear import lora_linear
 from expertune.shapes import LoraFactors
 
@@ -60,7 +61,8 @@ def is_bound(wrapper: nn.Module) -> bool:
 def bind(module: nn.Module) -> None:
     """Give a LoRA layer our forward: the outermost wrapper around experts or around a linear's weight, or a linear.
 
-    `check` must have passed before. What is none of these is left as it is.
+    `check` must have passed before. What is none of these is left as it is, and so is Llama 4's router: a linear whose
+    product never comes out.
     """
     if type(module) is LoraLinear:
         module.forward = partial(_lora_linear_forward, module)
@@ -69,7 +71,11 @@ def bind(module: nn.Module) -> None:
     nest, base = wrappers_of(module)
     if is_experts(base):
         module.forward = partial(_experts_forward, module)
-    elif isinstance(base, nn.Linear) and [inner.parameter_name for inner in nest] == ["weight"]:
+    elif (
+        isinstance(base, nn.Linear)
+        and not llama4.is_router(base)
+        and [inner.parameter_name for inner in nest] == ["weight"]
+    ):
         module.forward = partial(_linear_forward, module)
 
 
@@ -107,6 +113,8 @@ def _check(wrapper: ParamWrapper, base: nn.Module, plan: ExpertsPlan) -> None:
     widths = (layout.model_width, layout.first_width)
     if wrapper.parameter_name == "down_proj":
         widths = (layout.expert_width, layout.model_width)
+    if _is_turned(base):
+        widths = (widths[1], widths[0])
     for name, a in wrapper.lora_A.items():
         expected = (layout.num_experts * wrapper.r[name], widths[0]), (widths[1], wrapper.r[name] * layout.num_experts)
         came = tuple(a.weight.shape), tuple(wrapper.lora_B[name].weight.shape)
@@ -169,8 +177,28 @@ def _is_swapped(version: str, experts: nn.Module) -> bool:
     """Whether PEFT of this version laid out the factors of these experts otherwise than today's does."""
     written_by = Version(version.split("@")[0])
     if written_by < _SWAPPED:
-        return not experts.is_transposed
+        return not _says_transposed(experts)
     return written_by < _LAYOUT_SINCE
+
+
+def _says_transposed(experts: nn.Module) -> bool:
+    """Whether PEFT sees that the weights of these experts lie as `(E, I, O)`."""
+    return bool(getattr(experts, "is_transposed", False))
+
+
+def _is_turned(experts: nn.Module) -> bool:
+    """Whether PEFT takes the input of these experts for their output, and lays its factors beside the wrong ends.
+
+    The product of both factors is added to the weight all the same, so it is an adapter as good as another.
+    """
+    return is_transposed(experts) and not _says_transposed(experts)
+
+
+def _turn(adapter: LoraFactors, num_experts: int) -> LoraFactors:
+    """The factors as the walk reads them, from those of experts that are turned: copies, kept for backward."""
+    b_ERI = adapter.b.view(adapter.b.shape[0], -1, num_experts).permute(2, 1, 0)
+    a_ORE = adapter.a.view(num_experts, -1, adapter.a.shape[1]).permute(2, 1, 0)
+    return LoraFactors(a=b_ERI.flatten(0, 1), b=a_ORE.flatten(1, 2), scale=adapter.scale)
 
 
 def _swapped(which: str, version: str, experts: nn.Module) -> ValueError:
@@ -206,6 +234,9 @@ def _experts_forward(wrapper: ParamWrapper, *args: Any, **kwargs: Any) -> Any:
     _refuse_mixed_batches(kwargs)
     nest, base = wrappers_of(wrapper)
     factors = {inner.parameter_name: _active_factors(inner) for inner in nest}
+    if _is_turned(base):
+        num_experts = base.get_parameter("down_proj").shape[0]
+        factors = {name: tuple(_turn(adapter, num_experts) for adapter in held) for name, held in factors.items()}
     adapters = factors.get(first_name(base), ()), factors.get("down_proj", ())
     return base(*args, **kwargs, adapters=adapters)
 

@@ -13,18 +13,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
 
 from expertune import compiled
 from expertune.activations import Gate
 from expertune.backends import choose
 from expertune.backends.protocol import Backend
 from expertune.experts import ExpertsStep, Projection, experts
+from expertune.hosts import llama4
 from expertune.hosts.gates import gate_of
 from expertune.memory.replay import RoutingReplay
 from expertune.shapes import ALIGNMENT, ExpertsLayout, LoraFactors, Problem
 
 IMPLEMENTATION = "expertune"
+_LEAST_BYTES = 2  # of a number that is not quantized
 
 _Adapters = tuple[tuple[LoraFactors, ...], tuple[LoraFactors, ...]]
 
@@ -38,7 +41,7 @@ class ExpertsPlan:
         layout: how its weights lie.
         gate: its gate function.
         requested: the backend asked for, or "auto".
-        host_config: the config that the module had before.
+        host_config: the config that the module had before; None where it has none.
         replay: the routing replay of its model.
     """
 
@@ -99,10 +102,16 @@ def has_norm(module: nn.Module) -> bool:
     return bool(getattr(module, "has_post_expert_norm", False))
 
 
+def is_transposed(module: Any) -> bool:
+    """Whether the weights of an experts module lie as `(E, I, O)`."""
+    return llama4.is_experts(module) or bool(module.is_transposed)
+
+
 def is_experts(module: nn.Module) -> bool:
-    """Whether Transformers' own decorator marked this module as experts."""
+    """Whether Transformers' own decorator marked this module as experts, or it is Llama 4's."""
     # not hasattr: PEFT's wrapper of a module that is saved whole answers for what it holds
-    return {"is_transposed", "has_bias"} <= vars(module).keys() and hasattr(type(module), "_apply_gate")
+    is_marked = {"is_transposed", "has_bias"} <= vars(module).keys() and hasattr(type(module), "_apply_gate")
+    return is_marked or llama4.is_experts(module)
 
 
 def plan_of(module: nn.Module) -> ExpertsPlan:
@@ -126,29 +135,15 @@ def make_plan(name: str, module: nn.Module, model_type: str, requested: str, rep
     Raises:
         ValueError: the module does something that the walk does not, or the backend asked for cannot run it.
     """
-    refused = {
-        "parametrized weights": hasattr(module, "parametrizations"),
-        "expert parallelism": getattr(module, "_is_expert_parallel", False),
-    }
-    if reasons := [reason for reason, present in refused.items() if present]:
-        raise ValueError(f"{name} ({type(module).__name__}) uses {' and '.join(reasons)}, which is not supported yet.")
+    _refuse_unreadable(name, module, model_type)
     first = first_name(module)
-    known = {first, "down_proj", f"{first}_bias", "down_proj_bias"}
-    held = {
-        key for key, _ in module.named_parameters() if not (has_norm(module) and key.startswith("post_expert_norm."))
-    }
-    if unknown := sorted(held - known):
-        raise ValueError(
-            f"{name} ({type(module).__name__}) holds the parameters {unknown}, which the walk would not use. "
-            f"It knows {sorted(known)}. Please report the model type ({model_type})."
-        )
     earlier = getattr(module, "_expertune", None)
     plan = ExpertsPlan(
         name=name,
         layout=layout_of(module),
         gate=gate_of(module),
         requested=requested,
-        host_config=earlier.host_config if isinstance(earlier, ExpertsPlan) else module.config,
+        host_config=earlier.host_config if isinstance(earlier, ExpertsPlan) else getattr(module, "config", None),
         replay=replay,
     )
     # refuses now what was asked for by name and cannot run
@@ -156,19 +151,62 @@ def make_plan(name: str, module: nn.Module, model_type: str, requested: str, rep
     return plan
 
 
+def _refuse_unreadable(name: str, module: nn.Module, model_type: str) -> None:
+    who = f"{name} ({type(module).__name__})"
+    refused = {
+        "parametrized weights": hasattr(module, "parametrizations"),
+        "expert parallelism": getattr(module, "_is_expert_parallel", False),
+        "a forward of its own, past Transformers' experts interface": not _is_dispatched(module),
+    }
+    if reasons := [reason for reason, present in refused.items() if present]:
+        raise ValueError(f"{who} uses {' and '.join(reasons)}, which is not supported yet.")
+    first = first_name(module)
+    known = {first, "down_proj", f"{first}_bias", "down_proj_bias"}
+    held = {
+        key for key, _ in module.named_parameters() if not (has_norm(module) and key.startswith("post_expert_norm."))
+    }
+    if unknown := sorted(held - known):
+        raise ValueError(
+            f"{who} holds the parameters {unknown}, which the walk would not use. It knows {sorted(known)}. "
+            f"Please report the model type ({model_type})."
+        )
+    for key in (first, "down_proj"):
+        weight = module.get_parameter(key)
+        if not weight.dtype.is_floating_point or weight.dtype.itemsize < _LEAST_BYTES or _is_packed(weight.data):
+            raise ValueError(
+                f"{who} holds {key} as {type(weight.data).__name__} of {weight.dtype}, quantized in a way that the "
+                "walk cannot read. Load the model without quantization, or dequantized."
+            )
+
+
+def _is_packed(weight: Any) -> bool:
+    """Whether a tensor is made of others, as quantizers make it; one that is sharded is not meant."""
+    if not is_traceable_wrapper_subclass(weight):
+        return False
+    from torch.distributed.tensor import DTensor  # not there in every build of torch
+
+    return not isinstance(weight, DTensor)
+
+
+def _is_dispatched(module: nn.Module) -> bool:
+    """Whether calling this module leads to the walk, once its config or instance says so."""
+    made_by = getattr(type(module).forward, "__globals__", {}).get("__name__")
+    return llama4.is_experts(module) or made_by == use_experts_implementation.__module__
+
+
 def layout_of(module: Any) -> ExpertsLayout:
     """How the weights of an experts module lie, by its own flags and their shapes."""
     first = first_name(module)
     num_experts, *shape = module.get_parameter(first).shape
-    model_width, first_width = shape if module.is_transposed else reversed(shape)
+    model_width, first_width = shape if is_transposed(module) else reversed(shape)
     has_gate = first == "gate_up_proj"
     return ExpertsLayout(
         num_experts=num_experts,
         model_width=model_width,
         expert_width=first_width // 2 if has_gate else first_width,
         has_gate=has_gate,
-        is_transposed=bool(module.is_transposed),
-        has_bias=bool(module.has_bias),
+        is_transposed=is_transposed(module),
+        has_bias=bool(getattr(module, "has_bias", False)),
     )
 
 
@@ -266,16 +304,19 @@ def register() -> None:
 
 
 def refuse_unknown_experts(model: nn.Module) -> None:
-    """Refuse a model with experts that are all of a form which the walk does not know.
+    """Refuse a model with experts of a form which the walk does not know.
 
     Raises:
-        ValueError: names the first of them. As a model without experts it would train as slowly as before, and say
-            that there is nothing to do.
+        ValueError: names the first of them. As a layer without experts it would train as slowly as before, and nobody
+            would say so.
     """
-    if any(is_experts(module) for module in model.modules()):
-        return
+    readable = {id(module) for module in model.modules() if is_experts(module)}
     for name, module in model.named_modules():
-        if name.endswith("experts") or type(module).__name__.endswith(("MoE", "MoeBlock")):
+        # where others can be read, a block or shared experts may have any name
+        is_named_so = name.rpartition(".")[2] == "experts" or (
+            not readable and (name.endswith("experts") or type(module).__name__.endswith(("MoE", "MoeBlock")))
+        )
+        if is_named_so and readable.isdisjoint(map(id, module.modules())):
             raise ValueError(
                 f"{clean(name)} ({type(module).__name__}) holds experts in a form that Transformers does not mark with "
                 "use_experts_implementation, so the walk cannot read them. Train it as stock Transformers does, and "

@@ -29,7 +29,14 @@ from expertune.training.output import OutputFolder
 from expertune.training.progress import Display
 from expertune.training.recipe import Recipe
 from expertune.training.recipe_file import VERSIONS
-from expertune.training.setup import add_adapters, load_model, make_arguments, own_optimizer, set_balance_loss
+from expertune.training.setup import (
+    add_adapters,
+    load_model,
+    make_arguments,
+    name_decoder,
+    own_optimizer,
+    set_balance_loss,
+)
 from expertune.training.supervision import (
     Supervision,
     check_chat_template,
@@ -87,6 +94,7 @@ def run(recipe: Recipe, console: Console | None = None) -> RunResult:
         shown = display.console.is_terminal
         with display.stage("loading the model", spins=False), _bars_of_hosts(shown=shown):
             model, tokenizer = load_model(recipe)
+        name_decoder(model)
         set_balance_loss(model, recipe)
         display.say(_backends(model))
         if recipe.finetuning_type == "lora":

@@ -91,7 +91,10 @@ def set_balance_loss(model: nn.Module, recipe: Recipe) -> None:
     """
     inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     config = inner.config.get_text_config()
-    if hasattr(config, "output_router_logits") and hasattr(config, "router_aux_loss_coef"):
+    has_settings = hasattr(config, "output_router_logits") and hasattr(config, "router_aux_loss_coef")
+    # TRL's loss asks the model or its config for it; Llama 4 has the settings alone, and no such loss
+    has_loss = has_settings and (hasattr(inner, "num_experts") or hasattr(config, "num_experts"))
+    if has_loss:
         if recipe.router_aux_loss_coef is not None:
             config.router_aux_loss_coef = recipe.router_aux_loss_coef
             # a copy that Transformers made when it built the model; it counts for TRL before 1.8
@@ -102,6 +105,15 @@ def set_balance_loss(model: nn.Module, recipe: Recipe) -> None:
             f"router_aux_loss_coef={recipe.router_aux_loss_coef:g} is set, but {config.model_type} has no balance "
             "loss. Drop it."
         )
+    elif has_settings:
+        config.router_aux_loss_coef, config.output_router_logits = 0.0, False
+
+
+def name_decoder(model: nn.Module) -> None:
+    """Give this one model the right name of its decoder, by which TRL 1.16 finds it; Llama 4's class names another."""
+    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    if inner.base_model is inner and hasattr(inner, "model"):
+        inner.base_model_prefix = "model"
 
 
 def add_adapters(model: nn.Module, recipe: Recipe) -> nn.Module:
