@@ -54,6 +54,13 @@ def pack(adapters: Sequence[LoraFactors], num_experts: int, dtype: torch.dtype) 
     return a_ERI, b_EOR
 
 
+def turn(adapter: LoraFactors, num_experts: int) -> LoraFactors:
+    """The factors of `Wᵀ` from those of `W`, in the same layout: input and output changed over. Copies."""
+    b_ERI = adapter.b.view(adapter.b.shape[0], -1, num_experts).permute(2, 1, 0)
+    a_ORE = adapter.a.view(num_experts, -1, adapter.a.shape[1]).permute(2, 1, 0)
+    return LoraFactors(a=b_ERI.flatten(0, 1), b=a_ORE.flatten(1, 2), scale=adapter.scale)
+
+
 def unpack_a_grads(da_ERI: Tensor, adapters: Sequence[LoraFactors]) -> list[Tensor]:
     """Cut the gradient of the packed `a_ERI` back to one gradient an adapter, in PEFT's layout and dtype."""
     grads, start = [], 0

@@ -99,9 +99,10 @@ def attach(
     configs: dict[int, Any] = {}
     for module, plan in plans:
         module._expertune = plan  # type: ignore[assignment]
-        if not llama4.is_experts(module):
+        if llama4.is_experts(module):
+            llama4.bind([module], transformers.experts_forward)
+        else:
             module.config = _own_config(module.config, configs)
-    llama4.bind((module for module, _ in plans if llama4.is_experts(module)), transformers.experts_forward)
     state.blocks = list(blocks(model))
     llama4.bind(filter(llama4.is_block, state.blocks), llama4.block_forward)
     state.layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]

@@ -13,7 +13,7 @@ from types import MethodType
 from typing import Any
 
 from torch import Tensor, nn
-from transformers.models.llama4.modeling_llama4 import Llama4Router, Llama4TextExperts, Llama4TextMoe
+from transformers.models.llama4.modeling_llama4 import Llama4TextExperts, Llama4TextMoe
 
 
 def is_experts(module: nn.Module) -> bool:
@@ -24,11 +24,6 @@ def is_experts(module: nn.Module) -> bool:
 def is_block(module: nn.Module) -> bool:
     """Whether this is Llama 4's MoE block, which knows how to call its experts."""
     return isinstance(module, Llama4TextMoe) and type(module).forward is Llama4TextMoe.forward
-
-
-def is_router(module: nn.Module) -> bool:
-    """Whether this is Llama 4's router: a linear that returns scores instead of its product."""
-    return isinstance(module, Llama4Router)
 
 
 def bind(modules: Iterable[nn.Module], forward: Callable[..., Any]) -> None:

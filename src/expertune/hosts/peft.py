@@ -21,7 +21,7 @@ from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from expertune.hosts import llama4
+from expertune import lora
 from expertune.hosts.transformers import ExpertsPlan, first_name, is_experts, is_transposed, named_experts
 from expertune.lora_linear import lora_linear
 from expertune.shapes import LoraFactors
@@ -61,8 +61,8 @@ def is_bound(wrapper: nn.Module) -> bool:
 def bind(module: nn.Module) -> None:
     """Give a LoRA layer our forward: the outermost wrapper around experts or around a linear's weight, or a linear.
 
-    `check` must have passed before. What is none of these is left as it is, and so is Llama 4's router: a linear whose
-    product never comes out.
+    `check` must have passed before. What is none of these is left as it is, and so is a linear with a forward of its
+    own, such as Llama 4's router, whose product never comes out.
     """
     if type(module) is LoraLinear:
         module.forward = partial(_lora_linear_forward, module)
@@ -73,7 +73,7 @@ def bind(module: nn.Module) -> None:
         module.forward = partial(_experts_forward, module)
     elif (
         isinstance(base, nn.Linear)
-        and not llama4.is_router(base)
+        and type(base).forward is nn.Linear.forward
         and [inner.parameter_name for inner in nest] == ["weight"]
     ):
         module.forward = partial(_linear_forward, module)
@@ -194,13 +194,6 @@ def _is_turned(experts: nn.Module) -> bool:
     return is_transposed(experts) and not _says_transposed(experts)
 
 
-def _turn(adapter: LoraFactors, num_experts: int) -> LoraFactors:
-    """The factors as the walk reads them, from those of experts that are turned: copies, kept for backward."""
-    b_ERI = adapter.b.view(adapter.b.shape[0], -1, num_experts).permute(2, 1, 0)
-    a_ORE = adapter.a.view(num_experts, -1, adapter.a.shape[1]).permute(2, 1, 0)
-    return LoraFactors(a=b_ERI.flatten(0, 1), b=a_ORE.flatten(1, 2), scale=adapter.scale)
-
-
 def _swapped(which: str, version: str, experts: nn.Module) -> ValueError:
     return ValueError(
         f"the adapter {which} was written by PEFT {version}, which lays out the factors of {type(experts).__name__} "
@@ -236,7 +229,7 @@ def _experts_forward(wrapper: ParamWrapper, *args: Any, **kwargs: Any) -> Any:
     factors = {inner.parameter_name: _active_factors(inner) for inner in nest}
     if _is_turned(base):
         num_experts = base.get_parameter("down_proj").shape[0]
-        factors = {name: tuple(_turn(adapter, num_experts) for adapter in held) for name, held in factors.items()}
+        factors = {name: tuple(lora.turn(adapter, num_experts) for adapter in held) for name, held in factors.items()}
     adapters = factors.get(first_name(base), ()), factors.get("down_proj", ())
     return base(*args, **kwargs, adapters=adapters)
 

@@ -89,7 +89,7 @@ def set_balance_loss(model: nn.Module, recipe: Recipe) -> None:
     Raises:
         UserError: the recipe asks for it, and the model has none.
     """
-    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    inner = _without_adapters(model)
     config = inner.config.get_text_config()
     has_settings = hasattr(config, "output_router_logits") and hasattr(config, "router_aux_loss_coef")
     # TRL's loss asks the model or its config for it; Llama 4 has the settings alone, and no such loss
@@ -111,7 +111,7 @@ def set_balance_loss(model: nn.Module, recipe: Recipe) -> None:
 
 def name_decoder(model: nn.Module) -> None:
     """Give this one model the right name of its decoder, by which TRL 1.16 finds it; Llama 4's class names another."""
-    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    inner = _without_adapters(model)
     if inner.base_model is inner and hasattr(inner, "model"):
         inner.base_model_prefix = "model"
 
@@ -138,6 +138,10 @@ def add_adapters(model: nn.Module, recipe: Recipe) -> nn.Module:
 def one_paragraph(error: Exception) -> str:
     """What an error says, on one line."""
     return " ".join(str(error).split())
+
+
+def _without_adapters(model: nn.Module) -> Any:
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def _arguments(recipe: Recipe, *, has_eval: bool) -> SFTConfig:
