@@ -6,7 +6,7 @@ from torch import Tensor
 
 from expertune.backends import triton
 from expertune.optim import dynamic_8bit
-from expertune.optim.adamw_8bit import _tables, plain_step
+from expertune.optim.adamw_8bit import plain_step, tables
 from tests.cases import DEVICE, problem
 
 DTYPES = [d for d in (torch.float32, torch.float16, torch.bfloat16) if triton.BACKEND.why_not(problem(d, 16)) is None]
@@ -40,7 +40,7 @@ def test_all_parameters_step_as_each_in_torch(dtype: torch.dtype, is_aligned: bo
     expected = [[t.clone() for t in each] for each in rows]
     for param, grad, *moments in expected:
         plain_step(param, grad, moments, UPDATE)
-    adamw_8bit(rows, _tables(DEVICE), UPDATE)
+    adamw_8bit(rows, tables(DEVICE), UPDATE)
     for ours, theirs in zip(rows, expected, strict=True):
         torch.testing.assert_close(ours[0], theirs[0])
         for codes, maximum, is_signed in ((2, 4, True), (3, 5, False)):
@@ -66,7 +66,7 @@ def test_every_code_is_reached_and_the_nearest(is_signed: bool) -> None:
     square, square_maximum = dynamic_8bit.zeros(grad, is_signed=False)
     becomes = (1.0, 0.0, 0.0, 0.0, 1.0, 1.0)  # the moments become the gradient and its square
     row = [torch.zeros_like(grad), grad, mean, square, mean_maximum, square_maximum]
-    adamw_8bit([row], _tables(DEVICE), becomes)
+    adamw_8bit([row], tables(DEVICE), becomes)
     codes = (mean if is_signed else square).view(4, 256)[:, 1:].flatten()[: len(x)].cpu().int()
     assert torch.equal(codes, torch.bucketize(x, bounds).int())
     assert len(set(codes.tolist())) == 256

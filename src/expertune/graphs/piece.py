@@ -18,8 +18,10 @@ _SEEN = 2  # calls of a kind before the one that is recorded: the first finds ke
 _MOST_KINDS = 2  # of calls that a module is recorded for: each takes memory of its own
 _MOST_TOKENS = 8192  # above, the device is what a step waits for
 _MOST_RELEASES = 3
+_MOST_COUNTED = 64  # kinds of calls whose number is kept
 
 Context: TypeAlias = Callable[[nn.Module, dict[str, Any]], Hashable | None]
+PoolOf: TypeAlias = Callable[[torch.device], Pool | None]
 
 
 class Recorder:
@@ -37,7 +39,7 @@ class Recorder:
         context: Context,
         is_checkpointed: Callable[[], bool],
         ignored: frozenset[str] = frozenset(),
-        pool_of: "PoolOf | None" = None,
+        pool_of: PoolOf | None = None,
     ) -> None:
         self.context, self.is_checkpointed, self.ignored = context, is_checkpointed, ignored
         self.pieces: list[Piece] = []
@@ -69,9 +71,6 @@ class Recorder:
         return self._releases < _MOST_RELEASES
 
 
-PoolOf: TypeAlias = Callable[[torch.device], Pool | None]
-
-
 def cuda_pool(device: torch.device) -> Pool | None:
     """A pool for CUDA graphs."""
     if device.type != "cuda" or torch.version.hip is not None:
@@ -90,7 +89,8 @@ class Piece:
     def __init__(self, module: nn.Module, recorder: Recorder) -> None:
         self.module = module
         self._recorder = recorder
-        self._kinds: dict[Hashable, int | Recording] = {}
+        self._seen: dict[Hashable, int] = {}
+        self._recordings: dict[Hashable, Recording] = {}
         self._watch: Watch | None = None
         recorder.pieces.append(self)
 
@@ -104,16 +104,17 @@ class Piece:
 
     def __getstate__(self) -> dict[str, Any]:
         """Recordings belong to one model in one process; a copy makes its own."""
-        return vars(self) | {"_kinds": {}, "_watch": None}
+        return vars(self) | {"_seen": {}, "_recordings": {}, "_watch": None}
 
     @property
     def recordings(self) -> int:
         """For how many kinds of calls there are recordings."""
-        return sum(isinstance(each, Recording) for each in self._kinds.values())
+        return len(self._recordings)
 
     def forget(self) -> None:
-        """Drop all recordings."""
-        self._kinds.clear()
+        """Drop all recordings, and begin to count anew."""
+        self._seen.clear()
+        self._recordings.clear()
 
     def _find(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Recording, list[Tensor]] | None:
         """The recording for a call, perhaps made now, and the call's tensors; None if the module itself is to run."""
@@ -130,52 +131,50 @@ class Piece:
         tensors: list[Tensor] = []
         read = {name: value for name, value in kwargs.items() if name not in recorder.ignored}
         call = take_apart((args, read), tensors)
+        pool = recorder.pool(tensors[0].device)
+        if pool is None or not self._pays(tensors):
+            return None
         device = tensors[0].device.type
         autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
         kind = (call, context, autocast)
         if self._watch is None or not self._watch.is_same():
-            self._kinds.clear()
+            self.forget()
             self._watch = Watch(self.module)
-        known = self._known(kind)
-        if known is None or isinstance(known, Recording):
-            return (known, tensors) if known is not None and known.may_begin(tensors) else None
-        if known < _SEEN or not self._may_record(tensors):
-            return None
-        return self._record(kind, tensors)
-
-    def _known(self, kind: Hashable) -> int | Recording | None:
-        """The recording of a kind of call, or how often it came before; None if it can never come again."""
         try:
-            known = self._kinds.get(kind, 0)
+            recording = self._recordings.get(kind)
         except TypeError:  # an argument that cannot be compared, such as a cache
             return None
-        if isinstance(known, int):
-            if len(self._kinds) > 64:
-                self._kinds = {k: v for k, v in self._kinds.items() if isinstance(v, Recording)}
-            self._kinds[kind] = known + 1
-        return known
+        if recording is not None:
+            return (recording, tensors) if recording.may_begin(tensors) else None
+        if not self._came_before(kind) or not self._may_record(self._watch, tensors, pool):
+            return None
+        return self._record(kind, tensors, pool)
 
-    def _may_record(self, tensors: list[Tensor]) -> bool:
-        pool = self._recorder.pool(tensors[0].device)
+    def _pays(self, tensors: list[Tensor]) -> bool:
+        is_refused = type(self.module) in self._recorder.refused
+        return not is_refused and max(tensor.shape[:-1].numel() for tensor in tensors) <= _MOST_TOKENS
+
+    def _came_before(self, kind: Hashable) -> bool:
+        """Whether such a call came often enough; this one is counted."""
+        if len(self._seen) > _MOST_COUNTED:
+            self._seen.clear()
+        seen = self._seen.get(kind, 0)
+        self._seen[kind] = seen + 1
+        return seen >= _SEEN
+
+    def _may_record(self, watch: Watch, tensors: list[Tensor], pool: Pool) -> bool:
         return (
-            pool is not None
-            and type(self.module) not in self._recorder.refused
+            self.recordings < _MOST_KINDS
             and any(tensor.requires_grad for tensor in (*tensors, *self.module.parameters()))
-            and self.recordings < _MOST_KINDS
-            and max(tensor.shape[:-1].numel() for tensor in tensors) <= _MOST_TOKENS
             and not any(tensor.is_inference() for tensor in tensors)
-            and self._watch is not None
-            and not self._watch.is_hooked()
+            and not watch.is_hooked()
             and not any(isinstance(m, nn.Dropout) and m.p for m in self.module.modules())
             and not getattr(self.module, "attention_dropout", 0.0)
             and pool.has_room(len(self._recorder.pieces))
         )
 
-    def _record(self, kind: Any, tensors: list[Tensor]) -> tuple[Recording, list[Tensor]] | None:
-        pool = self._recorder.pool(tensors[0].device)
-        assert pool is not None
+    def _record(self, kind: Any, tensors: list[Tensor], pool: Pool) -> tuple[Recording, list[Tensor]] | None:
         (call, _, autocast), device, module = kind, tensors[0].device.type, self.module
-
         trained = [p for p in module.parameters() if p.requires_grad]
 
         def forward(inputs: Any, leaves: Any) -> Any:
@@ -190,7 +189,7 @@ class Piece:
         except RuntimeError as error:
             self._recorder.refused[type(module)] = str(error).splitlines()[0]
             return None
-        self._kinds[kind] = recording
+        self._recordings[kind] = recording
         return recording, tensors
 
 

@@ -42,7 +42,7 @@ class Recording:
         self._leaves = [parameter.detach().requires_grad_() for parameter in parameters]
         self._pass: Callable[[], _Pass | None] = lambda: None
         before = pool.allocated()
-        self._own = [_Own(i, _empty_like(x)) for i, x in enumerate(inputs) if x.requires_grad]
+        self._own = [_Own(i, torch.empty_like(x).requires_grad_()) for i, x in enumerate(inputs) if x.requires_grad]
         self._shared = [(i, pool.shared(x)) for i, x in enumerate(inputs) if not x.requires_grad]
         for _, shared in self._shared:
             shared.users.add(self)
@@ -127,7 +127,7 @@ class Recording:
     def _try(self) -> tuple[list["_Leaving"], list[Tensor]]:
         """Run once for all that is done but once, and to see which gradients there are: how they leave, and enter."""
         self._run_forward()
-        asked = [out for out in self._outs if out.requires_grad]
+        asked = [self._outs[number] for number in self.wanted_outs]
         sizes = [out.numel() for out in asked]
         flat = self._pool.buffer("in", sum(sizes), asked[0])
         douts = [part.view(out.shape) for part, out in zip(torch.split(flat, sizes), asked, strict=True)]
@@ -157,7 +157,7 @@ class Recording:
             torch.cat([cast(Tensor, grads[number]).reshape(-1) for number in leaving.numbers], out=leaving.flat)
 
     def _gradients(self, douts: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
-        asked = [out for out in self._outs if out.requires_grad]
+        asked = [self._outs[number] for number in self.wanted_outs]
         wanted = [*(tensor for _, tensor in self._own), *self._leaves]
         return torch.autograd.grad(asked, wanted, douts, retain_graph=True, allow_unused=True)
 
@@ -202,7 +202,3 @@ class _Replay(torch.autograd.Function):
         for place in recording.wants:
             of_inputs[place] = next(grads)
         return None, None, *of_inputs, *grads
-
-
-def _empty_like(x: Tensor) -> Tensor:
-    return torch.empty_like(x).requires_grad_()

@@ -80,7 +80,7 @@ class AdamW8bit(Optimizer):
             for param in group["params"]:
                 if param.grad is not None:
                     state = self._advance(param)
-                    grad = param.grad if _lies_like(param.grad, param) else torch.empty_like(param).copy_(param.grad)
+                    grad = _gradient(param, param.grad)
                     key = (param.device, param.dtype, grad.dtype, state["step"])
                     alike[key].append([param, grad, *(state[name] for name in _MOMENTS)])
             for (device, _, _, count), rows in alike.items():
@@ -113,11 +113,11 @@ class AdamW8bit(Optimizer):
         return state
 
 
-def _lies_like(grad: Tensor, param: Tensor) -> bool:
-    """Whether number after number in memory belong together."""
+def _gradient(param: Tensor, grad: Tensor) -> Tensor:
+    """The gradient, its numbers in the order in which those of the parameter lie."""
     if grad.is_sparse:
         raise ValueError("AdamW8bit takes no sparse gradients. Use torch.optim.SparseAdam for that parameter.")
-    return grad.stride() == param.stride()
+    return grad if grad.stride() == param.stride() else torch.empty_like(param).copy_(grad)
 
 
 def _update(group: dict[str, Any], count: int) -> tuple[float, ...]:
@@ -131,15 +131,15 @@ def _step(device: torch.device, rows: list[list[Tensor]], update: tuple[float, .
     if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
         from expertune.kernels.adamw_8bit import adamw_8bit  # imports Triton, which is optional
 
-        adamw_8bit(rows, _tables(device), update)
+        adamw_8bit(rows, tables(device), update)
         return
     for param, grad, *moments in rows:
         plain_step(param, grad, moments, update)
 
 
 @lru_cache
-def _tables(device: torch.device) -> tuple[Tensor, ...]:
-    """Values and bounds of the codes of the first and of the second moment."""
+def tables(device: torch.device) -> tuple[Tensor, ...]:
+    """Values and bounds of the codes of the first and of the second moment, as the kernel takes them."""
     kinds = (True, False)
     return tuple(
         t.to(device) for s in kinds for t in (dynamic_8bit.values(is_signed=s), dynamic_8bit.bounds(is_signed=s))

@@ -10,6 +10,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from expertune.kernels.launch import ceil_div
+
 BLOCK = 256  # numbers that share a maximum
 DECADES = 7
 
@@ -33,11 +35,6 @@ def bounds(*, is_signed: bool) -> Tensor:
     return (ascending[:-1] + ascending[1:]) / 2
 
 
-def num_blocks(numel: int) -> int:
-    """Blocks that so many numbers take."""
-    return -(-numel // BLOCK)
-
-
 def encode(x: Tensor, *, is_signed: bool) -> tuple[Tensor, Tensor]:
     """Codes, uint8 and of the shape of `x`, and each block's maximum, float32 `(blocks,)`. Rounds to the nearest.
 
@@ -45,7 +42,7 @@ def encode(x: Tensor, *, is_signed: bool) -> tuple[Tensor, Tensor]:
         x: float32, contiguous; blocks run over its numbers in order.
         is_signed: whether there are negative numbers.
     """
-    padded = x.new_zeros((num_blocks(x.numel()), BLOCK))
+    padded = x.new_zeros((ceil_div(x.numel(), BLOCK), BLOCK))
     padded.view(-1)[: x.numel()] = x.reshape(-1)
     maximum = padded.abs().amax(dim=1)
     fraction = padded / maximum.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
@@ -69,4 +66,4 @@ def zeros(like: Tensor, *, is_signed: bool) -> tuple[Tensor, Tensor]:
     """Codes and maxima of zeros, one for each number of `like`, contiguous."""
     zero = int((values(is_signed=is_signed) == 0).nonzero())
     codes = torch.full((like.numel(),), zero, dtype=torch.uint8, device=like.device)
-    return codes, torch.zeros(num_blocks(like.numel()), dtype=torch.float32, device=like.device)
+    return codes, torch.zeros(ceil_div(like.numel(), BLOCK), dtype=torch.float32, device=like.device)
