@@ -1,7 +1,9 @@
 """Recording without a GPU: work that was recorded is run again."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +32,9 @@ class FakeCapture:
     refuses: str | None = None
     recorded: list[bool] = field(default_factory=list)
 
+    def pool(self, _device: torch.device) -> Pool:
+        return Pool(self)
+
     def record(self, work: Callable[[], None], *, keeps: bool) -> Rerun:
         if self.refuses is not None:
             raise RuntimeError(self.refuses)
@@ -39,7 +44,11 @@ class FakeCapture:
 
 def make_recorder(capture: FakeCapture) -> Recorder:
     """One that records on any device."""
-    return Recorder(lambda module, kwargs: "", lambda: False, frozenset({"unread"}), lambda device: Pool(capture))
+    return Recorder(_no_context, bool, frozenset({"unread"}), capture.pool)
+
+
+def _no_context(_module: nn.Module, _kwargs: dict[str, Any]) -> str:
+    return ""
 
 
 class Toy(nn.Module):
@@ -55,9 +64,11 @@ class Toy(nn.Module):
         return self.frozen((self.linear(x) * pair[0]).tanh() + pair[1]) * self.scale, None
 
 
-def recorded_toy(capture: FakeCapture) -> Toy:
-    """A toy whose forward is a piece."""
+def toys(recorder: Recorder, number: int) -> tuple[list[Toy], list[Toy]]:
+    """So many, whose forwards are pieces; and the same as they are without."""
     torch.manual_seed(0)
-    toy = Toy()
-    toy.forward = Piece(toy, make_recorder(capture))  # type: ignore[method-assign]
-    return toy
+    recorded = [Toy() for _ in range(number)]
+    stock = copy.deepcopy(recorded)
+    for toy in recorded:
+        toy.forward = Piece(toy, recorder)  # type: ignore[method-assign]
+    return recorded, stock

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from expertune.graphs.piece import Piece
-from tests.graphs.replayed import FakeCapture, Toy, make_recorder, recorded_toy
+from tests.graphs.replayed import FakeCapture, Toy, make_recorder, toys
 
 
 def draw(*shape: int, seed: int) -> Tensor:
@@ -46,9 +45,7 @@ def capture() -> FakeCapture:
 
 @pytest.fixture
 def pair(capture: FakeCapture) -> tuple[Toy, Toy]:
-    toy = recorded_toy(capture)
-    stock = copy.deepcopy(toy)
-    del stock.forward
+    (toy,), (stock,) = toys(make_recorder(capture), 1)
     return toy, stock
 
 
@@ -128,23 +125,25 @@ def test_a_backward_that_comes_too_late_is_refused(pair: tuple[Toy, Toy]) -> Non
         out.backward()
 
 
+def assert_stacks_are_same(layers: list[Toy], stock: list[Toy], x: Tensor, pairs: list[tuple[Tensor, Tensor]]) -> None:
+    """One step through all layers of both, each layer with its pair."""
+    results = []
+    for stack in (layers, stock):
+        hidden = x
+        for layer, pair in zip(stack, pairs, strict=True):
+            layer.zero_grad()
+            hidden = layer(hidden, pair)[0]
+        hidden.square().sum().backward()
+        results.append([p.grad for layer in stack for p in layer.parameters()])
+    torch.testing.assert_close(*results)
+
+
 def test_layers_share_what_all_get(capture: FakeCapture) -> None:
     recorder = make_recorder(capture)
-    torch.manual_seed(0)
-    layers = [Toy() for _ in range(3)]
-    stock = copy.deepcopy(layers)
-    for layer in layers:
-        layer.forward = Piece(layer, recorder)  # type: ignore[method-assign]
+    layers, stock = toys(recorder, 3)
     for seed in range(5):
-        results = []
-        for stack in (layers, stock):
-            x, others = inputs(seed)
-            for layer in stack:
-                layer.zero_grad()
-                x = layer(x, others)[0]
-            x.square().sum().backward()
-            results.append([p.grad for layer in stack for p in layer.parameters()])
-        torch.testing.assert_close(*results)
+        x, others = inputs(seed)
+        assert_stacks_are_same(layers, stock, x, [others] * 3)
     (pool,) = recorder.pools.values()
     assert pool is not None
     assert len(pool._shared) == 2
@@ -153,23 +152,11 @@ def test_layers_share_what_all_get(capture: FakeCapture) -> None:
 
 def test_layers_that_no_longer_share_are_right_too(capture: FakeCapture) -> None:
     """Recorded with one pair for both layers, then called with one each: the second must not read the first's."""
-    recorder = make_recorder(capture)
-    torch.manual_seed(0)
-    layers = [Toy(), Toy()]
-    stock = copy.deepcopy(layers)
-    for layer in layers:
-        layer.forward = Piece(layer, recorder)  # type: ignore[method-assign]
+    layers, stock = toys(make_recorder(capture), 2)
     for seed in range(5):
-        results = []
-        for stack in (layers, stock):
-            x, first = inputs(seed)
-            second = first if seed < 3 else inputs(seed + 50)[1]
-            for layer, others in zip(stack, (first, second), strict=True):
-                layer.zero_grad()
-                x = layer(x, others)[0]
-            x.square().sum().backward()
-            results.append([p.grad for layer in stack for p in layer.parameters()])
-        torch.testing.assert_close(*results)
+        x, first = inputs(seed)
+        second = first if seed < 3 else inputs(seed + 50)[1]
+        assert_stacks_are_same(layers, stock, x, [first, second])
 
 
 def test_an_input_written_to_in_place_is_read_anew(pair: tuple[Toy, Toy]) -> None:
@@ -273,10 +260,8 @@ def test_memory_is_given_back_once_the_layer_runs_twice(pair: tuple[Toy, Toy], c
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
-def test_a_copy_records_for_itself(copied: Any) -> None:
-    torch.manual_seed(0)
-    toy = Toy()
-    toy.forward = Piece(toy, make_recorder_of_module())  # type: ignore[method-assign]
+def test_a_copy_records_for_itself(pair: tuple[Toy, Toy], copied: Any) -> None:
+    toy, _ = pair
     for _ in range(4):
         toy(*inputs(0))[0].sum().backward()
     twin = copied(toy)
@@ -285,20 +270,3 @@ def test_a_copy_records_for_itself(copied: Any) -> None:
     with torch.no_grad():
         twin.linear.weight.zero_()
     assert not torch.equal(twin(*inputs(0))[0], toy(*inputs(0))[0])
-
-
-def make_recorder_of_module() -> Any:
-    """With nothing in it that cannot be pickled."""
-    from expertune.graphs.piece import Recorder
-
-    return Recorder(_context, bool, frozenset(), _pool)
-
-
-def _context(_module: nn.Module, _kwargs: dict[str, Any]) -> str:
-    return ""
-
-
-def _pool(_device: torch.device) -> Any:
-    from expertune.graphs.pool import Pool
-
-    return Pool(FakeCapture())

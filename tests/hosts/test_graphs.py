@@ -7,14 +7,13 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 import expertune
 from expertune.graphs.piece import Piece
-from expertune.graphs.pool import Pool
 from expertune.hosts.attach import attached
 from tests.conftest import Checkpoint
 from tests.graphs.replayed import FakeCapture
+from tests.hosts.models import load_tiny
 
 PIECES = {
     "qwen3_moe": ["layers.0.self_attn", "layers.1.self_attn"],
@@ -30,20 +29,20 @@ TARGETS = {"glm4_moe_lite": ["q_a_proj", "q_b_proj", "o_proj", "gate_proj", "up_
 
 
 def make(folder: Path, family: str, *, graphs: bool, **settings: Any) -> Any:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    model.requires_grad_(False)
+    model = load_tiny(folder, torch.float32).requires_grad_(False)
     expertune.optimize(model, graphs=graphs, **settings)
     targets = TARGETS.get(family, ["q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"])
     torch.manual_seed(0)
-    wrapped = expertune.add_lora(model, r=4, target_modules=targets, init_lora_weights=False)
-    return wrapped.train()
+    return expertune.add_lora(model, r=4, target_modules=targets, init_lora_weights=False)
 
 
-def fake(model: Any) -> FakeCapture:
+def both(folder: Path, family: str = "", **settings: Any) -> tuple[Any, Any, FakeCapture]:
+    """A model that records without a GPU, the same without recordings, and what counts them."""
+    ours, stock = (make(folder, family, graphs=graphs, **settings) for graphs in (True, False))
     capture = FakeCapture()
-    recorder = attached(model.get_base_model()).recorder  # type: ignore[union-attr]
-    recorder._pool_of = lambda device: Pool(capture)  # type: ignore[union-attr]
-    return capture
+    recorder = attached(ours.get_base_model()).recorder  # type: ignore[union-attr]
+    recorder._pool_of = capture.pool  # type: ignore[union-attr]
+    return ours, stock, capture
 
 
 def step(model: nn.Module, ids: torch.Tensor, **inputs: Any) -> list[torch.Tensor | None]:
@@ -60,9 +59,7 @@ def tokens(seed: int, batch: int = 2, length: int = 12) -> torch.Tensor:
 
 @pytest.mark.parametrize("family", PIECES)
 def test_every_step_is_the_same(checkpoint: Checkpoint, family: str) -> None:
-    folder = checkpoint(family)
-    ours, stock = make(folder, family, graphs=True), make(folder, family, graphs=False)
-    capture = fake(ours)
+    ours, stock, capture = both(checkpoint(family), family)
     names = [name for name, module in ours.named_modules() if isinstance(vars(module).get("forward"), Piece)]
     assert [name.removeprefix("base_model.model.model.") for name in names] == PIECES[family]
     for seed in range(5):
@@ -73,9 +70,7 @@ def test_every_step_is_the_same(checkpoint: Checkpoint, family: str) -> None:
 
 
 def test_router_logits_and_their_loss_are_the_hosts(checkpoint: Checkpoint) -> None:
-    folder = checkpoint("qwen3_moe")
-    ours, stock = make(folder, "", graphs=True), make(folder, "", graphs=False)
-    capture = fake(ours)
+    ours, stock, capture = both(checkpoint("qwen3_moe"))
     for seed in range(5):
         ids = tokens(seed)
         extra = {"output_router_logits": True}
@@ -85,9 +80,7 @@ def test_router_logits_and_their_loss_are_the_hosts(checkpoint: Checkpoint) -> N
 
 def test_packed_padded_and_longer_batches_between(checkpoint: Checkpoint) -> None:
     """Ours looks at positions and padding before a layer runs, so such a batch is not replayed as a plain one."""
-    folder = checkpoint("gpt_oss")
-    ours, stock = make(folder, "", graphs=True), make(folder, "", graphs=False)
-    capture = fake(ours)
+    ours, stock, capture = both(checkpoint("gpt_oss"))
     packed = torch.cat((torch.arange(5), torch.arange(7)))[None]
     padding = torch.ones(1, 12, dtype=torch.long)
     padding[:, :4] = 0
@@ -102,9 +95,7 @@ def test_packed_padded_and_longer_batches_between(checkpoint: Checkpoint) -> Non
 
 
 def test_adapters_that_change_are_seen(checkpoint: Checkpoint) -> None:
-    folder = checkpoint("qwen3_moe")
-    ours, stock = make(folder, "", graphs=True), make(folder, "", graphs=False)
-    capture = fake(ours)
+    ours, stock, capture = both(checkpoint("qwen3_moe"))
     ids = tokens(0)
     for _ in range(3):
         step(ours, ids)
@@ -123,9 +114,7 @@ def test_adapters_that_change_are_seen(checkpoint: Checkpoint) -> None:
 
 
 def test_generation_and_checkpointing_run_as_without(checkpoint: Checkpoint) -> None:
-    folder = checkpoint("qwen3_moe")
-    ours, stock = make(folder, "", graphs=True, memory="lean"), make(folder, "", graphs=False, memory="lean")
-    capture = fake(ours)
+    ours, stock, capture = both(checkpoint("qwen3_moe"), memory="lean")
     for seed in range(4):
         ids = tokens(seed)
         torch.testing.assert_close(step(ours, ids), step(stock, ids))

@@ -29,9 +29,15 @@ def quiet(recipe: Recipe) -> RunResult:
     return run(recipe, Console(file=StringIO()))
 
 
-def test_lora_from_the_recipe_to_stock_peft(make: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    trained: list[Trainer] = []
-    monkeypatch.setattr(run_module, "Trainer", lambda **kwargs: trained.append(Trainer(**kwargs)) or trained[0])
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[Trainer]:
+    """The trainers of a run."""
+    made: list[Trainer] = []
+    monkeypatch.setattr(run_module, "Trainer", lambda **kwargs: made.append(Trainer(**kwargs)) or made[0])
+    return made
+
+
+def test_lora_from_the_recipe_to_stock_peft(make: Make, trained: list[Trainer], tmp_path: Path) -> None:
     output = StringIO()
     recipe = make(r=4, eval_size=4, eval_steps=2, save_steps=2, learning_rate=1e-2)
     result = run(recipe, Console(file=output, width=100))
@@ -183,9 +189,7 @@ def test_the_balance_loss_counts(make: Make, tmp_path: Path) -> None:
     assert as_model - off == pytest.approx((on - off) * 0.001, rel=1e-2)  # qwen3_moe's own coefficient
 
 
-def test_eight_bit_adam_is_our_own(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    trained: list[Trainer] = []
-    monkeypatch.setattr(run_module, "Trainer", lambda **kwargs: trained.append(Trainer(**kwargs)) or trained[0])
+def test_eight_bit_adam_is_our_own(make: Make, trained: list[Trainer]) -> None:
     quiet(make(optim="adamw_8bit", learning_rate=3e-3, weight_decay=0.1))
     optimizer = trained[0].optimizer.optimizer  # within accelerate's
     assert type(optimizer) is AdamW8bit
