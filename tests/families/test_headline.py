@@ -1,6 +1,7 @@
 """The families that most people train, as they train them: TRL's trainer, a full fine-tune on disk, torch.compile."""
 
 import copy
+import re
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ from transformers import PreTrainedModel
 from trl import SFTConfig, SFTTrainer
 
 import expertune
+from expertune.hosts.attach import attached
 from expertune.hosts.trl import GradientProof
 from tests.families.found import families
 from tests.families.proof import exactly, farthest, run, usual_names
 from tests.families.tiny import SIZES, tiny_model
+from tests.graphs.replayed import FakeCapture
 from tests.hosts.models import tokenizer
 
 HEADLINE = (
@@ -187,6 +190,29 @@ def test_a_compiled_model_is_as_the_plain_one(model: PreTrainedModel) -> None:
     # hosts compute their routers and norms in float32, and a compiler rounds those otherwise
     difference, name = farthest({"out": result["out"]}, {"out": plain["out"]})
     assert difference <= 1e-5, f"{name}: {difference:.3g}"
+
+
+@headline
+def test_a_layer_that_is_replayed_is_as_it_was(model: PreTrainedModel) -> None:
+    """As CUDA graphs replay it: the work that was recorded, on the tensors it was recorded with."""
+    # PEFT refuses some linears of Mamba
+    targets = usual_names(model) if model.config.model_type == "nemotron_h" else "all-linear"
+    ours = expertune.add_lora(copy.deepcopy(model).float(), r=4, target_modules=targets, init_lora_weights=False)
+    plain = copy.deepcopy(ours)
+    expertune.optimize(plain, graphs=False)
+    capture = FakeCapture()
+    recorder = attached(ours.get_base_model()).recorder  # type: ignore[union-attr,arg-type]
+    recorder._pool_of = capture.pool  # type: ignore[union-attr]
+    for seed in range(5):
+        difference, name = farthest(run(ours, seed), run(plain, seed))
+        assert difference <= 1e-5, f"{name}: {difference:.3g}"
+    told = re.search(r"CUDA graphs: (\d+) of (\d+) layers.*, 1 kinds of calls$", str(expertune.explain(ours)))
+    assert told is not None
+    if model.config.model_type == "gemma4_text":  # its layers hand keys on to others, through an object
+        assert told[1] == "0"
+    else:
+        assert told[1] == told[2]
+    assert capture.replays
 
 
 @pytest.mark.parametrize("names", [["gate_proj", "up_proj", "down_proj"], "all-linear"], ids=str)

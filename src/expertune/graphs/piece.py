@@ -1,8 +1,8 @@
 """Which calls of a module are recorded: those that came before, in training, on few tokens."""
 
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
-from typing import Any, TypeAlias
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -19,32 +19,55 @@ _MOST_KINDS = 2  # of calls that a module is recorded for: each takes memory of 
 _MOST_TOKENS = 8192  # above, the device is what a step waits for
 _MOST_RELEASES = 3
 _MOST_COUNTED = 64  # kinds of calls whose number is kept
+_MOST_TRAINED = 2**27  # parameters: their gradients leave a recording by a copy
 
-Context: TypeAlias = Callable[[nn.Module, dict[str, Any]], Hashable | None]
 PoolOf: TypeAlias = Callable[[torch.device], Pool | None]
+
+
+class Host(Protocol):
+    """Whose modules they are."""
+
+    ignored: frozenset[str]
+    """Keywords that no module reads."""
+
+    def is_checkpointed(self) -> bool:
+        """Whether the layer that runs now will run again in backward."""
+        ...
+
+    def context(self, module: nn.Module, kwargs: dict[str, Any]) -> Hashable | None:
+        """What else a call depends on; None if it must not be recorded."""
+        ...
+
+    def is_observer(self, hook: Callable[..., Any]) -> bool:
+        """Whether a hook on a module changes nothing, and hears of what `caught` and `deliver` pass on, if of anything.
+
+        Any other hook wants to be called, so its module is not recorded.
+        """
+        ...
+
+    def catching(self) -> AbstractContextManager[Any]:
+        """Around a forward: gives what observers would have taken from it, filled by the time that it has run."""
+        ...
+
+    def deliver(self, caught: Any) -> None:
+        """Hand to the observers what was caught, or what a replay put in its place."""
+        ...
 
 
 class Recorder:
     """The pieces of one model.
 
     Args:
-        context: of a module and the keywords of a call, what else the call depends on; None if it must not be recorded.
-        is_checkpointed: whether the layer that runs now will run again in backward.
-        ignored: keywords that no piece reads.
+        host: whose model it is.
         pool_of: of a device; None for one without graphs.
     """
 
-    def __init__(
-        self,
-        context: Context,
-        is_checkpointed: Callable[[], bool],
-        ignored: frozenset[str] = frozenset(),
-        pool_of: PoolOf | None = None,
-    ) -> None:
-        self.context, self.is_checkpointed, self.ignored = context, is_checkpointed, ignored
+    def __init__(self, host: Host, pool_of: PoolOf | None = None) -> None:
+        self.host = host
         self.pieces: list[Piece] = []
         self.refused: dict[type[nn.Module], str] = {}
         self.pools: dict[torch.device, Pool | None] = {}
+        self.is_recording = False
         self._pool_of = pool_of or cuda_pool
         self._releases = 0
 
@@ -57,6 +80,16 @@ class Recorder:
     def __getstate__(self) -> dict[str, Any]:
         """As for a piece."""
         return vars(self) | {"pools": {}}
+
+    @contextmanager
+    def recording(self) -> Iterator[Any]:
+        """Around a forward that is recorded, in which pieces run as they are: gives what observers would have taken."""
+        self.is_recording = True
+        try:
+            with self.host.catching() as caught:
+                yield caught
+        finally:
+            self.is_recording = False
 
     def release(self) -> None:
         """Give the memory of all recordings back: it is wanted for something else."""
@@ -81,6 +114,8 @@ def cuda_pool(device: torch.device) -> Pool | None:
 class Piece:
     """The forward of a module, replayed where such a call has been recorded. Stands in for `module.forward`.
 
+    A piece may lie in another: it then comes to be recorded only where that one is not.
+
     Args:
         module: computes the same from the same inputs.
         recorder: of its model.
@@ -100,7 +135,9 @@ class Piece:
         if found is None:
             return type(self.module).forward(self.module, *args, **kwargs)
         recording, tensors = found
-        return recording.replay(tensors)
+        out, caught = recording.replay(tensors)
+        self._recorder.host.deliver(caught)
+        return out
 
     def __getstate__(self) -> dict[str, Any]:
         """Recordings belong to one model in one process; a copy makes its own."""
@@ -118,18 +155,18 @@ class Piece:
 
     def _find(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Recording, list[Tensor]] | None:
         """The recording for a call, perhaps made now, and the call's tensors; None if the module itself is to run."""
-        recorder = self._recorder
-        if not recorder.is_on or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        recorder, host = self._recorder, self._recorder.host
+        if not recorder.is_on or recorder.is_recording or not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
-        if recorder.is_checkpointed() or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        if host.is_checkpointed() or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
             if self.recordings:  # memory is wanted
                 recorder.release()
             return None
-        context = recorder.context(self.module, kwargs)
+        context = host.context(self.module, kwargs)
         if context is None:
             return None
         tensors: list[Tensor] = []
-        read = {name: value for name, value in kwargs.items() if name not in recorder.ignored}
+        read = {name: value for name, value in kwargs.items() if name not in host.ignored}
         call = take_apart((args, read), tensors)
         pool = recorder.pool(tensors[0].device)
         if pool is None or not self._pays(tensors):
@@ -165,29 +202,38 @@ class Piece:
     def _may_record(self, watch: Watch, tensors: list[Tensor], pool: Pool) -> bool:
         return (
             self.recordings < _MOST_KINDS
+            and sum(p.numel() for p in self.module.parameters() if p.requires_grad) <= _MOST_TRAINED
             and any(tensor.requires_grad for tensor in (*tensors, *self.module.parameters()))
             and not any(tensor.is_inference() for tensor in tensors)
-            and not watch.is_hooked()
+            and all(map(self._recorder.host.is_observer, watch.hooks()))
             and not any(isinstance(m, nn.Dropout) and m.p for m in self.module.modules())
             and not getattr(self.module, "attention_dropout", 0.0)
-            and pool.has_room(len(self._recorder.pieces))
+            and pool.has_room(sum(type(piece.module) is type(self.module) for piece in self._recorder.pieces))
         )
 
     def _record(self, kind: Any, tensors: list[Tensor], pool: Pool) -> tuple[Recording, list[Tensor]] | None:
         (call, _, autocast), device, module = kind, tensors[0].device.type, self.module
+        recorder = self._recorder
         trained = [p for p in module.parameters() if p.requires_grad]
 
         def forward(inputs: Any, leaves: Any) -> Any:
             args, kwargs = put_together(call, iter(inputs))
+            given: list[Tensor] = []
+            before = take_apart((args, kwargs), given)
             # a weight that an earlier operation cast would be read from the cache, and be stale in every replay
             autocasts = torch.autocast(device, dtype=autocast or None, enabled=bool(autocast), cache_enabled=False)
-            with autocasts, _with_parameters(module, dict(zip(trained, leaves, strict=True))):
-                return type(module).forward(module, *args, **kwargs)
+            instead = dict(zip(trained, leaves, strict=True))
+            with autocasts, _with_parameters(module, instead), recorder.recording() as caught:
+                out = type(module).forward(module, *args, **kwargs)
+            left: list[Tensor] = []
+            if take_apart((args, kwargs), left) != before or any(a is not b for a, b in zip(given, left, strict=True)):
+                raise RuntimeError("it changes its arguments")
+            return out, caught
 
         try:
             recording = Recording(forward, tensors, trained, pool)
         except RuntimeError as error:
-            self._recorder.refused[type(module)] = str(error).splitlines()[0]
+            recorder.refused[type(module)] = str(error).splitlines()[0]
             return None
         self._recordings[kind] = recording
         return recording, tensors

@@ -1,12 +1,13 @@
-"""What a recording of a module stands on beside its inputs: parameters, submodules, settings."""
+"""What a recording of a module stands on beside its inputs: parameters, submodules, settings, hooks."""
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
 _SCALARS = (int, float, str, bool, type(None))
 _INTERNAL = frozenset(vars(nn.Module())) - {"training"}
-_HOOKS = tuple(name for name in vars(nn.Module()) if name.endswith("hooks"))
+_HOOKS = tuple(name for name in vars(nn.Module()) if name.endswith("hooks") and "state_dict" not in name)
 
 
 class Watch:
@@ -23,21 +24,27 @@ class Watch:
         self._parameters = [(p, p.data_ptr(), p.requires_grad) for p in module.parameters()]
         self._settings = [(vars(m), _plain(m)) for m in modules if not type(m).__module__.startswith("torch.nn.")]
         self._hooks = [getattr(m, name) for m in modules[1:] for name in _HOOKS]
+        self._hooked = self._numbers()
 
-    def is_hooked(self) -> bool:
-        """Whether anyone looks into the module while it runs."""
-        return any(self._hooks)
+    def hooks(self) -> list[Callable[..., Any]]:
+        """By which others look into the module while it runs."""
+        return [hook for hooks in self._hooks for hook in hooks.values()]
 
     def is_same(self) -> bool:
         """Whether the module computes what it computed then, on the same memory."""
         return (
-            all(
+            self._numbers() == self._hooked
+            and all(
                 len(held) == len(was) and all(held.get(name) is each for name, each in was.items())
                 for held, was in self._held
             )
             and all(p.data_ptr() == pointer and p.requires_grad == wants for p, pointer, wants in self._parameters)
             and all(now.get(name) == value for now, was in self._settings for name, value in was.items())
         )
+
+    def _numbers(self) -> list[tuple[int, ...]]:
+        """Of the hooks, as torch counts them."""
+        return [tuple(hooks) for hooks in self._hooks if hooks]
 
 
 def _plain(module: nn.Module) -> dict[str, Any]:

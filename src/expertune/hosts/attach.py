@@ -114,7 +114,7 @@ def attach(
             state.handles.append(decoder.register_forward_pre_hook(partial(_before_decoder, model, state)))
     for layer in ours:
         _checkpoint(layer, state)
-    state.recorder = graphs.recorder(state.replay) if uses_graphs else None
+    state.recorder = Recorder(graphs.TransformersHost(state.replay)) if uses_graphs else None
     model._expertune = state
     bind_all(model)
     state.adapters = _adapters_of(model)

@@ -1,39 +1,80 @@
-"""Which modules of a model are recorded: the parts of its layers that hold LoRA and no experts.
+"""Which modules of a model are recorded: its layers with LoRA; where a layer cannot be, its attention and dense parts.
 
-At short context their many small operations take longer to submit than to run: attention, dense layers, shared experts.
-The experts' own products run longer than they take to submit, and the router stays the host's, whose outputs hooks
-collect.
+At short context the many small operations of a layer take longer to submit than to run.
 """
 
-from collections.abc import Hashable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import output_capturing
 
 from expertune.graphs.piece import Piece, Recorder
 from expertune.hosts import attention
 from expertune.hosts.transformers import is_experts
 from expertune.memory.replay import RoutingReplay
 
-# what the loss is divided by goes with every call down to the attention, which does not read it
-_IGNORED = frozenset({"num_items_in_batch"})
+_OBSERVERS = (output_capturing.__name__, "expertune.hosts.attach")  # whose hooks do nothing else
 
 
-def recorder(replay: RoutingReplay) -> Recorder:
-    """For one model.
+class TransformersHost:
+    """Of one model: see `expertune.graphs.piece.Host`.
+
+    Transformers collects what a caller asked for, such as the routers' logits, by hooks that append to lists. They are
+    given other lists while a layer is recorded.
 
     Args:
-        replay: its routing replay, which knows when a layer is checkpointed.
+        replay: the model's routing replay, which knows when a layer is checkpointed.
     """
-    return Recorder(_context, partial(_is_checkpointed, replay), _IGNORED)
+
+    # what the loss is divided by goes with every call down to the attention, which does not read it
+    ignored = frozenset({"num_items_in_batch"})
+
+    def __init__(self, replay: RoutingReplay) -> None:
+        self._replay = replay
+
+    def is_checkpointed(self) -> bool:
+        """Whether a tape is running."""
+        return self._replay.tape is not None
+
+    def context(self, module: nn.Module, kwargs: dict[str, Any]) -> Hashable | None:
+        """The attention that the call runs, which the host reads from its config, and what is collected from it."""
+        config = next((m.config for m in module.modules() if hasattr(m, "config")), None)
+        implementation = getattr(config, "_attn_implementation", "")
+        if implementation == attention.IMPLEMENTATION and not attention.is_whole(
+            kwargs.get("attention_mask"), kwargs.get("position_ids")
+        ):
+            return None
+        return str(implementation), tuple(_collected())
+
+    def is_observer(self, hook: Callable[..., Any]) -> bool:
+        """Whether it is Transformers', or our own around a block, which serves checkpointed layers alone."""
+        return getattr(getattr(hook, "func", hook), "__module__", None) in _OBSERVERS
+
+    @contextmanager
+    def catching(self) -> Iterator[dict[str, list[Any]]]:
+        """Lists in place of those that the hooks append to."""
+        caught: dict[str, list[Any]] = {key: [] for key in _collected()}
+        token = output_capturing._active_collector.set(caught)
+        try:
+            yield caught
+        finally:
+            output_capturing._active_collector.reset(token)
+
+    def deliver(self, caught: dict[str, list[Any]]) -> None:
+        """Append to those lists."""
+        collected = _collected()
+        for key, values in caught.items():
+            collected[key].extend(values)
 
 
 def bind(layers: Sequence[nn.Module], recorder: Recorder) -> None:
     """Let the pieces of these layers be recorded, those that are not yet."""
     for layer in layers:
-        for module in pieces(layer):
+        for module in parts(layer):
             if "forward" not in vars(module):
                 module.forward = Piece(module, recorder)
 
@@ -46,35 +87,37 @@ def unbind(recorder: Recorder) -> None:
     recorder.pieces.clear()
 
 
-def pieces(module: nn.Module) -> Iterator[nn.Module]:
+def parts(layer: nn.Module) -> Iterator[nn.Module]:
+    """A layer with LoRA, and then, for where it cannot be recorded as a whole, its parts."""
+    if any(isinstance(module, BaseTunerLayer) for module in layer.modules()):
+        yield layer
+        yield from _without_experts(layer)
+
+
+def _without_experts(module: nn.Module) -> Iterator[nn.Module]:
     """The largest parts of a module with LoRA and without experts, in order; a LoRA layer alone is none."""
     for child in module.children():
         if isinstance(child, BaseTunerLayer):
             continue
         inner = list(child.modules())
         if any(is_experts(each) for each in inner):
-            yield from pieces(child)
+            yield from _without_experts(child)
         elif any(isinstance(each, BaseTunerLayer) for each in inner):
             yield child
 
 
 def status(recorder: Recorder) -> str:
     """What has been recorded, in words."""
+    layers = [piece for piece in recorder.pieces if isinstance(piece.module, GradientCheckpointingLayer)]
     recorded = [piece for piece in recorder.pieces if piece.recordings]
+    whole = sum(piece in layers for piece in recorded)
     kinds = max((piece.recordings for piece in recorded), default=0)
+    parts_alone = f" and {len(recorded) - whole} parts of layers" if len(recorded) > whole else ""
     refused = "".join(f"; {kind.__name__} cannot be: {reason}" for kind, reason in recorder.refused.items())
-    return f"CUDA graphs: {len(recorded)} of {len(recorder.pieces)} parts of layers, {kinds} kinds of calls{refused}"
+    return f"CUDA graphs: {whole} of {len(layers)} layers{parts_alone}, {kinds} kinds of calls{refused}"
 
 
-def _is_checkpointed(replay: RoutingReplay) -> bool:
-    return replay.tape is not None
-
-
-def _context(module: nn.Module, kwargs: dict[str, Any]) -> Hashable | None:
-    """The attention that a call runs, which the host reads from its config; None for one that is not recorded."""
-    implementation = getattr(getattr(module, "config", None), "_attn_implementation", "")
-    if implementation == attention.IMPLEMENTATION and not attention.is_whole(
-        kwargs.get("attention_mask"), kwargs.get("position_ids")
-    ):
-        return None
-    return str(implementation)
+def _collected() -> dict[str, list[Any]]:
+    """What Transformers collects from the model that runs now, by its name."""
+    collected = output_capturing._active_collector.get() or {}
+    return {name: values for name, values in collected.items() if isinstance(values, list)}

@@ -43,8 +43,9 @@ def resolve(model: PreTrainedModel, requested: Sequence[str] | str, parameters: 
     Args:
         model: a Transformers model without adapters.
         requested: names or dotted endings of paths, or "all-linear": every linear and all experts, without the router
-            and other gates of a MoE block and without the output head. A name without a dot, and "all-linear", leave
-            the vision or audio tower of a composite model alone.
+            and other gates of a MoE block, without the output head, and without what a model's own code makes of a
+            linear (groups of them in DeepSeek-V4), whose shapes PEFT's factors do not fit. A name without a dot, and
+            "all-linear", leave the vision or audio tower of a composite model alone.
         parameters: names or dotted endings of parameters, meant beside them.
 
     Raises:
@@ -85,6 +86,7 @@ def _resolve_modules(model: PreTrainedModel, requested: Sequence[str] | str, tow
             path
             for path, module in linears.items()
             if module is not head
+            and not _is_of_its_own(module)
             and path not in routers
             and path.rpartition(".")[0] not in names_of_blocks
             and not _is_below(path, towers)
@@ -173,6 +175,12 @@ def _refuse_halves(names: Sequence[str], experts: dict[str, set[str]]) -> None:
                 f"target_modules names {present.pop()!r} without {missing!r}, but the experts of this model hold both "
                 "as one fused gate_up_proj. Name both."
             )
+
+
+def _is_of_its_own(linear: nn.Linear) -> bool:
+    """Whether a model's code lets a linear compute something else."""
+    kind = type(linear)
+    return kind.forward is not nn.Linear.forward and kind.__module__.startswith("transformers.models.")
 
 
 def _is_below(path: str, towers: Sequence[str]) -> bool:
