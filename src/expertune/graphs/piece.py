@@ -119,10 +119,12 @@ class Piece:
     Args:
         module: computes the same from the same inputs.
         recorder: of its model.
+        function: in place of its class's forward, of the module and the arguments.
     """
 
-    def __init__(self, module: nn.Module, recorder: Recorder) -> None:
+    def __init__(self, module: nn.Module, recorder: Recorder, function: Callable[..., Any] | None = None) -> None:
         self.module = module
+        self.function = function
         self._recorder = recorder
         self._seen: dict[Hashable, int] = {}
         self._recordings: dict[Hashable, Recording] = {}
@@ -133,7 +135,7 @@ class Piece:
         """As the module's own forward."""
         found = self._find(args, kwargs)
         if found is None:
-            return type(self.module).forward(self.module, *args, **kwargs)
+            return self._run(args, kwargs)
         recording, tensors = found
         out, caught = recording.replay(tensors)
         self._recorder.host.deliver(caught)
@@ -152,6 +154,9 @@ class Piece:
         """Drop all recordings, and begin to count anew."""
         self._seen.clear()
         self._recordings.clear()
+
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return (self.function or type(self.module).forward)(self.module, *args, **kwargs)
 
     def _find(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Recording, list[Tensor]] | None:
         """The recording for a call, perhaps made now, and the call's tensors; None if the module itself is to run."""
@@ -224,7 +229,7 @@ class Piece:
             autocasts = torch.autocast(device, dtype=autocast or None, enabled=bool(autocast), cache_enabled=False)
             instead = dict(zip(trained, leaves, strict=True))
             with autocasts, _with_parameters(module, instead), recorder.recording() as caught:
-                out = type(module).forward(module, *args, **kwargs)
+                out = self._run(args, kwargs)
             left: list[Tensor] = []
             if take_apart((args, kwargs), left) != before or any(a is not b for a, b in zip(given, left, strict=True)):
                 raise RuntimeError("it changes its arguments")

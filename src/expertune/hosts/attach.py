@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from expertune.graphs.piece import Recorder
-from expertune.hosts import attention, graphs, llama4, norms, peft, transformers
+from expertune.hosts import attention, graphs, llama4, norms, peft, rotary, transformers
 from expertune.memory.checkpoint import checkpoint_layer
 from expertune.memory.planner import Planner
 from expertune.memory.replay import ReplayingCheckpoint, RoutingReplay
@@ -38,6 +38,7 @@ class Attached:
         adapters: the names of PEFT's adapters when wrappers were last bound.
         attentions: the decoders that attend through ours, each with what it had.
         norms: those that run our forward.
+        rotaries: the attentions that rotate queries and keys by our function.
         planner: says which layers are checkpointed; None for all.
         recorder: of the parts that are replayed as CUDA graphs; None if none is to be.
     """
@@ -50,6 +51,7 @@ class Attached:
     adapters: tuple[str, ...] = ()
     attentions: list[tuple[PreTrainedModel, str]] = field(default_factory=list)
     norms: list[nn.Module] = field(default_factory=list)
+    rotaries: list[nn.Module] = field(default_factory=list)
     planner: Planner | None = None
     recorder: Recorder | None = None
 
@@ -94,7 +96,7 @@ def attach(
     if is_attention_ours:
         taken = [decoder for decoder in decoders(model) if attention.why_not(decoder) is None]
         state.attentions = [(decoder, attention.take_over(decoder)) for decoder in taken]
-    state.norms = norms.bind(model)
+    state.norms, state.rotaries = norms.bind(model), rotary.bind(model)
     transformers.register()
     configs: dict[int, Any] = {}
     for module, plan in plans:
@@ -131,6 +133,7 @@ def detach(model: PreTrainedModel) -> None:
     norms.unbind(state.norms)
     if state.recorder is not None:
         graphs.unbind(state.recorder)
+    rotary.unbind(state.rotaries)
     for decoder, had in state.attentions:
         attention.give_back(decoder, had)
     llama4.unbind(state.blocks, llama4.block_forward)

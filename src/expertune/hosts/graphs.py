@@ -5,6 +5,7 @@ At short context the many small operations of a layer take longer to submit than
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -13,7 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import output_capturing
 
 from expertune.graphs.piece import Piece, Recorder
-from expertune.hosts import attention
+from expertune.hosts import attention, rotary
 from expertune.hosts.transformers import is_experts
 from expertune.memory.replay import RoutingReplay
 
@@ -75,15 +76,20 @@ def bind(layers: Sequence[nn.Module], recorder: Recorder) -> None:
     """Let the pieces of these layers be recorded, those that are not yet."""
     for layer in layers:
         for module in parts(layer):
-            if "forward" not in vars(module):
-                module.forward = Piece(module, recorder)
+            is_rotary = rotary.is_bound(module)
+            if is_rotary or "forward" not in vars(module):
+                module.forward = Piece(module, recorder, rotary.forward if is_rotary else None)
 
 
 def unbind(recorder: Recorder) -> None:
     """Undo `bind`, unless someone has given a module another forward since."""
     for piece in recorder.pieces:
-        if vars(piece.module).get("forward") is piece:
+        if vars(piece.module).get("forward") is not piece:
+            continue
+        if piece.function is None:
             del piece.module.forward
+        else:
+            piece.module.forward = partial(piece.function, piece.module)
     recorder.pieces.clear()
 
 

@@ -1,0 +1,120 @@
+"""Rotary position embeddings of the host's attention in one fused operation, instead of the host's 26.
+
+Hosts rotate queries and keys by a function of their module, `apply_rotary_pos_emb`, and there is one a model type,
+nearly all alike. One is taken over if, on random numbers, it gives what the formula gives. The attention's own code
+then runs as it is, with another function under that name: on this instance alone, the host's module is left as it is.
+"""
+
+import inspect
+from collections.abc import Callable
+from functools import cache, partial
+from itertools import product
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from expertune.attention.rotary import Rotation, formula, rotate, why_not
+
+_NAMES = ("apply_rotary_pos_emb", "apply_rotary_pos_emb_interleave")
+_AGREES = 1e-5  # float32 rounding, relative
+
+
+def bind(model: nn.Module) -> list[nn.Module]:
+    """Give each attention that rotates by the formula ours. Returns them, for `unbind`."""
+    bound = []
+    for module in model.modules():
+        if "Attention" not in type(module).__name__ or "forward" in vars(module):
+            continue
+        if _with_ours(type(module).forward) is not None:
+            module.forward = partial(forward, module)
+            bound.append(module)
+    return bound
+
+
+def unbind(attentions: list[nn.Module]) -> None:
+    """Undo `bind`, unless someone has given an attention another forward since."""
+    for module in attentions:
+        if is_bound(module):
+            del module.forward
+
+
+def is_bound(module: nn.Module) -> bool:
+    """Whether a module's forward is the one that `bind` gave it."""
+    bound = vars(module).get("forward")
+    return isinstance(bound, partial) and bound.func is forward
+
+
+def forward(attention: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The attention's own forward, with our rotation; a compiler, which fuses rotations itself, gets the host's."""
+    host = type(attention).forward
+    run = host if torch.compiler.is_compiling() else _with_ours(host) or host
+    return run(attention, *args, **kwargs)
+
+
+def rotation_of(function: Callable[..., Any]) -> Rotation | None:
+    """Which formula a host's function follows, found by trying it on random numbers; None if it is another one."""
+    if list(inspect.signature(function).parameters)[:4] != ["q", "k", "cos", "sin"]:
+        return None
+    for interleaved, shared, half_width in product((False, True), repeat=3):
+        rotation = Rotation(interleaved, shared, half_width, passes=False)
+        if _follows(function, rotation, beside=0) and _keeps_dtype(function, rotation):
+            return rotation._replace(passes=_follows(function, rotation, beside=4))
+    return None
+
+
+def _follows(function: Callable[..., Any], rotation: Rotation, beside: int) -> bool:
+    """Whether the function gives what the formula gives, for heads wider by some elements than what is rotated."""
+    q, k, cos, sin = _random(rotation, beside)
+    try:
+        given = function(q, k, cos, sin)
+    except RuntimeError:  # shapes that it does not know
+        return False
+    ours = [formula(x, cos, sin, rotation) for x in (q, k)]
+    return all(
+        mine.shape == theirs.shape and torch.allclose(theirs, mine, rtol=_AGREES, atol=_AGREES)
+        for mine, theirs in zip(ours, given, strict=True)
+    )
+
+
+def _keeps_dtype(function: Callable[..., Any], rotation: Rotation) -> bool:
+    q, k, cos, sin = (x.bfloat16() for x in _random(rotation, beside=0))
+    return all(x.dtype == torch.bfloat16 for x in function(q, k, cos, sin))
+
+
+def _random(rotation: Rotation, beside: int) -> list[Tensor]:
+    """Queries, keys and two kinds of angles, in float32."""
+    width = 4 if rotation.half_width else 8
+    shapes = ((2, 2, 3, 8 + beside), (2, 1, 3, 8 + beside), (2, 3, width), (2, 3, width))
+    draw = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=draw, dtype=torch.float32) for shape in shapes]
+
+
+@cache
+def _with_ours(forward: Callable[..., Any]) -> FunctionType | None:
+    """An attention's forward with our rotation in place of its module's; None if it has none that we know."""
+    code = inspect.unwrap(forward)
+    if not isinstance(code, FunctionType):
+        return None
+    ours = {}
+    for name in _NAMES:
+        function = code.__globals__.get(name)
+        if name in code.__code__.co_names and function is not None and (rotation := rotation_of(function)) is not None:
+            ours[name] = _ours_or(function, rotation)
+    if not ours:
+        return None
+    twin = FunctionType(code.__code__, code.__globals__ | ours, code.__name__, code.__defaults__, code.__closure__)
+    twin.__kwdefaults__ = code.__kwdefaults__
+    return twin
+
+
+def _ours_or(host: Callable[..., Any], rotation: Rotation) -> Callable[..., Any]:
+    """A host's function, by ours where it can be."""
+
+    def rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs not in ({}, {"unsqueeze_dim": 1}) or why_not(q, k, cos, sin, rotation) is not None:
+            return host(q, k, cos, sin, *args, **kwargs)
+        return rotate(q, k, cos, sin, rotation)
+
+    return rotated

@@ -1,0 +1,131 @@
+"""Rotary position embeddings of queries and keys: one read, one write, in float32, rounded once.
+
+Written with torch's operations, a rotation of both is 12 kernels forward and 14 backward, each over all heads. The
+angles of a token are read once for all of its heads. Any Triton target.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from expertune.kernels.launch import launch, next_power_of_2
+
+_ELEMENTS = 2048  # pairs of a token that are held at a time
+
+
+@triton.jit
+def _rotate_heads(
+    x_ptr, y_ptr, c1, s1, c2, s2, H, x_head, y_head,
+    PAIRS: tl.constexpr, REST: tl.constexpr, X_STEP: tl.constexpr, X_GAP: tl.constexpr, Y_STEP: tl.constexpr,
+    Y_GAP: tl.constexpr, BACKWARD: tl.constexpr, BH: tl.constexpr, BP: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """All heads of one token."""
+    pair = tl.arange(0, BP)[None, :]
+    for first in range(0, H, BH):
+        head = first + tl.arange(0, BH)[:, None]
+        mask = (head < H) & (pair < PAIRS)
+        x = x_ptr + head * x_head + pair * X_STEP
+        y = y_ptr + head * y_head + pair * Y_STEP
+        x1 = tl.load(x, mask=mask, other=0.0).to(tl.float32)
+        x2 = tl.load(x + X_GAP, mask=mask, other=0.0).to(tl.float32)
+        if BACKWARD:
+            y1 = x1 * c1 + x2 * s2
+            y2 = x2 * c2 - x1 * s1
+        else:
+            y1 = x1 * c1 - x2 * s1
+            y2 = x2 * c2 + x1 * s2
+        tl.store(y, y1.to(y_ptr.dtype.element_ty), mask=mask)
+        tl.store(y + Y_GAP, y2.to(y_ptr.dtype.element_ty), mask=mask)
+        if REST > 0:
+            beside = tl.arange(0, BR)[None, :]
+            kept = (head < H) & (beside < REST)
+            rest = tl.load(x_ptr + head * x_head + 2 * PAIRS + beside, mask=kept, other=0.0)
+            tl.store(y_ptr + head * y_head + 2 * PAIRS + beside, rest, mask=kept)
+
+
+@triton.jit
+def _rotary_kernel(
+    q_ptr, k_ptr, cos_ptr, sin_ptr, q_out_ptr, k_out_ptr,
+    q_batch, k_batch, q_out_batch, k_out_batch, cos_batch,
+    HQ, HK, q_head, k_head, q_out_head, k_out_head, q_token, k_token, q_out_token, k_out_token, cos_token,
+    PAIRS: tl.constexpr, REST: tl.constexpr, X_STEP: tl.constexpr, X_GAP: tl.constexpr, Y_STEP: tl.constexpr,
+    Y_GAP: tl.constexpr, COS_GAP: tl.constexpr, BACKWARD: tl.constexpr, BH: tl.constexpr, BP: tl.constexpr,
+    BR: tl.constexpr,
+):  # fmt: skip
+    """One program a token."""
+    token, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    pair = tl.arange(0, BP)[None, :]
+    angles = batch * cos_batch + token * cos_token + pair
+    in_width = pair < PAIRS
+    c1 = tl.load(cos_ptr + angles, mask=in_width, other=0.0).to(tl.float32)
+    s1 = tl.load(sin_ptr + angles, mask=in_width, other=0.0).to(tl.float32)
+    c2 = tl.load(cos_ptr + angles + COS_GAP, mask=in_width, other=0.0).to(tl.float32)
+    s2 = tl.load(sin_ptr + angles + COS_GAP, mask=in_width, other=0.0).to(tl.float32)
+    _rotate_heads(
+        q_ptr + batch * q_batch + token * q_token, q_out_ptr + batch * q_out_batch + token * q_out_token,
+        c1, s1, c2, s2, HQ, q_head, q_out_head, PAIRS, REST, X_STEP, X_GAP, Y_STEP, Y_GAP, BACKWARD, BH, BP, BR,
+    )  # fmt: skip
+    _rotate_heads(
+        k_ptr + batch * k_batch + token * k_token, k_out_ptr + batch * k_out_batch + token * k_out_token,
+        c1, s1, c2, s2, HK, k_head, k_out_head, PAIRS, REST, X_STEP, X_GAP, Y_STEP, Y_GAP, BACKWARD, BH, BP, BR,
+    )  # fmt: skip
+
+
+def rotate(
+    q_BHTD: Tensor,
+    k_BHTD: Tensor,
+    cos_BTR: Tensor,
+    sin_BTR: Tensor,
+    num_rotated: int,
+    *,
+    is_interleaved: bool = False,
+    is_shared: bool = False,
+    backward: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Queries and keys turned by the angles of their tokens; what is wider than is rotated passes as it is.
+
+    Args:
+        q_BHTD: any strides but in the last dimension.
+        k_BHTD: the same, with as many heads as it likes.
+        cos_BTR: of the angles, contiguous; `B` may be 1, and `R` half of what is rotated if angles are shared.
+        sin_BTR: the same.
+        num_rotated: elements of a head, from its first.
+        is_interleaved: the input's pairs are neighbours; otherwise its halves. The output's are halves.
+        is_shared: both of a pair take the angle of the first; otherwise each its own.
+        backward: the transposed map instead, from gradients of the outputs to those of the inputs.
+    """
+    batch, _, num_tokens, width = q_BHTD.shape
+    outs = [torch.empty_like(x) for x in (q_BHTD, k_BHTD)]
+    if 0 in q_BHTD.shape or 0 in k_BHTD.shape:
+        return outs[0], outs[1]
+    half, rest = num_rotated // 2, width - num_rotated
+    inputs = (2, 1) if is_interleaved else (1, half)
+    (x_step, x_gap), (y_step, y_gap) = ((1, half), inputs) if backward else (inputs, (1, half))
+    block = next_power_of_2(half)
+    tensors = (q_BHTD, k_BHTD, *outs)
+    most_heads = max(q_BHTD.shape[1], k_BHTD.shape[1])
+    launch(
+        _rotary_kernel,
+        (num_tokens, batch, 1),
+        (q_BHTD, k_BHTD, cos_BTR, sin_BTR, *outs),
+        (),
+        # strides are specialised on, because a load that is known to be aligned is a wide one
+        (*[x.stride(0) for x in tensors], cos_BTR.stride(0) if cos_BTR.shape[0] > 1 else 0)
+        + (q_BHTD.shape[1], k_BHTD.shape[1], *[x.stride(i) for i in (1, 2) for x in tensors], cos_BTR.stride(1)),
+        {
+            "PAIRS": half,
+            "REST": rest,
+            "X_STEP": x_step,
+            "X_GAP": x_gap,
+            "Y_STEP": y_step,
+            "Y_GAP": y_gap,
+            "COS_GAP": 0 if is_shared else half,
+            "BACKWARD": backward,
+            "BH": max(1, min(next_power_of_2(most_heads), _ELEMENTS // block)),
+            "BP": block,
+            "BR": next_power_of_2(max(rest, 1)),
+        },
+        num_warps=4,
+    )
+    return outs[0], outs[1]
