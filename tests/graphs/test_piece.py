@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from expertune.graphs import recording
 from expertune.graphs.piece import Piece, Recorder
 from tests.graphs.replayed import FakeCapture, Toy, make_recorder, toys
 
@@ -55,6 +56,41 @@ def test_the_third_call_of_a_kind_is_recorded_and_all_are_right(capture: FakeCap
         assert_same(*pair, seed)
         assert capture.recorded == ([True, False] if seed >= 2 else [])
         assert capture.replays == max(0, 2 * (seed - 1))
+
+
+def test_gradients_leave_by_themselves_or_side_by_side(
+    capture: FakeCapture, pair: tuple[Toy, Toy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A weight's is large here, a bias's small."""
+    monkeypatch.setattr(recording, "_LARGE", 64)
+    for seed in range(5):
+        assert_same(*pair, seed)
+    assert capture.replays == 6
+
+
+class TwoTypes(Toy):
+    """Gives out two tensors of different dtypes, as layers with a router in float32 do."""
+
+    def forward(self, x: Tensor, pair: tuple[Tensor, Tensor], **_: object) -> tuple[Tensor, Tensor]:
+        out, _nothing = super().forward(x, pair)
+        return out.bfloat16(), out
+
+
+def test_outputs_of_two_types(capture: FakeCapture) -> None:
+    toy, stock = TwoTypes(), TwoTypes()
+    stock.load_state_dict(toy.state_dict())
+    toy.forward = Piece(toy, make_recorder(capture))  # type: ignore[method-assign]
+    for seed in range(5):
+        results = []
+        for module in (toy, stock):
+            module.zero_grad()
+            x, others = inputs(seed)
+            narrow, wide = module(x, others)
+            assert narrow.dtype == torch.bfloat16
+            (narrow.float().sum() + wide.square().sum()).backward()
+            results.append(gradients(module, x))
+        torch.testing.assert_close(*results)
+    assert capture.replays == 6
 
 
 def test_what_was_given_out_does_not_change(pair: tuple[Toy, Toy]) -> None:

@@ -6,6 +6,7 @@ from contextlib import contextmanager, suppress
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 
 class Graph(Protocol):
@@ -28,6 +29,13 @@ class Capture(Protocol):
 
         Raises:
             RuntimeError: it waits for the device, or there is no memory.
+        """
+        ...
+
+    def lend(self, x: Tensor) -> Tensor:
+        """What recorded work leaves in `x`, contiguous, to be read right after a replay.
+
+        The memory is not kept: the next replay of other work may write there.
         """
         ...
 
@@ -63,6 +71,23 @@ class CudaCapture:
             graph.capture_end()
         current.wait_stream(self._stream)
         return graph
+
+    def lend(self, x: Tensor) -> Tensor:
+        """The same memory, known by its address alone, so that the pool may give it to other recordings too."""
+        at_address: Tensor = torch.as_tensor(_Address(x.data_ptr(), x.nbytes), device=x.device)
+        return at_address.view(x.dtype).view(x.shape)
+
+
+class _Address:
+    """Bytes of a CUDA device, as its array interface describes them."""
+
+    def __init__(self, address: int, num_bytes: int) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": (num_bytes,),
+            "typestr": "|u1",
+            "data": (address, False),
+            "version": 3,
+        }
 
 
 @contextmanager

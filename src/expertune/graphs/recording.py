@@ -12,6 +12,8 @@ from torch.autograd.function import once_differentiable
 from expertune.graphs.pool import Pool
 from expertune.graphs.structure import put_together, take_apart
 
+_LARGE = 2**20  # bytes of a gradient from which it is copied out of a graph by itself
+
 
 class Recording:
     """The two graphs of a call.
@@ -52,9 +54,11 @@ class Recording:
         self._outs: list[Tensor] = []
 
         self._load(inputs)
-        self._leaving, self._douts = self._try()
+        self._large: list[Tensor] = []
+        self._leaving, self._numbers_of_large, self._douts = self._try()
         self._forward = pool.capture.record(self._run_forward, keeps=True)
         self._backward = pool.capture.record(self._run_backward, keeps=False)
+        self._large = [pool.capture.lend(grad) for grad in self._large]
         pool.note_size(before)
 
     @property
@@ -103,9 +107,10 @@ class Recording:
             self._pass = lambda: None
         grads: list[Tensor | None] = [None] * (len(self._own) + len(self._parameters))
         for leaving in self._leaving:
-            parts = torch.split(leaving.flat.clone(), [shape.numel() for shape in leaving.shapes])
-            for number, part, shape in zip(leaving.numbers, parts, leaving.shapes, strict=True):
-                grads[number] = part.view(shape)
+            for number, part in zip(leaving.numbers, _parts(leaving.flat.clone(), leaving.shapes), strict=True):
+                grads[number] = part
+        for number, grad in zip(self._numbers_of_large, self._large, strict=True):
+            grads[number] = grad.clone()
         return grads
 
     @property
@@ -124,26 +129,38 @@ class Recording:
         for place, shared in self._shared:
             shared.load(inputs[place])
 
-    def _try(self) -> tuple[list["_Leaving"], list[Tensor]]:
-        """Run once for all that is done but once, and to see which gradients there are: how they leave, and enter."""
+    def _try(self) -> tuple[list["_Buffered"], list[int], list[Tensor]]:
+        """Run once for all that is done but once, and to see which gradients there are.
+
+        Returns:
+            how the small ones leave, the numbers of the large ones, and the tensors through which those of outputs
+            enter.
+        """
         self._run_forward()
         asked = [self._outs[number] for number in self.wanted_outs]
-        sizes = [out.numel() for out in asked]
-        flat = self._pool.buffer("in", sum(sizes), asked[0])
-        douts = [part.view(out.shape) for part, out in zip(torch.split(flat, sizes), asked, strict=True)]
-        grads = self._gradients(douts)
-        by_dtype: defaultdict[torch.dtype, list[int]] = defaultdict(list)
-        for number, grad in enumerate(grads):
-            if grad is not None:
-                by_dtype[grad.dtype].append(number)
-        leaving = []
-        for numbers in by_dtype.values():
-            found = [cast(Tensor, grads[number]) for number in numbers]
-            flat = self._pool.buffer("out", sum(grad.numel() for grad in found), found[0])
-            leaving.append(_Leaving(numbers, [grad.shape for grad in found], flat))
+        douts = list(asked)
+        for entering in self._side_by_side("in", dict(enumerate(asked))):
+            entering.flat.zero_()
+            for number, part in zip(entering.numbers, _parts(entering.flat, entering.shapes), strict=True):
+                douts[number] = part
+        grads = {number: grad for number, grad in enumerate(self._gradients(douts)) if grad is not None}
+        large = [number for number, grad in grads.items() if grad.nbytes >= _LARGE]
+        small = {number: grad for number, grad in grads.items() if grad.nbytes < _LARGE}
         # autograd keeps the stream that a graph was first built on; the recording is built on another
         self._outs = []
-        return leaving, douts
+        return self._side_by_side("out", small), large, douts
+
+    def _side_by_side(self, purpose: str, tensors: dict[int, Tensor]) -> list["_Buffered"]:
+        """Room for such tensors in buffers that recordings share, one a dtype."""
+        by_dtype: defaultdict[torch.dtype, list[int]] = defaultdict(list)
+        for number, tensor in tensors.items():
+            by_dtype[tensor.dtype].append(number)
+        rooms = []
+        for numbers in by_dtype.values():
+            shapes = [tensors[number].shape for number in numbers]
+            flat = self._pool.buffer(purpose, sum(shape.numel() for shape in shapes), tensors[numbers[0]])
+            rooms.append(_Buffered(numbers, shapes, flat))
+        return rooms
 
     def _run_forward(self) -> None:
         outs: list[Tensor] = []
@@ -155,6 +172,7 @@ class Recording:
         grads = self._gradients(self._douts)
         for leaving in self._leaving:
             torch.cat([cast(Tensor, grads[number]).reshape(-1) for number in leaving.numbers], out=leaving.flat)
+        self._large = [cast(Tensor, grads[number]).contiguous() for number in self._numbers_of_large]
 
     def _gradients(self, douts: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
         asked = [self._outs[number] for number in self.wanted_outs]
@@ -169,12 +187,17 @@ class _Own(NamedTuple):
     tensor: Tensor
 
 
-class _Leaving(NamedTuple):
-    """Gradients of one dtype, side by side in one buffer."""
+class _Buffered(NamedTuple):
+    """Gradients of one dtype, side by side in one buffer, in which they leave a graph or enter it."""
 
     numbers: list[int]
     shapes: list[torch.Size]
     flat: Tensor
+
+
+def _parts(flat: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
+    parts = torch.split(flat, [shape.numel() for shape in shapes])
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 class _Pass:
