@@ -21,7 +21,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from expertune.graphs.piece import Recorder
 from expertune.hosts import attention, graphs, llama4, norms, peft, rotary, transformers
 from expertune.memory.checkpoint import checkpoint_layer
-from expertune.memory.planner import Planner
+from expertune.memory.planner import LayerPlan, Planner
 from expertune.memory.replay import ReplayingCheckpoint, RoutingReplay
 
 
@@ -246,7 +246,7 @@ def _checkpointed(model: nn.Module) -> list[Any]:
 
 def _checkpoint(layer: Any, state: Attached) -> None:
     """Give a layer our own checkpoint function, where the planner says so."""
-    plan = None if state.planner is None else (state.planner, state.layers.index(layer))
+    plan = None if state.planner is None else LayerPlan(state.planner, state.layers.index(layer), layer)
     host = layer._gradient_checkpointing_func
     layer._gradient_checkpointing_func = state.replay.wrap(checkpoint_layer, host=host, plan=plan)
 
