@@ -10,6 +10,7 @@ from expertune.backends import grouped_mm, triton
 from expertune.backends.protocol import Backend
 from expertune.experts import ExpertsStep, Projection, experts
 from expertune.kernels.device import is_hopper
+from expertune.kernels.program import Program, Programs
 from expertune.shapes import ExpertsLayout, LoraFactors
 from tests.cases import problem
 
@@ -18,14 +19,14 @@ CUDA = torch.device("cuda", 0)
 DTYPE = torch.bfloat16
 
 
-def normal(*shape: int, dtype: torch.dtype = DTYPE) -> Tensor:
-    return torch.randn(*shape, device=CUDA).mul_(0.05).to(dtype)
+def normal(*shape: int, dtype: torch.dtype = DTYPE, device: torch.device = CUDA) -> Tensor:
+    return torch.randn(*shape, device=device).mul_(0.05).to(dtype)
 
 
 class _Layer:
     """Experts of the widths of Qwen3-30B-A3B, rank 64, with what a batch brings."""
 
-    def __init__(self, num_tokens: int) -> None:
+    def __init__(self, num_tokens: int, device: torch.device = CUDA) -> None:
         torch.manual_seed(0)
         E, D, F, K, R = 128, 2048, 768, 8, 64
         layout = ExpertsLayout(
@@ -34,21 +35,21 @@ class _Layer:
         self.step = ExpertsStep(layout=layout, gate=SwiGlu(), backend=triton.BACKEND)
         self.adapters = [
             LoraFactors(
-                a=normal(E * R, i, dtype=torch.float32).requires_grad_(),
-                b=normal(o, R * E, dtype=torch.float32).requires_grad_(),
+                a=normal(E * R, i, dtype=torch.float32, device=device).requires_grad_(),
+                b=normal(o, R * E, dtype=torch.float32, device=device).requires_grad_(),
                 scale=2.0,
             )
             for i, o in ((D, 2 * F), (F, D))
         ]
         first, second = (
-            Projection(weight=normal(E, o, i), adapters=(adapter,))
+            Projection(weight=normal(E, o, i, device=device), adapters=(adapter,))
             for (i, o), adapter in zip(((D, 2 * F), (F, D)), self.adapters, strict=True)
         )
         self.projections = (first, second)
-        self.x = torch.randn(num_tokens, D, device=CUDA, dtype=DTYPE).requires_grad_()
-        self.expert_TK = torch.rand(num_tokens, E, device=CUDA).topk(K, dim=-1).indices
-        self.weight = torch.rand(num_tokens, K, device=CUDA).softmax(-1).requires_grad_()
-        self.dout = torch.randn(num_tokens, D, device=CUDA, dtype=DTYPE)
+        self.x = torch.randn(num_tokens, D, device=device, dtype=DTYPE).requires_grad_()
+        self.expert_TK = torch.rand(num_tokens, E, device=device).topk(K, dim=-1).indices
+        self.weight = torch.rand(num_tokens, K, device=device).softmax(-1).requires_grad_()
+        self.dout = torch.randn(num_tokens, D, device=device, dtype=DTYPE)
 
     def run(self) -> list[Tensor]:
         """Output and every gradient."""
@@ -83,6 +84,27 @@ def test_a_captured_graph_has_the_same_bits(layer: _Layer) -> None:
     for _ in range(50):
         graph.replay()
         assert all(torch.equal(a, b) for a, b in zip(captured, first, strict=True))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_device_that_is_not_the_current_one_gives_the_same_bits(
+    layer: _Layer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As hooks of Accelerate call layers; what is noted there is repeated there."""
+    from expertune.backends import triton_steps  # Triton, where it is
+
+    programs = Programs()
+    monkeypatch.setattr(triton_steps, "_programs", programs)
+    other = torch.device("cuda", 1)
+    there = _Layer(len(layer.x), other)
+    for _ in range(4):
+        first, results = layer.run(), there.run()
+        assert torch.cuda.current_device() == CUDA.index
+        assert all(result.device == other for result in results)
+        assert all(torch.equal(a.to(CUDA), b) for a, b in zip(results, first, strict=True))
+    made = {device: [type(m) for key, m in programs._known.items() if key[2] == device] for device in (CUDA, other)}
+    assert Program in made[CUDA]
+    assert made[other] == made[CUDA]
 
 
 def test_nothing_waits_for_the_host(layer: _Layer) -> None:
