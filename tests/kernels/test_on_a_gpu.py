@@ -128,17 +128,27 @@ def test_the_operator_of_a_compiled_model_has_the_same_bits(layer: _Layer) -> No
     assert all(torch.equal(a, b) for a, b in zip(results, plain, strict=True))
 
 
+# tokens, model width, expert width, experts a token, whether weights are transposed
+LARGE: dict[str, tuple[int, int, int, int, bool]] = {
+    "a million rows, h above 2³¹ elements": (131072, 256, 1152, 8, False),
+    "weights above 2³¹ elements": (64, 2048, 1152, 8, False),
+    # as Llama 4's: 128 experts in the larger model; each choice is a token of its own, 5,120 wide
+    "transposed weights above 2³¹ elements": (64, 2048, 1152, 8, True),
+    "tokens above 2³¹ elements": (430080, 5120, 64, 1, True),
+}
+
+
 @pytest.mark.parametrize(
-    ("num_tokens", "model_width", "expert_width"),
-    [(131072, 256, 1152), (64, 2048, 1152)],
-    ids=["a million rows, h above 2³¹ elements", "weights above 2³¹ elements"],
+    ("num_tokens", "model_width", "expert_width", "top_k", "is_transposed"), LARGE.values(), ids=LARGE
 )
-def test_offsets_beyond_32_bits(num_tokens: int, model_width: int, expert_width: int) -> None:
+def test_offsets_beyond_32_bits(
+    num_tokens: int, model_width: int, expert_width: int, top_k: int, is_transposed: bool
+) -> None:
     if reason := triton.BACKEND.why_not(problem(DTYPE, 16)):
         pytest.skip(reason)
-    E, D, F, K, R = 512, model_width, expert_width, 8, 16
+    E, D, F, K, R = 512, model_width, expert_width, top_k, 16
     layout = ExpertsLayout(
-        num_experts=E, model_width=D, expert_width=F, has_gate=True, is_transposed=False, has_bias=False
+        num_experts=E, model_width=D, expert_width=F, has_gate=True, is_transposed=is_transposed, has_bias=False
     )
     torch.manual_seed(0)
     factors = [
@@ -146,7 +156,9 @@ def test_offsets_beyond_32_bits(num_tokens: int, model_width: int, expert_width:
         for shape in ((E * R, D), (2 * F, R * E), (E * R, F), (D, R * E))
     ]
     first, second = (
-        Projection(weight=normal(E, o, i), adapters=(LoraFactors(a=a, b=b, scale=2.0),))
+        Projection(
+            weight=normal(E, *((i, o) if is_transposed else (o, i))), adapters=(LoraFactors(a=a, b=b, scale=2.0),)
+        )
         for (i, o), a, b in (((D, 2 * F), *factors[:2]), ((F, D), *factors[2:]))
     )
     x = torch.randn(num_tokens, D, device=CUDA, dtype=DTYPE).requires_grad_()
