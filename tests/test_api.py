@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 import expertune
 from tests.conftest import Checkpoint
 from tests.hosts.adapters import lora, several_adapters, stock
-from tests.hosts.models import SHARED, batch, load_tiny, save_tiny
+from tests.hosts.models import SHARED, batch, load_tiny, save_tiny, tokenizer
 from tests.hosts.passes import assert_equal_within, run
 
 
@@ -84,6 +84,13 @@ def test_load_refuses_before_the_weights_are_read(folder: Path, key: str) -> Non
     arguments, words = REFUSED[key]
     with pytest.raises(ValueError, match=words):
         expertune.load(str(folder), **arguments)
+
+
+def test_load_refuses_a_model_of_which_nothing_would_be_ours(tmp_path: Path) -> None:
+    save_tiny("qwen3", tmp_path)
+    tokenizer(SHARED["vocab_size"]).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="found no experts in Qwen3ForCausalLM"):
+        expertune.load(str(tmp_path))
 
 
 def test_load_refuses_an_adapter_that_it_cannot_honour(folder: Path, tmp_path: Path) -> None:

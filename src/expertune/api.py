@@ -55,7 +55,8 @@ def load(
             With `attn_implementation` the attention stays the host's.
 
     Raises:
-        ValueError: a setting is unknown or cannot be honoured for this model.
+        ValueError: a setting is unknown or cannot be honoured for this model, or nothing of it would run better (see
+            `optimize`).
     """
     if load_in_4bit:
         raise ValueError(
@@ -103,7 +104,8 @@ def add_lora(
         lora_config: more fields of `peft.LoraConfig` (`use_rslora`, `rank_pattern`, `init_lora_weights`, …).
 
     Raises:
-        ValueError: the model has adapters already, a target matches nothing, or a setting cannot be honoured.
+        ValueError: the model has adapters already, a target matches nothing, a setting cannot be honoured, or
+            `optimize` refuses the model.
     """
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise ValueError(
@@ -155,7 +157,8 @@ def optimize(
             number of tokens, of at most 8,192, have come twice.
 
     Raises:
-        ValueError: a layer, an adapter or a setting cannot be honoured; the model is then as it was.
+        ValueError: a layer, an adapter or a setting cannot be honoured, or the model has neither experts nor attention
+            that would run through ours; the model is then as it was.
     """
     inner = _transformers_model(model)
     requested = _requested(backend, memory)

@@ -71,14 +71,17 @@ NAMED: dict[str, dict[str, Any]] = {
     "qwen2_moe": CONFIGS["qwen3_moe"] | {"shared_expert_intermediate_size": 40, "mlp_only_layers": [0]},
     "mixtral": {"num_key_value_heads": 2, "intermediate_size": 24, "num_local_experts": 8, "num_experts_per_tok": 2},
 }
-DENSE = {"model_type": "qwen3", "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 48}
+# Without experts: one that the host runs well, one with sliding windows.
+_DENSE = {"num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 48}
+DENSE: dict[str, dict[str, Any]] = {
+    "qwen3": _DENSE,
+    "gemma3_text": _DENSE | {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]},
+}
 
 
 def save_tiny(model_type: str, folder: Path, seed: int = 0, **overrides: Any) -> Path:
     """A checkpoint of random weights."""
-    settings = DENSE if model_type == "qwen3" else (CONFIGS | NAMED)[model_type]
-    settings = {key: value for key, value in settings.items() if key != "model_type"}
-    config = AutoConfig.for_model(model_type, **SHARED | settings | overrides)
+    config = AutoConfig.for_model(model_type, **SHARED | (CONFIGS | NAMED | DENSE)[model_type] | overrides)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float64)
     randomize(model)

@@ -63,14 +63,49 @@ def test_low_precision_is_no_worse_than_the_host(
         assert_no_worse(ours.to(dtype), plain, truth, name)
 
 
-def test_a_model_without_experts_works_and_says_so(checkpoint: Checkpoint, walks: list[str]) -> None:
-    folder = checkpoint("qwen3")
+def test_attention_of_ours_is_enough_without_experts(checkpoint: Checkpoint, walks: list[str]) -> None:
+    folder = checkpoint("gemma3_text")
     truth = run(load_tiny(folder), batch())
     model = expertune.optimize(load_tiny(folder), backend="native_torch", memory="auto")
-    assert_equal_within(run(model, batch()), truth, 0)
+    expertune.optimize(model)  # again, now that its attention is ours
+    assert_equal_within(run(model, batch()), truth, 1e-11)
     assert not walks
     assert "no experts" in str(expertune.explain(model))
     assert "not optimized" in str(expertune.explain(expertune.restore(model)))
+
+
+NOTHING_TO_DO: dict[str, tuple[str, dict[str, Any], dict[str, str]]] = {
+    "dense": ("qwen3", {}, {}),
+    "only dense layers": ("qwen3_moe", {"mlp_only_layers": [0, 1]}, {}),
+    "attention left to the host": ("gemma3_text", {}, {"attention": "host"}),
+    "attention that ours cannot do": ("gemma3_text", {"attention_dropout": 0.1}, {}),
+}
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize(("family", "overrides", "arguments"), NOTHING_TO_DO.values(), ids=NOTHING_TO_DO)
+def test_a_model_of_which_nothing_would_be_ours_is_refused(
+    checkpoint: Checkpoint, family: str, overrides: dict[str, Any], arguments: dict[str, str], device: str
+) -> None:
+    model = load_tiny(checkpoint(family, **overrides)).to(device)
+    before = fingerprint(model)
+    words = rf"no experts in {type(model).__name__}, .*\(\w+Model: .+\).* as it is.*add-a-family.*\({family}\)"
+    with pytest.raises(ValueError, match=words):
+        expertune.optimize(model, **arguments)
+    if not arguments:
+        with pytest.raises(ValueError, match=words):
+            expertune.add_lora(model, target_modules=["q_proj"])
+    assert fingerprint(model) == before
+    assert "not optimized" in str(expertune.explain(model))
+
+
+def test_attention_given_back_to_the_host_alone_is_refused(checkpoint: Checkpoint) -> None:
+    model = expertune.optimize(load_tiny(checkpoint("gemma3_text")))
+    before = fingerprint(model)
+    with pytest.raises(ValueError, match="attention='host' was asked for"):
+        expertune.optimize(model, attention="host")
+    assert fingerprint(model) == before
+    assert model.config._attn_implementation == "expertune"
 
 
 REFUSED: dict[str, tuple[dict[str, str], str]] = {

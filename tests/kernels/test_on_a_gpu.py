@@ -10,6 +10,7 @@ from expertune.backends import grouped_mm, triton
 from expertune.backends.protocol import Backend
 from expertune.experts import ExpertsStep, Projection, experts
 from expertune.kernels.device import is_hopper
+from expertune.kernels.program import Program, Programs
 from expertune.shapes import ExpertsLayout, LoraFactors
 from tests.cases import problem
 
@@ -18,14 +19,14 @@ CUDA = torch.device("cuda", 0)
 DTYPE = torch.bfloat16
 
 
-def normal(*shape: int, dtype: torch.dtype = DTYPE) -> Tensor:
-    return torch.randn(*shape, device=CUDA).mul_(0.05).to(dtype)
+def normal(*shape: int, dtype: torch.dtype = DTYPE, device: torch.device = CUDA) -> Tensor:
+    return torch.randn(*shape, device=device).mul_(0.05).to(dtype)
 
 
 class _Layer:
     """Experts of the widths of Qwen3-30B-A3B, rank 64, with what a batch brings."""
 
-    def __init__(self, num_tokens: int) -> None:
+    def __init__(self, num_tokens: int, device: torch.device = CUDA) -> None:
         torch.manual_seed(0)
         E, D, F, K, R = 128, 2048, 768, 8, 64
         layout = ExpertsLayout(
@@ -34,21 +35,21 @@ class _Layer:
         self.step = ExpertsStep(layout=layout, gate=SwiGlu(), backend=triton.BACKEND)
         self.adapters = [
             LoraFactors(
-                a=normal(E * R, i, dtype=torch.float32).requires_grad_(),
-                b=normal(o, R * E, dtype=torch.float32).requires_grad_(),
+                a=normal(E * R, i, dtype=torch.float32, device=device).requires_grad_(),
+                b=normal(o, R * E, dtype=torch.float32, device=device).requires_grad_(),
                 scale=2.0,
             )
             for i, o in ((D, 2 * F), (F, D))
         ]
         first, second = (
-            Projection(weight=normal(E, o, i), adapters=(adapter,))
+            Projection(weight=normal(E, o, i, device=device), adapters=(adapter,))
             for (i, o), adapter in zip(((D, 2 * F), (F, D)), self.adapters, strict=True)
         )
         self.projections = (first, second)
-        self.x = torch.randn(num_tokens, D, device=CUDA, dtype=DTYPE).requires_grad_()
-        self.expert_TK = torch.rand(num_tokens, E, device=CUDA).topk(K, dim=-1).indices
-        self.weight = torch.rand(num_tokens, K, device=CUDA).softmax(-1).requires_grad_()
-        self.dout = torch.randn(num_tokens, D, device=CUDA, dtype=DTYPE)
+        self.x = torch.randn(num_tokens, D, device=device, dtype=DTYPE).requires_grad_()
+        self.expert_TK = torch.rand(num_tokens, E, device=device).topk(K, dim=-1).indices
+        self.weight = torch.rand(num_tokens, K, device=device).softmax(-1).requires_grad_()
+        self.dout = torch.randn(num_tokens, D, device=device, dtype=DTYPE)
 
     def run(self) -> list[Tensor]:
         """Output and every gradient."""
@@ -85,6 +86,27 @@ def test_a_captured_graph_has_the_same_bits(layer: _Layer) -> None:
         assert all(torch.equal(a, b) for a, b in zip(captured, first, strict=True))
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_device_that_is_not_the_current_one_gives_the_same_bits(
+    layer: _Layer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As hooks of Accelerate call layers; what is noted there is repeated there."""
+    from expertune.backends import triton_steps  # Triton, where it is
+
+    programs = Programs()
+    monkeypatch.setattr(triton_steps, "_programs", programs)
+    other = torch.device("cuda", 1)
+    there = _Layer(len(layer.x), other)
+    for _ in range(4):
+        first, results = layer.run(), there.run()
+        assert torch.cuda.current_device() == CUDA.index
+        assert all(result.device == other for result in results)
+        assert all(torch.equal(a.to(CUDA), b) for a, b in zip(results, first, strict=True))
+    made = {device: [type(m) for key, m in programs._known.items() if key[2] == device] for device in (CUDA, other)}
+    assert Program in made[CUDA]
+    assert made[other] == made[CUDA]
+
+
 def test_nothing_waits_for_the_host(layer: _Layer) -> None:
     layer.run()
     for _ in range(3):  # run, watched, repeated
@@ -106,17 +128,27 @@ def test_the_operator_of_a_compiled_model_has_the_same_bits(layer: _Layer) -> No
     assert all(torch.equal(a, b) for a, b in zip(results, plain, strict=True))
 
 
+# tokens, model width, expert width, experts a token, whether weights are transposed
+LARGE: dict[str, tuple[int, int, int, int, bool]] = {
+    "a million rows, h above 2³¹ elements": (131072, 256, 1152, 8, False),
+    "weights above 2³¹ elements": (64, 2048, 1152, 8, False),
+    # as Llama 4's: 128 experts in the larger model; each choice is a token of its own, 5,120 wide
+    "transposed weights above 2³¹ elements": (64, 2048, 1152, 8, True),
+    "tokens above 2³¹ elements": (430080, 5120, 64, 1, True),
+}
+
+
 @pytest.mark.parametrize(
-    ("num_tokens", "model_width", "expert_width"),
-    [(131072, 256, 1152), (64, 2048, 1152)],
-    ids=["a million rows, h above 2³¹ elements", "weights above 2³¹ elements"],
+    ("num_tokens", "model_width", "expert_width", "top_k", "is_transposed"), LARGE.values(), ids=LARGE
 )
-def test_offsets_beyond_32_bits(num_tokens: int, model_width: int, expert_width: int) -> None:
+def test_offsets_beyond_32_bits(
+    num_tokens: int, model_width: int, expert_width: int, top_k: int, is_transposed: bool
+) -> None:
     if reason := triton.BACKEND.why_not(problem(DTYPE, 16)):
         pytest.skip(reason)
-    E, D, F, K, R = 512, model_width, expert_width, 8, 16
+    E, D, F, K, R = 512, model_width, expert_width, top_k, 16
     layout = ExpertsLayout(
-        num_experts=E, model_width=D, expert_width=F, has_gate=True, is_transposed=False, has_bias=False
+        num_experts=E, model_width=D, expert_width=F, has_gate=True, is_transposed=is_transposed, has_bias=False
     )
     torch.manual_seed(0)
     factors = [
@@ -124,7 +156,9 @@ def test_offsets_beyond_32_bits(num_tokens: int, model_width: int, expert_width:
         for shape in ((E * R, D), (2 * F, R * E), (E * R, F), (D, R * E))
     ]
     first, second = (
-        Projection(weight=normal(E, o, i), adapters=(LoraFactors(a=a, b=b, scale=2.0),))
+        Projection(
+            weight=normal(E, *((i, o) if is_transposed else (o, i))), adapters=(LoraFactors(a=a, b=b, scale=2.0),)
+        )
         for (i, o), a, b in (((D, 2 * F), *factors[:2]), ((F, D), *factors[2:]))
     )
     x = torch.randn(num_tokens, D, device=CUDA, dtype=DTYPE).requires_grad_()

@@ -1,6 +1,8 @@
 """Programs: the third pass of a shape is repeated launch by launch, and nothing can tell."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -130,3 +132,20 @@ def test_the_oldest_shapes_are_forgotten(programs: program.Programs, monkeypatch
     for num_tokens in (3, 5, 7, 3):
         layer.run(EVEN[:num_tokens], 0)
     assert len(programs._known) == 4
+
+
+def test_a_pass_runs_on_the_device_of_its_inputs(programs: program.Programs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two devices, that are made up, with the other one current."""
+    current = [0]
+
+    @contextmanager
+    def on(device: torch.device) -> Iterator[None]:
+        outer, current[0] = current[0], device.index
+        yield
+        current[0] = outer
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "device", on)
+    tensor: Any = SimpleNamespace(device=torch.device("cuda", 1), dtype=DTYPES[0], shape=(2,), stride=lambda: (1,))
+    assert programs.run(lambda *_: (current[0],), None, (tensor,)) == (1,)  # type: ignore[arg-type,return-value]
+    assert current == [0]

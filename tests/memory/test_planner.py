@@ -6,13 +6,14 @@ from functools import partial
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from expertune.memory.checkpoint import checkpoint_layer
-from expertune.memory.planner import Planner
+from expertune.memory.planner import LayerPlan, Planner
 from expertune.memory.replay import RoutingReplay
 
+CPU = torch.device("cpu")
 LAYERS, WEIGHTS, INPUT, KEPT, WORK = 6, 1000, 1, 10, 30  # bytes; of a layer and token, but for the weights
 
 
@@ -46,16 +47,15 @@ class _Device:
 
 def step(planner: Planner, device: _Device, tokens: int) -> list[int]:
     """One step as layers run it; the layers that kept."""
-    x = torch.empty(1, tokens, 2)
     kept = []
     for layer in range(LAYERS):
         with device.working(WORK * tokens):
-            if planner.keeps(layer, x):
+            if planner.keeps(layer, tokens, CPU):
                 kept.append(layer)
         device.take((KEPT if layer in kept else INPUT) * tokens)
     for layer in reversed(range(LAYERS)):
         if layer not in kept:
-            with planner.running_again(layer, x):
+            with planner.running_again(layer, tokens, CPU):
                 device.take(KEPT * tokens)
             device.now -= KEPT * tokens
         with device.working(WORK * tokens):
@@ -110,19 +110,18 @@ def test_what_lies_on_the_device_meanwhile_counts() -> None:
 
 
 def test_a_device_that_is_not_counted_keeps_nothing() -> None:
-    x = torch.empty(1, 100, 2)
     plan = planner(None)
     for _ in range(2):
-        assert not any(plan.keeps(layer, x) for layer in range(LAYERS))
-        with plan.running_again(0, x):
+        assert not any(plan.keeps(layer, 100, CPU) for layer in range(LAYERS))
+        with plan.running_again(0, 100, CPU):
             pass
-    assert not Planner().keeps(0, x), "the memory of a CPU is not counted"
+    assert not Planner().keeps(0, 100, CPU), "the memory of a CPU is not counted"
 
 
 @pytest.mark.parametrize("kept", [False, True])
 def test_a_kept_layer_runs_once_and_gives_the_same_gradient(kept: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = Planner()
-    monkeypatch.setattr(plan, "keeps", lambda _layer, _x: kept)
+    monkeypatch.setattr(plan, "keeps", lambda *_: kept)
     runs = []
 
     def layer(x: Tensor) -> Tensor:
@@ -130,7 +129,7 @@ def test_a_kept_layer_runs_once_and_gives_the_same_gradient(kept: bool, monkeypa
         return x.sin()
 
     x = torch.ones(2, 3, requires_grad=True)
-    RoutingReplay().wrap(checkpoint_layer, plan=(plan, 0))(layer, x).sum().backward()
+    RoutingReplay().wrap(checkpoint_layer, plan=LayerPlan(plan, 0, nn.Module()))(layer, x).sum().backward()
     assert runs == ([True] if kept else [False, True])
     assert x.grad is not None
     assert torch.equal(x.grad, x.detach().cos())
@@ -146,7 +145,26 @@ def test_what_a_layer_allocates_is_noted_under_both_of_torchs_checkpoints(use_re
         return x.sin()
 
     x = torch.ones(2, 3, requires_grad=True)
-    wrapped = RoutingReplay().wrap(partial(checkpoint, use_reentrant=use_reentrant), plan=(plan, 0))
+    wrapped = RoutingReplay().wrap(
+        partial(checkpoint, use_reentrant=use_reentrant), plan=LayerPlan(plan, 0, nn.Module())
+    )
     for _ in range(2):
         wrapped(layer, x).sum().backward()
     assert len(runs) == 3  # twice in the first step, once in the second
+
+
+def test_a_layer_counts_where_its_weights_lie() -> None:
+    """Its input comes from the layer before, which may lie on another device; a hook moves it when the layer runs."""
+    asked: list[torch.device] = []
+
+    def meter_of(device: torch.device) -> None:
+        asked.append(device)
+
+    x = torch.empty(1, 100, 2, device="meta")
+    for layer in (nn.Linear(2, 2), nn.Linear(2, 2, device="meta"), nn.Identity()):
+        plan = LayerPlan(Planner(meter_of), 0, layer)
+        plan.keeps(x)
+        with plan.running_again(x):
+            pass
+    offloaded = without_weights = x.device
+    assert asked == [CPU, offloaded, without_weights]

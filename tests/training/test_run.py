@@ -169,10 +169,11 @@ def test_an_adapter_is_trained_further(make: Make, tmp_path: Path) -> None:
         quiet(make(model_name_or_path=str(first.weights), output_dir=str(tmp_path / "third"), r=4))
 
 
-def test_a_model_without_experts_trains_and_says_so(make: Make, make_base: Callable[..., Path]) -> None:
+def test_a_model_with_attention_of_ours_alone_trains_and_says_so(make: Make, make_base: Callable[..., Path]) -> None:
     output = StringIO()
-    result = run(make(model_name_or_path=str(make_base("qwen3"))), Console(file=output, width=200))
+    result = run(make(model_name_or_path=str(make_base("gemma3_text"))), Console(file=output, width=200))
     assert "no experts" in output.getvalue()
+    assert "attention of Gemma3TextModel: expertune" in output.getvalue()
     assert len(result.losses) == 3
 
 

@@ -21,7 +21,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from expertune.graphs.piece import Recorder
 from expertune.hosts import attention, graphs, llama4, norms, peft, rotary, transformers
 from expertune.memory.checkpoint import checkpoint_layer
-from expertune.memory.planner import Planner
+from expertune.memory.planner import LayerPlan, Planner
 from expertune.memory.replay import ReplayingCheckpoint, RoutingReplay
 
 
@@ -76,10 +76,11 @@ def attach(
         uses_graphs: whether parts of layers may be replayed as CUDA graphs.
 
     Raises:
-        ValueError: an experts module, an adapter or the backend asked for cannot be honoured.
+        ValueError: experts, an adapter or the backend asked for cannot be honoured, or nothing would run better.
     """
     transformers.refuse_unknown_experts(model)
     _refuse_unknown_blocks(model)
+    _refuse_all_the_hosts(model, is_attention_ours)
     state = Attached(requested=requested)
     plans = [
         (module, transformers.make_plan(name, module, _model_type(module, model), requested, state.replay))
@@ -193,6 +194,32 @@ def _refuse_unknown_blocks(model: nn.Module) -> None:
             )
 
 
+def _refuse_all_the_hosts(model: PreTrainedModel, is_attention_ours: bool) -> None:
+    """Refuse a model without experts whose attention stays the host's.
+
+    What is asked is the model and its config, not the device: norms and rotary embeddings, fused on CUDA alone, do not
+    count.
+
+    Raises:
+        ValueError: says why the attention is not ours.
+    """
+    if any(transformers.named_experts(model)):
+        return
+    kept: dict[str, str] = {}
+    for decoder in decoders(model):
+        reason = attention.why_not(decoder) if is_attention_ours else "attention='host' was asked for"
+        if reason is None or (is_attention_ours and attention.is_ours(decoder)):
+            return
+        kept[type(decoder).__name__] = reason
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in kept.items())
+    raise ValueError(
+        f"found no experts in {type(model).__name__}, and no attention that would run better than the host's "
+        f"({reasons}), so there is nothing to optimize. Train it with PEFT and TRL as it is. If it should have "
+        "experts, see docs/add-a-family.md, or report the model type "
+        f"({getattr(model.config, 'model_type', 'unknown')})."
+    )
+
+
 def _model_type(module: nn.Module, model: PreTrainedModel) -> str:
     return str(getattr(getattr(module, "config", None), "model_type", model.config.model_type))
 
@@ -219,7 +246,7 @@ def _checkpointed(model: nn.Module) -> list[Any]:
 
 def _checkpoint(layer: Any, state: Attached) -> None:
     """Give a layer our own checkpoint function, where the planner says so."""
-    plan = None if state.planner is None else (state.planner, state.layers.index(layer))
+    plan = None if state.planner is None else LayerPlan(state.planner, state.layers.index(layer), layer)
     host = layer._gradient_checkpointing_func
     layer._gradient_checkpointing_func = state.replay.wrap(checkpoint_layer, host=host, plan=plan)
 

@@ -182,10 +182,14 @@ class Programs:
         """
         assert inputs[0] is not None
         device = inputs[0].device
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            # a model that lies on several: the hooks that move a layer's inputs leave the current device as it is
+            with torch.cuda.device(device):
+                return self.run(function, static, inputs)
         forms = [None if tensor is None else (tensor.dtype, tensor.shape, tensor.stride()) for tensor in inputs]
         key = (function, static, device, *forms)
         program = self._known.get(key)
-        if isinstance(program, Program) and (device.type != "cuda" or device.index == torch.cuda.current_device()):
+        if isinstance(program, Program):
             addresses = [0 if tensor is None else tensor.data_ptr() for tensor in inputs]
             if are_aligned(addresses):
                 return program(inputs, addresses, device)

@@ -7,11 +7,11 @@ like the first one. Whatever is kept, the numbers are the same.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Protocol
+from contextlib import AbstractContextManager, contextmanager
+from typing import NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _RESERVE = 1 / 16  # of a card's memory: what the allocator cannot use, and what other libraries take
 
@@ -69,27 +69,54 @@ class Planner:
         self._meter_of = meter_of
         self._parts: dict[torch.device, _Part | None] = {}
 
-    def keeps(self, layer: int, x: Tensor) -> bool:
-        """Whether a layer that runs on `x`, `(…, tokens, D)`, keeps what its backward needs."""
-        part = self._part(x)
-        return part is not None and part.keeps(layer, _tokens(x))
+    def keeps(self, layer: int, tokens: int, device: torch.device) -> bool:
+        """Whether a layer that runs on so many tokens on a device keeps what its backward needs."""
+        part = self._part(device)
+        return part is not None and part.keeps(layer, tokens)
 
     @contextmanager
-    def running_again(self, layer: int, x: Tensor) -> Iterator[None]:
+    def running_again(self, layer: int, tokens: int, device: torch.device) -> Iterator[None]:
         """Around the second run of a checkpointed layer."""
-        part = self._part(x)
+        part = self._part(device)
         before = 0 if part is None else part.meter.allocated()
         try:
             yield
         finally:  # the checkpoint that is not reentrant leaves by an exception once it has what it needs
             if part is not None:
-                part.note(layer, part.meter.allocated() - before, _tokens(x))
+                part.note(layer, part.meter.allocated() - before, tokens)
 
-    def _part(self, x: Tensor) -> "_Part | None":
-        if x.device not in self._parts:
-            meter = self._meter_of(x.device)
-            self._parts[x.device] = None if meter is None else _Part(meter)
-        return self._parts[x.device]
+    def _part(self, device: torch.device) -> "_Part | None":
+        if device not in self._parts:
+            meter = self._meter_of(device)
+            self._parts[device] = None if meter is None else _Part(meter)
+        return self._parts[device]
+
+
+class LayerPlan(NamedTuple):
+    """The plan of one layer, which runs on `x`, `(…, tokens, D)`.
+
+    Args:
+        planner: of its model.
+        number: of the layer.
+        layer: the module.
+    """
+
+    planner: Planner
+    number: int
+    layer: nn.Module
+
+    def keeps(self, x: Tensor) -> bool:
+        """See `Planner.keeps`."""
+        return self.planner.keeps(self.number, _tokens(x), self._device(x))
+
+    def running_again(self, x: Tensor) -> AbstractContextManager[None]:
+        """See `Planner.running_again`."""
+        return self.planner.running_again(self.number, _tokens(x), self._device(x))
+
+    def _device(self, x: Tensor) -> torch.device:
+        """Where it computes: `x` may lie where the layer before did, and be moved by a hook of Accelerate."""
+        weight = next(self.layer.parameters(), None)
+        return x.device if weight is None or weight.is_meta else weight.device  # meta: loaded when it runs
 
 
 def _tokens(x: Tensor) -> int:

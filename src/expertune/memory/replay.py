@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from expertune.memory.leave_out import LeaveOut
-from expertune.memory.planner import Planner
+from expertune.memory.planner import LayerPlan
 
 _Made = TypeVar("_Made")
 
@@ -95,14 +95,14 @@ class RoutingReplay:
         self,
         checkpoint: Callable[..., Any],
         host: Callable[..., Any] | None = None,
-        plan: tuple[Planner, int] | None = None,
+        plan: LayerPlan | None = None,
     ) -> "ReplayingCheckpoint":
         """A checkpoint function, with a tape around each run of a layer and its second one.
 
         Args:
             checkpoint: as torch's.
             host: the one it stands in for.
-            plan: who says whether the layer is checkpointed at all, and the layer's number.
+            plan: says whether the layer is checkpointed at all.
         """
         return ReplayingCheckpoint(self, checkpoint, host or checkpoint, plan)
 
@@ -150,7 +150,7 @@ class ReplayingCheckpoint:
         replay: RoutingReplay,
         checkpoint: Callable[..., Any],
         host: Callable[..., Any],
-        plan: tuple[Planner, int] | None,
+        plan: LayerPlan | None,
     ) -> None:
         self.checkpoint = checkpoint
         self.host = host
@@ -178,11 +178,9 @@ class ReplayingCheckpoint:
     def _keeps(self, args: tuple[Any, ...]) -> bool:
         if self._plan is None or not args or not torch.is_grad_enabled():
             return False
-        planner, layer = self._plan
-        return planner.keeps(layer, args[0])
+        return self._plan.keeps(args[0])
 
     def _running_again(self, tape: Tape, args: tuple[Any, ...]) -> AbstractContextManager[None]:
         if self._plan is None or not args or not tape.is_recorded:
             return nullcontext()
-        planner, layer = self._plan
-        return planner.running_again(layer, args[0])
+        return self._plan.running_again(args[0])
