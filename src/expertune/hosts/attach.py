@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from expertune.graphs.piece import Recorder
-from expertune.hosts import attention, graphs, llama4, norms, peft, rotary, transformers
+from expertune.hosts import attention, graphs, llama4, norms, parameters, peft, rotary, transformers
 from expertune.memory.checkpoint import checkpoint_layer
 from expertune.memory.planner import LayerPlan, Planner
 from expertune.memory.replay import ReplayingCheckpoint, RoutingReplay
@@ -119,6 +119,7 @@ def attach(
         _checkpoint(layer, state)
     state.recorder = Recorder(graphs.TransformersHost(state.replay)) if uses_graphs else None
     model._expertune = state
+    parameters.bind(model)
     bind_all(model)
     state.adapters = _adapters_of(model)
     return state
@@ -135,6 +136,7 @@ def detach(model: PreTrainedModel) -> None:
     if state.recorder is not None:
         graphs.unbind(state.recorder)
     rotary.unbind(state.rotaries)
+    parameters.unbind(model)
     for decoder, had in state.attentions:
         attention.give_back(decoder, had)
     llama4.unbind(state.blocks, llama4.block_forward)
