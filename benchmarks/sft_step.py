@@ -173,6 +173,8 @@ def train(peer: str, model: Any, args: argparse.Namespace, context: int, steps: 
         output_dir=tempfile.mkdtemp(),
         max_length=context,
         per_device_train_batch_size=1,
+        gradient_accumulation_steps=1,  # said, because Unsloth's own default is 2
+        warmup_steps=0,
         max_steps=steps,
         learning_rate=1e-4,
         logging_steps=1,
