@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 import expertune
 from expertune.hosts import norms
-from expertune.hosts.norms import Formula, formula_of, rms_norm
+from expertune.hosts.norms import Formula, formula_of
+from expertune.rms_norm import rms_norm
 from tests.conftest import Checkpoint
 from tests.hosts.models import load_tiny
 from tests.hosts.passes import assert_equal_within, logits

@@ -1,4 +1,4 @@
-"""Root-mean-square norms in one fused operation of torch, instead of the host's seven or eight.
+"""Root-mean-square norms in one fused operation, instead of the host's seven or eight.
 
 The host's classes are many and nearly all alike. A class is taken over if, on random numbers, it gives what the formula
 gives: `x / sqrt(mean(x²) + eps) · (w + offset)`, with offset 0, or 1 for weights that are stored around zero.
@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from expertune.rms_norm import rms_norm
 
 _AGREES = 1e-5  # float32 rounding, relative; a norm of another kind is off by more than a tenth
 
@@ -52,24 +54,6 @@ def unbind(norms: list[nn.Module]) -> None:
         forward = vars(module).get("forward")
         if isinstance(forward, partial) and forward.func is _forward:
             del module.forward
-
-
-def rms_norm(x: Tensor, weight_D: Tensor, eps: float, offset: float = 0.0) -> Tensor:
-    """Over the last dimension, in float32, rounded once; in the dtype of `x`.
-
-    Args:
-        x: `(…, D)`.
-        weight_D: in the dtype of `x` or another.
-        eps: is added to the mean square.
-        offset: is added to the weight.
-    """
-    if offset:
-        weight_D = weight_D.float() + offset
-    if weight_D.dtype != x.dtype:
-        return rms_norm(x.float(), weight_D.float(), eps).to(x.dtype)
-    # not `F.rms_norm`: under autocast that one computes in float32 and returns it
-    out: Tensor = torch._fused_rms_norm(x, weight_D.shape, weight_D, eps)[0]
-    return out
 
 
 def formula_of(norm: nn.Module) -> Formula | None:
