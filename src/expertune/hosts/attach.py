@@ -21,6 +21,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from expertune.graphs.piece import Recorder
 from expertune.hosts import attention, graphs, llama4, norms, parameters, peft, rotary, transformers
 from expertune.memory.checkpoint import checkpoint_layer
+from expertune.memory.offload import Offload
 from expertune.memory.planner import LayerPlan, Planner
 from expertune.memory.replay import ReplayingCheckpoint, RoutingReplay
 
@@ -40,6 +41,7 @@ class Attached:
         norms: those that run our forward.
         rotaries: the attentions that rotate queries and keys by our function.
         planner: says which layers are checkpointed; None for all.
+        offload: moves the inputs of layers to the host; None leaves them.
         recorder: of the parts that are replayed as CUDA graphs; None if none is to be.
     """
 
@@ -53,6 +55,7 @@ class Attached:
     norms: list[nn.Module] = field(default_factory=list)
     rotaries: list[nn.Module] = field(default_factory=list)
     planner: Planner | None = None
+    offload: Offload | None = None
     recorder: Recorder | None = None
 
 
@@ -91,7 +94,7 @@ def attach(
         layer for layer in _checkpointed(model) if layer._gradient_checkpointing_func.checkpoint is checkpoint_layer
     ]
     if (before := attached(model)) is not None:
-        state.planner = before.planner
+        state.planner, state.offload = before.planner, before.offload
     detach(model)
 
     if is_attention_ours:
@@ -249,8 +252,9 @@ def _checkpointed(model: nn.Module) -> list[Any]:
 def _checkpoint(layer: Any, state: Attached) -> None:
     """Give a layer our own checkpoint function, where the planner says so."""
     plan = None if state.planner is None else LayerPlan(state.planner, state.layers.index(layer), layer)
+    moving = None if state.offload is None else partial(state.offload.moving, stays=layer is state.layers[-1])
     host = layer._gradient_checkpointing_func
-    layer._gradient_checkpointing_func = state.replay.wrap(checkpoint_layer, host=host, plan=plan)
+    layer._gradient_checkpointing_func = state.replay.wrap(checkpoint_layer, host=host, plan=plan, moving=moving)
 
 
 def _replay(layer: Any, state: Attached) -> None:
@@ -302,7 +306,8 @@ def set_checkpointing(model: PreTrainedModel, state: Attached, memory: str) -> N
     Args:
         model: the model.
         state: what was done to it.
-        memory: "lean" checkpoints every layer, "auto" those that the card has no room for, "fast" none.
+        memory: "lean" checkpoints every layer and moves long inputs of layers to the host, "auto" checkpoints those
+            layers that the card has no room for, "fast" none.
     """
     if not model.supports_gradient_checkpointing:
         return
@@ -312,6 +317,7 @@ def set_checkpointing(model: PreTrainedModel, state: Attached, memory: str) -> N
         disable()
         return
     state.planner = Planner() if memory == "auto" else None
+    state.offload = Offload() if memory == "lean" else None
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
     for layer in state.layers:
