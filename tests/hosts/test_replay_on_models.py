@@ -11,8 +11,10 @@ from torch.overrides import TorchFunctionMode
 import expertune
 from expertune.hosts import attach
 from expertune.hosts.attach import blocks
+from expertune.memory import token_tiles
 from expertune.memory.offload import Offload
 from expertune.memory.replay import RoutingReplay
+from expertune.memory.token_tiles import TokenTiles
 from tests.conftest import Checkpoint
 from tests.hosts.adapters import lora, stock
 from tests.hosts.models import CONFIGS, batch, load_tiny
@@ -25,9 +27,10 @@ def _ours(model: nn.Module) -> None:
 
 
 def _lean(model: nn.Module, lane: Lane | None = None) -> None:
-    """With inputs that are moved, however short."""
+    """With inputs that are moved and batches that are walked in tiles, however short."""
     lane = lane or Lane()
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attach, "TokenTiles", lambda: TokenTiles(least_tokens=4, least_rows=0))
         patch.setattr(attach, "Offload", lambda: Offload(lambda _: lane, least_tokens=1))
         expertune.optimize(model, memory="lean")
 
@@ -127,6 +130,41 @@ def test_lean_moves_the_inputs_of_all_layers_but_the_last(checkpoint: Checkpoint
     expertune.optimize(model, memory="auto")
     run(model, batch())
     assert len(lane.bytes_moved) == 2 * 2 * len(_moved_layers(model))
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_lean_walks_a_long_batch_in_tiles(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, family: str) -> None:
+    """Also without gradients and when nothing is checkpointed; a short batch is walked whole."""
+    model, plain = stock(checkpoint(family), lora()), expertune.optimize(stock(checkpoint(family), lora()))
+    _lean(model)
+    numbers: list[int] = []
+
+    def spy(x: Any, routings: Any, *args: Any, **keywords: Any) -> Any:
+        numbers.append(len(routings))
+        return walk(x, routings, *args, **keywords)
+
+    walk = token_tiles.experts
+    monkeypatch.setattr(token_tiles, "experts", spy)
+    for mode in (True, False):
+        assert_equal_within(run(model.train(mode), batch()), run(plain.train(mode), batch()), 1e-12)
+    assert set(numbers) == {3}
+    numbers.clear()
+    run(model, batch(num_rows=1, length=7))
+    assert not numbers
+    expertune.optimize(model, memory="auto")
+    run(model, batch())
+    assert not numbers
+
+
+def test_gradients_of_micro_batches_add_up(checkpoint: Checkpoint) -> None:
+    models = [expertune.optimize(stock(checkpoint("qwen3_moe"), lora())), stock(checkpoint("qwen3_moe"), lora())]
+    _lean(models[1])
+    grads = []
+    for model in models:
+        for seed in range(3):
+            model(**batch(seed, length=9 + seed)).loss.backward()
+        grads.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    assert_equal_within(grads[1], grads[0], 1e-12)
 
 
 def _moved_layers(model: Any) -> list[nn.Module]:

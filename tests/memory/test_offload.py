@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
@@ -253,3 +253,20 @@ def test_a_copy_of_a_model_moves_by_a_lane_of_its_own() -> None:
     assert _are_equal(_Model().use(offload).grads(_batch()), truth)
     assert _are_equal(_Model().use(copy.deepcopy(offload)).grads(_batch()), truth)
     assert [lane.num_buffers for lane in lanes] == [LAYERS - 1] * 2
+
+
+def test_under_ddp() -> None:
+    """One process suffices: its hooks and buckets are those of many."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        lane = Lane()
+        model = _Model().use(_offload(lane))
+        parallel = nn.parallel.DistributedDataParallel(model)
+        for seed in range(2):
+            parallel.zero_grad()
+            parallel(_batch(seed=seed).requires_grad_()).backward()
+            grads = [p.grad for p in model.parameters() if p.grad is not None]
+            assert _are_equal(grads, _Model().grads(_batch(seed=seed))[1:])
+        assert lane.num_buffers == LAYERS - 1
+    finally:
+        distributed.destroy_process_group()

@@ -24,6 +24,7 @@ from expertune.memory.checkpoint import checkpoint_layer
 from expertune.memory.offload import Offload
 from expertune.memory.planner import LayerPlan, Planner
 from expertune.memory.replay import ReplayingCheckpoint, RoutingReplay
+from expertune.memory.token_tiles import TokenTiles
 
 
 @dataclass(kw_only=True)
@@ -306,9 +307,11 @@ def set_checkpointing(model: PreTrainedModel, state: Attached, memory: str) -> N
     Args:
         model: the model.
         state: what was done to it.
-        memory: "lean" checkpoints every layer and moves long inputs of layers to the host, "auto" checkpoints those
-            layers that the card has no room for, "fast" none.
+        memory: "lean" checkpoints every layer, moves long inputs of layers to the host and walks long batches in
+            tiles, "auto" checkpoints those layers that the card has no room for, "fast" none.
     """
+    for _, module in transformers.named_experts(model):
+        transformers.plan_of(module).tiles = TokenTiles() if memory == "lean" else None
     if not model.supports_gradient_checkpointing:
         return
     if memory == "fast":
