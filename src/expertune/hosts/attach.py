@@ -91,9 +91,7 @@ def attach(
         for name, module in transformers.named_experts(model)
     ]
     peft.check(model, {id(module): plan for module, plan in plans})
-    ours = [
-        layer for layer in _checkpointed(model) if layer._gradient_checkpointing_func.checkpoint is checkpoint_layer
-    ]
+    ours = [each for each in _checkpointed(model) if each._gradient_checkpointing_func.checkpoint is checkpoint_layer]
     if (before := attached(model)) is not None:
         state.planner, state.offload = before.planner, before.offload
     detach(model)
