@@ -8,6 +8,7 @@ import pytest
 
 from expertune.experts import ExpertsStep, experts
 from expertune.hosts import transformers
+from expertune.memory import token_tiles
 from tests.hosts.models import save_tiny
 
 Checkpoint = Callable[..., Path]
@@ -37,9 +38,13 @@ def walks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The backend of each pass through the walk, so that a test knows that it did not compare stock with stock."""
     seen: list[str] = []
 
-    def spy(x: Any, routing: Any, weight: Any, projections: Any, step: ExpertsStep, **keywords: Any) -> Any:
-        seen.append(step.backend.name)
-        return experts(x, routing, weight, projections, step, **keywords)
+    def spy(walk: Callable[..., Any]) -> Callable[..., Any]:
+        def watched(x: Any, routing: Any, weight: Any, projections: Any, step: ExpertsStep, **keywords: Any) -> Any:
+            seen.append(step.backend.name)
+            return walk(x, routing, weight, projections, step, **keywords)
 
-    monkeypatch.setattr(transformers, "experts", spy)
+        return watched
+
+    monkeypatch.setattr(transformers, "experts", spy(experts))
+    monkeypatch.setattr(token_tiles, "experts", spy(token_tiles.experts))
     return seen

@@ -95,20 +95,21 @@ def experts(
 
     Differentiable in `x_TD`, `weight_TK`, base weights, biases and LoRA factors, each only where it asks for it.
     """
+    tensors, scales = flatten(projections)
+    walk = Walk(step=step, scales=scales, routing=routing.shape, leaves_out=leaves_out)
+    out_TD = _ExpertsFunction.apply(  # type: ignore[no-untyped-call]
+        walk, x_TD.to(projections[0].weight.dtype), weight_TK, routing.words, *tensors
+    )
+    return cast(Tensor, out_TD).to(x_TD.dtype)
+
+
+def flatten(projections: tuple[Projection, Projection]) -> tuple[Tensors, tuple[tuple[float, ...], ...]]:
+    """`w1, b1, w2, b2`, then `a, b` of each adapter of the two projections; and the adapters' scales, by projection."""
     first, second = projections
     adapters = (*first.adapters, *second.adapters)
     factors = lora.alternate([adapter.a for adapter in adapters], [adapter.b for adapter in adapters])
-    walk = Walk(
-        step=step,
-        scales=tuple(tuple(adapter.scale for adapter in p.adapters) for p in projections),
-        routing=routing.shape,
-        leaves_out=leaves_out,
-    )
-    base = (first.weight, first.bias, second.weight, second.bias)
-    out_TD = _ExpertsFunction.apply(  # type: ignore[no-untyped-call]
-        walk, x_TD.to(first.weight.dtype), weight_TK, routing.words, *base, *factors
-    )
-    return cast(Tensor, out_TD).to(x_TD.dtype)
+    scales = tuple(tuple(adapter.scale for adapter in p.adapters) for p in projections)
+    return (first.weight, first.bias, second.weight, second.bias, *factors), scales
 
 
 class Walk(NamedTuple):
@@ -277,13 +278,35 @@ def run_forward(walk: Walk, x_TD: Tensor, weight_TK: Tensor, tensors: Tensors) -
     return tuple(walk.step.backend.steps().run(_forward, walk, (x_TD, weight_TK, *tensors)))
 
 
+def kept(walk: Walk, x_TD: Tensor, weight_TK: Tensor, made: Tensors, tensors: Tensors) -> Tensors:
+    """What `run_backward` takes as saved, with None for what no gradient that is wanted reads.
+
+    Args:
+        walk: says what is wanted.
+        x_TD: the tokens, as in forward.
+        weight_TK: the router's weights, as in forward.
+        made: `h` and both mids, as `run_forward` gives them.
+        tensors: as in forward.
+    """
+    h_NG, mid1_NR, mid2_NR = made
+    wants_first, wants_second = walk.wants_factors
+    return (
+        x_TD if walk.wants[2] or wants_first else None,
+        h_NG,
+        mid1_NR if wants_first else None,
+        mid2_NR if wants_second else None,
+        weight_TK,
+        *tensors,
+    )
+
+
 def run_backward(walk: Walk, dout_TD: Tensor, saved: Tensors) -> tuple[Tensor | None, ...]:
     """Gradients of `x, weight, w1, b1, w2, b2`, then of the factors; None where `walk.wants` none.
 
     Args:
         walk: what else it needs.
         dout_TD: the gradient of the output.
-        saved: `x` (or None where only frozen weights would read it), `h`, both mids, `weight`, then as in forward.
+        saved: as `kept` gives it.
     """
     dout_TD = dout_TD.contiguous()
     dx_TD, dweight_TK, *others = walk.step.backend.steps().run(_backward, walk, (dout_TD, *saved))
@@ -302,18 +325,10 @@ class _ExpertsFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, walk: Walk, x_TD: Tensor, weight_TK: Tensor, *tensors: Tensor | None) -> Tensor:
         weight_TK = weight_TK.contiguous()
-        out_TD, h_NG, mid1_NR, mid2_NR = run_forward(walk, x_TD, weight_TK, tensors)
-        _, wants_x, wants_weight, _, wants_w1, *wants = ctx.needs_input_grad
-        ctx.walk = walk = walk._replace(wants=(wants_x, wants_weight, wants_w1, *wants))
-        wants_first, wants_second = walk.wants_factors
-        ctx.save_for_backward(
-            x_TD if wants_w1 or wants_first else None,
-            h_NG,
-            mid1_NR if wants_first else None,
-            mid2_NR if wants_second else None,
-            weight_TK,
-            *tensors,
-        )
+        out_TD, *made = run_forward(walk, x_TD, weight_TK, tensors)
+        _, wants_x, wants_weight, _, *wants = ctx.needs_input_grad
+        ctx.walk = walk = walk._replace(wants=(wants_x, wants_weight, *wants))
+        ctx.save_for_backward(*kept(walk, x_TD, weight_TK, made, tensors))
         if out_TD is None:
             out_TD = torch.zeros_like(x_TD, memory_format=torch.contiguous_format)
         return out_TD

@@ -9,16 +9,30 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import expertune
+from expertune.hosts import attach
 from expertune.hosts.attach import blocks
+from expertune.memory import token_tiles
+from expertune.memory.offload import Offload
 from expertune.memory.replay import RoutingReplay
+from expertune.memory.token_tiles import TokenTiles
 from tests.conftest import Checkpoint
 from tests.hosts.adapters import lora, stock
 from tests.hosts.models import CONFIGS, batch, load_tiny
 from tests.hosts.passes import assert_equal_within, run
+from tests.memory.lanes import Lane
 
 
 def _ours(model: nn.Module) -> None:
     expertune.optimize(model, memory="auto")
+
+
+def _lean(model: nn.Module, lane: Lane | None = None) -> None:
+    """With inputs that are moved and batches that are walked in tiles, however short."""
+    lane = lane or Lane()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attach, "TokenTiles", lambda: TokenTiles(least_tokens=4, least_rows=0))
+        patch.setattr(attach, "Offload", lambda: Offload(lambda _: lane, least_tokens=1))
+        expertune.optimize(model, memory="lean")
 
 
 def _hosts(use_reentrant: bool) -> Callable[[nn.Module], None]:
@@ -31,6 +45,7 @@ def _hosts(use_reentrant: bool) -> Callable[[nn.Module], None]:
 
 WAYS: dict[str, Callable[[nn.Module], None]] = {
     "ours": _ours,
+    "lean": _lean,
     "host's, reentrant": _hosts(True),
     "host's, not reentrant": _hosts(False),
 }
@@ -101,6 +116,60 @@ def test_two_passes_before_one_backward(checkpoint: Checkpoint, way: Any) -> Non
         (model(**batch(0)).loss - 0.5 * model(**batch(1, length=7)).loss).backward()
         grads.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
     assert_equal_within(grads[1], grads[0], 1e-12)
+
+
+def test_lean_moves_the_inputs_of_all_layers_but_the_last(checkpoint: Checkpoint) -> None:
+    """Of the first too, unless autograd holds it anyway, as where inputs are made to require gradients."""
+    model, lane = load_tiny(checkpoint("qwen3_moe", num_hidden_layers=4)), Lane()
+    _lean(model, lane)
+    for _ in range(2):
+        run(model, batch())
+        expertune.optimize(model)  # which keeps what was set
+    num_bytes = batch()["input_ids"].numel() * model.config.hidden_size * 8
+    assert lane.bytes_moved == [num_bytes] * 2 * 2 * len(_moved_layers(model))
+    expertune.optimize(model, memory="auto")
+    run(model, batch())
+    assert len(lane.bytes_moved) == 2 * 2 * len(_moved_layers(model))
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_lean_walks_a_long_batch_in_tiles(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, family: str) -> None:
+    """Also without gradients and when nothing is checkpointed; a short batch is walked whole."""
+    model, plain = stock(checkpoint(family), lora()), expertune.optimize(stock(checkpoint(family), lora()))
+    _lean(model)
+    numbers: list[int] = []
+
+    def spy(x: Any, routings: Any, *args: Any, **keywords: Any) -> Any:
+        numbers.append(len(routings))
+        return walk(x, routings, *args, **keywords)
+
+    walk = token_tiles.experts
+    monkeypatch.setattr(token_tiles, "experts", spy)
+    for mode in (True, False):
+        assert_equal_within(run(model.train(mode), batch()), run(plain.train(mode), batch()), 1e-12)
+    assert set(numbers) == {3}
+    numbers.clear()
+    run(model, batch(num_rows=1, length=7))
+    assert not numbers
+    expertune.optimize(model, memory="auto")
+    run(model, batch())
+    assert not numbers
+
+
+def test_gradients_of_micro_batches_add_up(checkpoint: Checkpoint) -> None:
+    models = [expertune.optimize(stock(checkpoint("qwen3_moe"), lora())), stock(checkpoint("qwen3_moe"), lora())]
+    _lean(models[1])
+    grads = []
+    for model in models:
+        for seed in range(3):
+            model(**batch(seed, length=9 + seed)).loss.backward()
+        grads.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    assert_equal_within(grads[1], grads[0], 1e-12)
+
+
+def _moved_layers(model: Any) -> list[nn.Module]:
+    """The layers whose inputs are moved when everything is trained."""
+    return list(model.model.layers[:-1])
 
 
 def _drifting(model: nn.Module) -> _Drift:

@@ -21,8 +21,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from expertune.graphs.piece import Recorder
 from expertune.hosts import attention, graphs, llama4, norms, parameters, peft, rotary, transformers
 from expertune.memory.checkpoint import checkpoint_layer
+from expertune.memory.offload import Offload
 from expertune.memory.planner import LayerPlan, Planner
 from expertune.memory.replay import ReplayingCheckpoint, RoutingReplay
+from expertune.memory.token_tiles import TokenTiles
 
 
 @dataclass(kw_only=True)
@@ -40,6 +42,7 @@ class Attached:
         norms: those that run our forward.
         rotaries: the attentions that rotate queries and keys by our function.
         planner: says which layers are checkpointed; None for all.
+        offload: moves the inputs of layers to the host; None leaves them.
         recorder: of the parts that are replayed as CUDA graphs; None if none is to be.
     """
 
@@ -53,6 +56,7 @@ class Attached:
     norms: list[nn.Module] = field(default_factory=list)
     rotaries: list[nn.Module] = field(default_factory=list)
     planner: Planner | None = None
+    offload: Offload | None = None
     recorder: Recorder | None = None
 
 
@@ -87,11 +91,9 @@ def attach(
         for name, module in transformers.named_experts(model)
     ]
     peft.check(model, {id(module): plan for module, plan in plans})
-    ours = [
-        layer for layer in _checkpointed(model) if layer._gradient_checkpointing_func.checkpoint is checkpoint_layer
-    ]
+    ours = [each for each in _checkpointed(model) if each._gradient_checkpointing_func.checkpoint is checkpoint_layer]
     if (before := attached(model)) is not None:
-        state.planner = before.planner
+        state.planner, state.offload = before.planner, before.offload
     detach(model)
 
     if is_attention_ours:
@@ -249,8 +251,9 @@ def _checkpointed(model: nn.Module) -> list[Any]:
 def _checkpoint(layer: Any, state: Attached) -> None:
     """Give a layer our own checkpoint function, where the planner says so."""
     plan = None if state.planner is None else LayerPlan(state.planner, state.layers.index(layer), layer)
+    moving = None if state.offload is None else partial(state.offload.moving, stays=layer is state.layers[-1])
     host = layer._gradient_checkpointing_func
-    layer._gradient_checkpointing_func = state.replay.wrap(checkpoint_layer, host=host, plan=plan)
+    layer._gradient_checkpointing_func = state.replay.wrap(checkpoint_layer, host=host, plan=plan, moving=moving)
 
 
 def _replay(layer: Any, state: Attached) -> None:
@@ -302,8 +305,11 @@ def set_checkpointing(model: PreTrainedModel, state: Attached, memory: str) -> N
     Args:
         model: the model.
         state: what was done to it.
-        memory: "lean" checkpoints every layer, "auto" those that the card has no room for, "fast" none.
+        memory: "lean" checkpoints every layer, moves long inputs of layers to the host and walks long batches in
+            tiles, "auto" checkpoints those layers that the card has no room for, "fast" none.
     """
+    for _, module in transformers.named_experts(model):
+        transformers.plan_of(module).tiles = TokenTiles() if memory == "lean" else None
     if not model.supports_gradient_checkpointing:
         return
     if memory == "fast":
@@ -312,6 +318,7 @@ def set_checkpointing(model: PreTrainedModel, state: Attached, memory: str) -> N
         disable()
         return
     state.planner = Planner() if memory == "auto" else None
+    state.offload = Offload() if memory == "lean" else None
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
     for layer in state.layers:

@@ -6,7 +6,7 @@ flags, register one function, and set that name on the config of the one model.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import Any
@@ -23,7 +23,9 @@ from expertune.backends.protocol import Backend
 from expertune.experts import ExpertsStep, Projection, experts
 from expertune.hosts import llama4
 from expertune.hosts.gates import gate_of
+from expertune.memory import token_tiles
 from expertune.memory.replay import RoutingReplay
+from expertune.memory.token_tiles import TokenTiles
 from expertune.shapes import ALIGNMENT, ExpertsLayout, LoraFactors, Problem
 
 IMPLEMENTATION = "expertune"
@@ -43,6 +45,7 @@ class ExpertsPlan:
         requested: the backend asked for, or "auto".
         host_config: the config that the module had before; None where it has none.
         replay: the routing replay of its model.
+        tiles: into which long batches are cut; None walks each batch whole.
     """
 
     name: str
@@ -51,6 +54,7 @@ class ExpertsPlan:
     requested: str
     host_config: Any
     replay: RoutingReplay
+    tiles: TokenTiles | None = None
     _steps: dict[tuple[torch.device, torch.dtype, torch.dtype], tuple[ExpertsStep, list[str]]] = field(
         default_factory=dict
     )
@@ -145,6 +149,7 @@ def make_plan(name: str, module: nn.Module, model_type: str, requested: str, rep
         requested=requested,
         host_config=earlier.host_config if isinstance(earlier, ExpertsPlan) else getattr(module, "config", None),
         replay=replay,
+        tiles=earlier.tiles if isinstance(earlier, ExpertsPlan) else None,
     )
     # refuses now what was asked for by name and cannot run
     plan.step(module.get_parameter(first), module.get_parameter("down_proj"))
@@ -283,16 +288,20 @@ def _walk(
         x_TD, expert_TK, weight_TK: tokens, chosen experts and their weights.
         pair: both projections.
         step: layout, gate and backend.
-        is_last: whether a recomputed layer may leave the output out, because nothing of the experts follows.
+        is_last: whether nothing of the experts follows, which would read their output: then a recomputed layer may
+            leave it out, and a long batch is walked in tiles.
     """
     if torch.compiler.is_compiling():
         return compiled.experts(x_TD, expert_TK, weight_TK, pair, step)
     plan.replay.leave_block()  # the router has chosen; what follows need not pass through Python operation by operation
-    choose_rows = partial(step.dispatch, expert_TK)
+    choose_rows: Callable[[], Any] = partial(step.dispatch, expert_TK)
+    run: Callable[..., Tensor] = experts
+    if is_last and plan.tiles is not None and plan.tiles.cuts(expert_TK, step.layout):
+        choose_rows, run = partial(plan.tiles.dispatch, expert_TK, step), token_tiles.experts
     if (tape := plan.replay.tape) is None:
-        return experts(x_TD, choose_rows(), weight_TK, pair, step)
+        return run(x_TD, choose_rows(), weight_TK, pair, step)
     leaves_out = is_last and tape.leave_out.is_on
-    out_TD = experts(x_TD, tape.once(choose_rows), weight_TK, pair, step, leaves_out=leaves_out)
+    out_TD = run(x_TD, tape.once(choose_rows), weight_TK, pair, step, leaves_out=leaves_out)
     if is_last:
         tape.leave_out.begin()
     return out_TD

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Any, TypeVar, cast
+from typing import Any, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from expertune.memory.leave_out import LeaveOut
 from expertune.memory.planner import LayerPlan
 
 _Made = TypeVar("_Made")
+Moving: TypeAlias = Callable[[Tensor], AbstractContextManager[None]]
 
 
 class Tape:
@@ -96,6 +97,7 @@ class RoutingReplay:
         checkpoint: Callable[..., Any],
         host: Callable[..., Any] | None = None,
         plan: LayerPlan | None = None,
+        moving: Moving | None = None,
     ) -> "ReplayingCheckpoint":
         """A checkpoint function, with a tape around each run of a layer and its second one.
 
@@ -103,8 +105,9 @@ class RoutingReplay:
             checkpoint: as torch's.
             host: the one it stands in for.
             plan: says whether the layer is checkpointed at all.
+            moving: around the checkpointed call, given its input: moves what is saved of it.
         """
-        return ReplayingCheckpoint(self, checkpoint, host or checkpoint, plan)
+        return ReplayingCheckpoint(self, checkpoint, host or checkpoint, plan, moving)
 
     @contextmanager
     def using(self, tape: Tape) -> Iterator[None]:
@@ -151,10 +154,12 @@ class ReplayingCheckpoint:
         checkpoint: Callable[..., Any],
         host: Callable[..., Any],
         plan: LayerPlan | None,
+        moving: Moving | None,
     ) -> None:
         self.checkpoint = checkpoint
         self.host = host
         self._plan = plan
+        self._moving = moving
         self._replay = replay
         self._leave_out = LeaveOut()
 
@@ -173,7 +178,8 @@ class ReplayingCheckpoint:
             with self._replay.using(tape), self._running_again(tape, run_args):
                 return tape.run(function, *run_args, **run_kwargs)
 
-        return self.checkpoint(partial(run, **keywords), *args, **kwargs)
+        with nullcontext() if self._moving is None or not args else self._moving(args[0]):
+            return self.checkpoint(partial(run, **keywords), *args, **kwargs)
 
     def _keeps(self, args: tuple[Any, ...]) -> bool:
         if self._plan is None or not args or not torch.is_grad_enabled():
