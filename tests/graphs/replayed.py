@@ -105,3 +105,29 @@ def toys(recorder: Recorder, number: int) -> tuple[list[Toy], list[Toy]]:
     for toy in recorded:
         toy.forward = Piece(toy, recorder)  # type: ignore[method-assign]
     return recorded, stock
+
+
+def draw(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def inputs(seed: int, length: int = 5) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    x = draw(1, length, 4, seed=seed).requires_grad_()
+    return x, (draw(1, length, 4, seed=seed + 100), draw(1, length, 4, seed=seed + 200))
+
+
+def gradients(toy: nn.Module, x: Tensor) -> list[Tensor | None]:
+    return [x.grad, *(p.grad for p in toy.parameters())]
+
+
+def assert_same(toy: Toy, stock: Toy, seed: int, length: int = 5) -> None:
+    """One step of both on the same input."""
+    results = []
+    for module in (toy, stock):
+        module.zero_grad()
+        x, pair = inputs(seed, length)
+        out, nothing = module(x, pair)
+        assert nothing is None
+        out.square().sum().backward()
+        results.append([out, *gradients(module, x)])
+    torch.testing.assert_close(*results)
