@@ -266,6 +266,22 @@ def _backward(walk: Walk, tensors: Tensors) -> tuple[Tensor | None, ...]:
     return (dx_TD, dweight_TK if wants_weight else None, dw1, db1, dw2, db2, *dfirst, *dsecond)
 
 
+def _forward_and_backward(walk: Walk, tensors: Tensors) -> tuple[Tensor | None, ...]:
+    """Both passes as they will be launched, without their numbers; `tensors` as for `_forward`.
+
+    Whether the tokens want a gradient is not known in a checkpointed forward pass; nearly always they do. Backward may
+    write over what was saved, so that it takes no more memory than forward.
+    """
+    out_TD, h_NG, mid1_NR, mid2_NR = _forward(walk, tensors)
+    x_TD, weight_TK, words, *parts = cast(tuple[Tensor, ...], tensors)
+    wants = [tensor is not None and tensor.requires_grad for tensor in parts]
+    if x_TD.requires_grad or any(wants):
+        walk = walk._replace(wants=(True, True, *wants), overwrites=True)
+        dout_TD = torch.empty_like(x_TD)
+        _backward(walk, (dout_TD, x_TD, h_NG, mid1_NR, mid2_NR, weight_TK, words, *parts))
+    return (out_TD,)
+
+
 def run_forward(walk: Walk, x_TD: Tensor, weight_TK: Tensor, tensors: Tensors) -> tuple[Tensor | None, ...]:
     """`_forward`, as the backend runs it.
 
@@ -275,7 +291,8 @@ def run_forward(walk: Walk, x_TD: Tensor, weight_TK: Tensor, tensors: Tensors) -
         weight_TK: the router's weights, contiguous.
         tensors: the routing's words, then `w1, b1, w2, b2`, then the factors.
     """
-    return tuple(walk.step.backend.steps().run(_forward, walk, (x_TD, weight_TK, *tensors)))
+    inputs = (x_TD, weight_TK, *tensors)
+    return tuple(walk.step.backend.steps().run(_forward, walk, inputs, ahead=_forward_and_backward))
 
 
 def kept(walk: Walk, x_TD: Tensor, weight_TK: Tensor, made: Tensors, tensors: Tensors) -> Tensors:

@@ -38,7 +38,7 @@ class FactorSide(NamedTuple):
 class Steps(Protocol):
     """The steps of the walk that differ between backends."""
 
-    def run(self, function: Pass, static: Hashable, inputs: Tensors) -> Tensors:
+    def run(self, function: Pass, static: Hashable, inputs: Tensors, ahead: Pass | None = None) -> Tensors:
         """`function(static, inputs)`: a pass of the walk, which calls the other steps.
 
         Autocast is off in it: it would cast some products and not others, and the base weights' dtype is what counts.
@@ -47,6 +47,7 @@ class Steps(Protocol):
             function: pure.
             static: all that decides what it does, beside shapes, strides and dtypes.
             inputs: tensors of one device.
+            ahead: does `function` and the passes that will follow it; never run, it says what else to get ready.
         """
         ...
 

@@ -27,7 +27,13 @@ class TorchSteps:
     matmul: Callable[[Tensor, Tensor, Tensor], Tensor]
     outer_product: Callable[[Tensor, Tensor, Tensor], Tensor]
 
-    def run(self, function: Pass, static: Hashable, inputs: Tensors) -> Tensors:
+    def run(
+        self,
+        function: Pass,
+        static: Hashable,
+        inputs: Tensors,
+        ahead: Pass | None = None,  # noqa: ARG002  torch brings its kernels built
+    ) -> Tensors:
         assert inputs[0] is not None
         with torch.autocast(inputs[0].device.type, enabled=False):
             return function(static, inputs)

@@ -25,8 +25,8 @@ _programs = Programs()
 class TritonSteps:
     """Stateless: every step is a launch or two. What a pass launches is noted once a shape."""
 
-    def run(self, function: Pass, static: Hashable, inputs: Tensors) -> Tensors:
-        return _programs.run(function, static, inputs)
+    def run(self, function: Pass, static: Hashable, inputs: Tensors, ahead: Pass | None = None) -> Tensors:
+        return _programs.run(function, static, inputs, ahead)
 
     def dispatch(self, expert_TK: Tensor, num_experts: int) -> Dispatch:
         shape = RoutingShape.of(expert_TK, num_experts, tile_rows(expert_TK.device))

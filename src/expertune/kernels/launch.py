@@ -52,6 +52,9 @@ def launch(
         descriptors: tensor-memory descriptors, all of the dtype of the first tensor.
         options: `num_warps`, `num_stages`, `maxnreg`.
     """
+    if _watcher.prepare is not None:
+        _watcher.prepare(kernel, (*descriptors, *tensors, *sizes, *numbers), constants | options)
+        return
     device = tensors[0].device
     pointers = [tensor.data_ptr() for tensor in tensors]
     values = (*sizes, *numbers, *constants.values())
@@ -113,12 +116,14 @@ class Launch(NamedTuple):
 
 
 Note: TypeAlias = Callable[[Launch, Sequence[Tensor]], None]
+Prepare: TypeAlias = Callable[[Any, tuple[Any, ...], dict[str, Any]], None]  # kernel, arguments, constants and options
 
 
 class _Watcher(threading.local):
-    """Who is told of this thread's launches."""
+    """Who is told of this thread's launches, and who is handed them instead of the device."""
 
     note: Note | None = None
+    prepare: Prepare | None = None
 
 
 _watcher = _Watcher()
@@ -137,3 +142,13 @@ def watched(note: Note | None) -> Iterator[None]:
         yield
     finally:
         _watcher.note = outer
+
+
+@contextmanager
+def prepared(prepare: Prepare) -> Iterator[None]:
+    """Hand the launches of this thread to `prepare`, and make none."""
+    outer, _watcher.prepare = _watcher.prepare, prepare
+    try:
+        yield
+    finally:
+        _watcher.prepare = outer

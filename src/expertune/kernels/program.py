@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from expertune.kernels import launch, submit
+from expertune.kernels.ahead import compile_ahead
 from expertune.kernels.launch import Launch, are_aligned
 from expertune.kernels.plan import Buffer, Form, Pointee, plan
 from expertune.shapes import Pass, Tensors
@@ -170,8 +171,9 @@ class Programs:
 
     def __init__(self) -> None:
         self._known: dict[tuple[Any, ...], Program | bool] = {}
+        self._built: set[tuple[Any, ...]] = set()
 
-    def run(self, function: Pass, static: Any, inputs: Tensors) -> Tensors:
+    def run(self, function: Pass, static: Any, inputs: Tensors, ahead: Pass | None = None) -> Tensors:
         """`function(static, inputs)`, by its program if there is one.
 
         Args:
@@ -179,13 +181,15 @@ class Programs:
             static: all that decides which launches it makes, beside that device and the inputs' shapes, strides and
                 dtypes. Hashable.
             inputs: tensors; the first is one.
+            ahead: of the same arguments, makes the launches of `function` and of the passes that will follow. It is
+                never run, but on CUDA their kernels are built at once.
         """
         assert inputs[0] is not None
         device = inputs[0].device
         if device.type == "cuda" and device.index != torch.cuda.current_device():
             # a model that lies on several: the hooks that move a layer's inputs leave the current device as it is
             with torch.cuda.device(device):
-                return self.run(function, static, inputs)
+                return self.run(function, static, inputs, ahead)
         forms = [None if tensor is None else (tensor.dtype, tensor.shape, tensor.stride()) for tensor in inputs]
         key = (function, static, device, *forms)
         program = self._known.get(key)
@@ -196,12 +200,25 @@ class Programs:
         if program is not True:
             if program is None:
                 self._remember(key, True)
+                if device.type == "cuda":
+                    self._build(ahead or function, static, inputs, device)
             with _no_autocast(device):
                 return function(static, inputs)
         with _Watch(inputs) as watch, launch.watched(watch.note), _no_autocast(device):
             results = function(static, inputs)
         self._remember(key, _make(watch, inputs, results, device))
         return results
+
+    def _build(self, function: Pass, static: Any, inputs: Tensors, device: torch.device) -> None:
+        """Build the kernels of a pass, once for all layers and lengths: inputs that differ in their first size alone.
+
+        Two layers of such inputs may still differ in a kernel; that one is then built when it is first launched.
+        """
+        kind = (function, device, *[None if tensor is None else (tensor.dtype, tensor.shape[1:]) for tensor in inputs])
+        if kind not in self._built:
+            self._built.add(kind)
+            with _no_autocast(device):
+                compile_ahead(function, static, inputs, device)
 
     def _remember(self, key: tuple[Any, ...], known: Program | bool) -> None:
         """True: met once. False: not to be noted."""
