@@ -147,7 +147,8 @@ def test_what_is_built_is_what_both_passes_launch(
     launched: set[Any] = set()
 
     def prepare(kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:
-        dtypes = [a.dtype for a in arguments if isinstance(a, Tensor)]
+        tensors = [getattr(a, "base", a) for a in arguments]  # of a descriptor, the tensor it describes
+        dtypes = [a.dtype for a in tensors if isinstance(a, Tensor)]
         values = [a for a in arguments if isinstance(a, int | float)]
         prepared.add((kernel, *dtypes, *values, *constants.values()))
 

@@ -48,9 +48,8 @@ def compile_ahead(function: Pass, static: Any, inputs: Tensors, device: torch.de
 
 def run_without_numbers(function: Pass, static: Any, inputs: Tensors, prepare: launch.Prepare) -> None:
     """Hand what `function(static, inputs)` launches to `prepare`, and compute nothing."""
-    with _WithoutNumbers(), launch.prepared(prepare):
-        with suppress(_Ended):
-            function(static, inputs)
+    with _WithoutNumbers(), launch.prepared(prepare), suppress(_Ended):
+        function(static, inputs)
 
 
 class _WithoutNumbers(TorchDispatchMode):
