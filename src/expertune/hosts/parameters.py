@@ -1,4 +1,4 @@
-"""How many parameters a model has, counted in a fifth of the host's time.
+"""How many parameters a model has, counted without their names.
 
 Transformers' trainer asks for it at every step, to report floating-point operations, while the device waits. The host
 builds the names of all parameters for it, which for a model with adapters takes longer than submitting its layers.
