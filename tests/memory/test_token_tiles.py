@@ -116,9 +116,9 @@ def test_left_out_it_is_zero_walks_nothing_in_forward_and_has_the_same_gradients
     inputs = make_inputs(kind, ROUTINGS["three tiles, the last one short"])
     ran: list[str] = []
 
-    def run(function: Callable[..., Any], *args: Any) -> Any:
+    def run(function: Callable[..., Any], *args: Any, **keywords: Any) -> Any:
         ran.append(function.__name__)
-        return native_torch.STEPS.run(function, *args)
+        return native_torch.STEPS.run(function, *args, **keywords)
 
     class _Spy:
         def __getattr__(self, name: str) -> Any:
