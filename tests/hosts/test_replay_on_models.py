@@ -6,15 +6,18 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 
 import expertune
+from expertune.experts import ExpertsStep
 from expertune.hosts import attach
 from expertune.hosts.attach import blocks
 from expertune.memory import token_tiles
 from expertune.memory.offload import Offload
 from expertune.memory.replay import RoutingReplay
 from expertune.memory.token_tiles import TokenTiles
+from expertune.shapes import Dispatch
 from tests.conftest import Checkpoint
 from tests.hosts.adapters import lora, stock
 from tests.hosts.models import CONFIGS, batch, load_tiny
@@ -154,6 +157,28 @@ def test_lean_walks_a_long_batch_in_tiles(checkpoint: Checkpoint, monkeypatch: p
     expertune.optimize(model, memory="auto")
     run(model, batch())
     assert not numbers
+
+
+def test_the_sorted_rows_of_a_long_batch_are_not_kept(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a short one they are: sorting costs more than little memory."""
+    model = stock(checkpoint("qwen3_moe"), lora())
+    _lean(model)
+    sorted_rows: list[StorageWeakRef] = []
+    dispatch = ExpertsStep.dispatch
+
+    def spy(step: ExpertsStep, expert_TK: Tensor) -> Dispatch:
+        rows = dispatch(step, expert_TK)
+        sorted_rows.append(StorageWeakRef(rows.words.untyped_storage()))
+        return rows
+
+    monkeypatch.setattr(ExpertsStep, "dispatch", spy)
+    num_layers = model.config.num_hidden_layers
+    for inputs, num_tiles, are_kept in ((batch(), 3, False), (batch(num_rows=1, length=7), 1, True)):
+        sorted_rows.clear()
+        loss = model(**inputs).loss
+        assert [not rows.expired() for rows in sorted_rows] == [are_kept] * num_tiles * num_layers
+        loss.backward()
+        assert len(sorted_rows) == num_tiles * num_layers * (1 if are_kept else 2)
 
 
 def test_gradients_of_micro_batches_add_up(checkpoint: Checkpoint) -> None:

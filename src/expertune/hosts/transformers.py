@@ -6,7 +6,7 @@ flags, register one function, and set that name on the config of the one model.
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import Any
@@ -294,15 +294,16 @@ def _walk(
     if torch.compiler.is_compiling():
         return compiled.experts(x_TD, expert_TK, weight_TK, pair, step)
     plan.replay.leave_block()  # the router has chosen; what follows need not pass through Python operation by operation
-    choose_rows: Callable[[], Any] = partial(step.dispatch, expert_TK)
-    run: Callable[..., Tensor] = experts
+    choose_rows, tape = partial(step.dispatch, expert_TK), plan.replay.tape
+    leaves_out = is_last and tape is not None and tape.leave_out.is_on
     if is_last and plan.tiles is not None and plan.tiles.cuts(expert_TK, step.layout):
-        choose_rows, run = partial(plan.tiles.dispatch, expert_TK, step), token_tiles.experts
-    if (tape := plan.replay.tape) is None:
-        return run(x_TD, choose_rows(), weight_TK, pair, step)
-    leaves_out = is_last and tape.leave_out.is_on
-    out_TD = run(x_TD, tape.once(choose_rows), weight_TK, pair, step, leaves_out=leaves_out)
-    if is_last:
+        # sorted again in a second run: of a long batch the rows of all layers are much to keep
+        routings = plan.tiles.dispatch(expert_TK, step)
+        out_TD = token_tiles.experts(x_TD, routings, weight_TK, pair, step, leaves_out=leaves_out)
+    else:
+        rows = choose_rows() if tape is None else tape.once(choose_rows)
+        out_TD = experts(x_TD, rows, weight_TK, pair, step, leaves_out=leaves_out)
+    if is_last and tape is not None:
         tape.leave_out.begin()
     return out_TD
 
