@@ -21,7 +21,7 @@ FOUND = {
     ("glm4_moe", "apply_rotary_pos_emb"): HALVES._replace(passes=True),
     ("gpt_oss", "apply_rotary_pos_emb"): HALVES._replace(half_width=True),
     ("ernie4_5_moe", "apply_rotary_pos_emb"): None,  # computes in float32 and interleaves the output too
-    ("gemma4", "apply_rotary_pos_emb"): None,  # takes one tensor
+    ("gemma3n", "apply_rotary_pos_emb"): None,  # takes one tensor
 }
 
 
