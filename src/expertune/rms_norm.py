@@ -1,12 +1,12 @@
 """Root-mean-square norms of hidden states, queries and keys: one fused operation, forward and backward."""
 
-import importlib.util
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from expertune.kernels import has_triton
 
 _WIDEST = 16384  # of a row that one program holds
 
@@ -60,9 +60,4 @@ class _FrozenNorm(torch.autograd.Function):
 def _is_ours(x: Tensor, weight_D: Tensor) -> bool:
     is_trained = torch.is_grad_enabled() and weight_D.requires_grad
     is_known = x.is_cuda and weight_D.is_cuda and x.dtype != torch.float64 and x.shape[-1] <= _WIDEST
-    return is_known and not is_trained and _has_triton()
-
-
-@cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    return is_known and not is_trained and has_triton()

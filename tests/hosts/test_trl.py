@@ -6,65 +6,19 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
 from peft import PeftModel
 from peft.tuners.lora.layer import ParamWrapper
-from torch import nn
-from trl import SFTConfig, SFTTrainer
 
 import expertune
 from expertune.hosts.trl import GradientProof, adapters_without_gradient
 from tests.conftest import Checkpoint
 from tests.hosts.adapters import lora, stock
-from tests.hosts.models import SHARED, batch, load_tiny, tokenizer
+from tests.hosts.models import batch, load_tiny
 from tests.hosts.passes import BACKENDS, run
+from tests.hosts.trainers import sft_trainer
 
 NUM_STEPS = 20
 CONFIG = lora(init_lora_weights=True, target_modules=["q_proj", "o_proj"])
-
-
-def _dataset() -> Dataset:
-    """Rows of different lengths, so that batches are padded; each counts upwards from a random token."""
-    generator = torch.Generator().manual_seed(0)
-    rows = []
-    for length in torch.randint(4, 14, (24,), generator=generator).tolist():
-        start = int(torch.randint(3, 40, (1,), generator=generator))
-        rows.append({"input_ids": [3 + (start + i) % 60 for i in range(length)]})
-    return Dataset.from_list(rows)
-
-
-class _Recording(SFTTrainer):
-    """Keeps each step's loss unrounded."""
-
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        loss = super().training_step(*args, **kwargs)
-        self.losses = [*getattr(self, "losses", []), loss.item()]
-        return loss
-
-
-def _trainer(model: nn.Module, folder: Path, num_steps: int = NUM_STEPS, **settings: Any) -> _Recording:
-    arguments: dict[str, Any] = {
-        "output_dir": str(folder),
-        "max_steps": num_steps,
-        "per_device_train_batch_size": 3,
-        "learning_rate": 2e-3,
-        "lr_scheduler_type": "constant",
-        "bf16": False,
-        "use_cpu": True,
-        "gradient_checkpointing": False,
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "seed": 1,
-    }
-    extra = {key: settings.pop(key) for key in ("peft_config", "callbacks") if key in settings}
-    return _Recording(
-        model=model,
-        args=SFTConfig(**arguments | settings),
-        train_dataset=_dataset(),
-        processing_class=tokenizer(SHARED["vocab_size"]),
-        **extra,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +27,9 @@ def stock_curve(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory
 
     def make(family: str) -> list[float]:
         if family not in curves:
-            trainer = _trainer(stock(checkpoint(family), CONFIG, torch.float32), tmp_path_factory.mktemp("stock"))
+            trainer = sft_trainer(
+                stock(checkpoint(family), CONFIG, torch.float32), tmp_path_factory.mktemp("stock"), NUM_STEPS
+            )
             trainer.train()
             curves[family] = trainer.losses
             assert len(trainer.losses) == NUM_STEPS
@@ -110,7 +66,7 @@ def test_the_loss_curve_is_stock_pefts(
     settings: dict[str, Any],
 ) -> None:
     model = stock(checkpoint("qwen3_moe"), CONFIG, torch.float32)
-    trainer = _trainer(expertune.optimize(model, backend=backend, memory=memory), tmp_path, **settings)
+    trainer = sft_trainer(expertune.optimize(model, backend=backend, memory=memory), tmp_path, NUM_STEPS, **settings)
     trainer.add_callback(GradientProof())
     trainer.train()
     assert trainer.losses == pytest.approx(stock_curve("qwen3_moe"), rel=1e-5)
@@ -123,7 +79,7 @@ def test_the_loss_curve_of_other_families(
     checkpoint: Checkpoint, tmp_path: Path, walks: list[str], stock_curve: Callable[[str], list[float]], family: str
 ) -> None:
     model = stock(checkpoint(family), CONFIG, torch.float32)
-    trainer = _trainer(expertune.optimize(model, memory="auto"), tmp_path)
+    trainer = sft_trainer(expertune.optimize(model, memory="auto"), tmp_path, NUM_STEPS)
     trainer.train()
     assert trainer.losses == pytest.approx(stock_curve(family), rel=1e-5)
     assert walks
@@ -144,7 +100,7 @@ def test_an_adapter_made_by_the_trainer_is_consumed(
     model = load_tiny(checkpoint("qwen3_moe"), torch.float32)
     if when == "before the trainer":
         expertune.optimize(model, memory=memory)
-    trainer = _trainer(model, tmp_path, peft_config=CONFIG)
+    trainer = sft_trainer(model, tmp_path, NUM_STEPS, peft_config=CONFIG)
     assert isinstance(trainer.model, PeftModel)
     if when == "after the trainer":
         expertune.optimize(trainer.model, memory=memory)
@@ -169,7 +125,7 @@ class TestGradientProof:
     def test_stops_a_run_whose_adapter_gets_no_gradient(self, checkpoint: Checkpoint, tmp_path: Path) -> None:
         model = expertune.optimize(stock(checkpoint("qwen3_moe"), CONFIG, torch.float32))
         self._break_one_layer(model)
-        trainer = _trainer(model, tmp_path, num_steps=2, callbacks=[GradientProof()])
+        trainer = sft_trainer(model, tmp_path, num_steps=2, callbacks=[GradientProof()])
         words = r"2 adapters received no gradient in the first step: .*layers\.1\.mlp\.experts\.(gate_up|down)_proj"
         with pytest.raises(RuntimeError, match=words):
             trainer.train()
@@ -177,16 +133,16 @@ class TestGradientProof:
 
     def test_stops_it_after_a_resume_too(self, checkpoint: Checkpoint, tmp_path: Path) -> None:
         model = expertune.optimize(stock(checkpoint("qwen3_moe"), CONFIG, torch.float32))
-        _trainer(model, tmp_path, num_steps=2, save_strategy="steps", save_steps=1).train()
+        sft_trainer(model, tmp_path, num_steps=2, save_strategy="steps", save_steps=1).train()
         self._break_one_layer(model)
-        trainer = _trainer(model, tmp_path, num_steps=4, callbacks=[GradientProof()])
+        trainer = sft_trainer(model, tmp_path, num_steps=4, callbacks=[GradientProof()])
         with pytest.raises(RuntimeError, match="2 adapters received no gradient"):
             trainer.train(resume_from_checkpoint=True)
 
     def test_waits_for_the_whole_accumulated_step(self, checkpoint: Checkpoint, tmp_path: Path) -> None:
         model = expertune.optimize(stock(checkpoint("qwen3_moe"), CONFIG, torch.float32))
         settings = {"gradient_accumulation_steps": 2, "callbacks": [GradientProof()]}
-        _trainer(model, tmp_path, num_steps=1, **settings).train()
+        sft_trainer(model, tmp_path, num_steps=1, **settings).train()
 
     def test_looks_once_a_run(self, checkpoint: Checkpoint) -> None:
         model = expertune.optimize(stock(checkpoint("qwen3_moe"), CONFIG))

@@ -1,12 +1,12 @@
 """Rotary position embeddings as one node of autograd, whose backward needs nothing but the angles."""
 
-import importlib.util
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from expertune.kernels import has_triton
 
 
 class Rotation(NamedTuple):
@@ -32,7 +32,7 @@ class Rotation(NamedTuple):
 def why_not(q_BHTD: Tensor, k_BHTD: Tensor, cos_BTR: Tensor, sin_BTR: Tensor, rotation: Rotation) -> str | None:
     """Why `rotate` does not take these, in words; None if it does."""
     tensors = (q_BHTD, k_BHTD, cos_BTR, sin_BTR)
-    if not q_BHTD.is_cuda or not _has_triton():
+    if not q_BHTD.is_cuda or not has_triton():
         return "there is no Triton here"
     if any(x.dtype != q_BHTD.dtype for x in tensors) or q_BHTD.dtype == torch.float64:
         return "dtypes differ, or are wider than float32"
@@ -109,8 +109,3 @@ def _launch(
         is_shared=rotation.shared or rotation.half_width,
         backward=backward,
     )
-
-
-@cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None

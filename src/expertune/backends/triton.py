@@ -4,12 +4,12 @@ In Triton's CPU interpreter (`TRITON_INTERPRET=1`) everything but the Hopper ker
 tested without a GPU. The interpreter computes bfloat16 wrongly (Triton 3.9), so it is refused there.
 """
 
-import importlib.util
 import os
 
 import torch
 
 from expertune.backends.protocol import Backend, Steps
+from expertune.kernels import has_triton
 from expertune.shapes import Problem
 
 _OLDEST = (7, 5)
@@ -17,7 +17,7 @@ _TENSOR_CORES = (8, 0)  # what Triton 3.6 compiles `dot` to is `fma` for 7.5 and
 
 
 def _why_not(problem: Problem) -> str | None:
-    if importlib.util.find_spec("triton") is None:
+    if not has_triton():
         return "needs Triton, which is not installed"
     is_interpreted = problem.device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
     if problem.device != "cuda" and not is_interpreted:

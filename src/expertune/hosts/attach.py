@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from expertune.graphs.piece import Recorder
-from expertune.hosts import attention, graphs, llama4, norms, parameters, peft, rotary, transformers
+from expertune.hosts import attention, graphs, llama4, norms, parameters, peft, rotary, transformers, trl_head
 from expertune.memory.checkpoint import checkpoint_layer
 from expertune.memory.offload import Offload
 from expertune.memory.planner import LayerPlan, Planner
@@ -114,9 +114,8 @@ def attach(
     for block in state.blocks:
         state.handles.append(block.register_forward_pre_hook(partial(_before_block, state.replay)))
         state.handles.append(block.register_forward_hook(partial(_after_block, state.replay), always_call=True))
-    if plans:
-        for decoder in decoders(model):
-            state.handles.append(decoder.register_forward_pre_hook(partial(_before_decoder, model, state)))
+    for decoder in decoders(model):
+        state.handles.append(decoder.register_forward_pre_hook(partial(_before_decoder, model, state)))
     for layer in ours:
         _checkpoint(layer, state)
     state.recorder = Recorder(graphs.TransformersHost(state.replay)) if uses_graphs else None
@@ -139,6 +138,7 @@ def detach(model: PreTrainedModel) -> None:
         graphs.unbind(state.recorder)
     rotary.unbind(state.rotaries)
     parameters.unbind(model)
+    trl_head.unbind(model)
     for decoder, had in state.attentions:
         attention.give_back(decoder, had)
     llama4.unbind(state.blocks, llama4.block_forward)
@@ -281,7 +281,10 @@ def _after_block(replay: RoutingReplay, _block: nn.Module, _args: Any, _output: 
 
 
 def _before_decoder(model: PreTrainedModel, state: Attached, _decoder: nn.Module, _args: Any) -> None:
-    """Take in what changed since the last batch: new adapters, or gradient checkpointing turned on by a trainer."""
+    """Take in what changed since the last batch: new adapters, a trainer's own forward or gradient checkpointing."""
+    trl_head.bind(model)
+    if not state.blocks:
+        return
     if state.adapters != _adapters_of(model) or any(_is_unbound(c) for b in state.blocks for c in b.children()):
         bind_all(model)
         state.adapters = _adapters_of(model)

@@ -5,10 +5,12 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedModel
 
-from expertune.hosts import attention, graphs
+from expertune.hosts import attention, graphs, trl_head
 from expertune.hosts.attach import attached, blocks, decoders
 from expertune.hosts.peft import experts_in, wrappers_of
 from expertune.hosts.transformers import first_name, has_norm, plan_of
+
+_HEAD = "loss: TRL's, from log-probabilities by expertune where the head is frozen"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +44,7 @@ class Explanation:
         kernels: which configurations our kernels run with, where any layer runs on them.
         attention: whose attention each decoder runs, and why not ours.
         graphs: which parts of layers are replayed as CUDA graphs, where any can be.
+        head: whose log-probabilities a trainer's loss is made of, once it has run a step; None before.
     """
 
     requested: str | None
@@ -49,12 +52,14 @@ class Explanation:
     kernels: str | None = None
     attention: tuple[str, ...] = ()
     graphs: str | None = None
+    head: str | None = None
 
     def __str__(self) -> str:
         if self.requested is None:
             return "not optimized: this model runs as stock Transformers. Call expertune.optimize(model)."
         if not self.layers:
-            return "\n".join(["no experts: this model's layers run as stock Transformers.", *self.attention])
+            lines = ["no experts: this model's layers run as stock Transformers.", *self.attention]
+            return "\n".join(lines + ([self.head] if self.head is not None else []))
         lines = [f"{len(self.layers)} layers with experts, backend asked for: {self.requested}"]
         for layer in self.layers:
             lines.append(f"{layer.name}: {layer.backend} · {layer.weights} · gate {layer.gate}")
@@ -62,7 +67,7 @@ class Explanation:
             lines += [f"    passed over  {reason}" for reason in layer.passed_over]
         lines += [f"kernels: {self.kernels}"] if self.kernels is not None else []
         lines += self.attention
-        lines += [self.graphs] if self.graphs is not None else []
+        lines += [line for line in (self.graphs, self.head) if line is not None]
         return "\n".join(lines)
 
 
@@ -80,6 +85,7 @@ def explain(model: PreTrainedModel) -> Explanation:
         kernels=kernels,
         attention=tuple(_attention(decoder) for decoder in decoders(model)),
         graphs=graphs.status(state.recorder) if state.recorder is not None and state.recorder.pieces else None,
+        head=_HEAD if trl_head.is_bound(model) else None,
     )
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from expertune.attention.rotary import Rotation, formula, rotate, why_not
+from expertune.hosts.twins import twin
 
 _NAMES = ("apply_rotary_pos_emb", "apply_rotary_pos_emb_interleave")
 _AGREES = 1e-5  # float32 rounding, relative
@@ -104,9 +105,7 @@ def _with_ours(forward: Callable[..., Any]) -> FunctionType | None:
             ours[name] = _ours_or(function, rotation)
     if not ours:
         return None
-    twin = FunctionType(code.__code__, code.__globals__ | ours, code.__name__, code.__defaults__, code.__closure__)
-    twin.__kwdefaults__ = code.__kwdefaults__
-    return twin
+    return twin(code, ours)
 
 
 def _ours_or(host: Callable[..., Any], rotation: Rotation) -> Callable[..., Any]:

@@ -5,7 +5,6 @@ launch for each parameter, and a wait. The update is torch's: decay first, then 
 they are before they are rounded.
 """
 
-import importlib.util
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from functools import lru_cache
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from expertune.kernels import has_triton
 from expertune.optim import dynamic_8bit
 
 # of a parameter: the codes of its moments, then the maxima of their blocks
@@ -128,7 +128,7 @@ def _update(group: dict[str, Any], count: int) -> tuple[float, ...]:
 
 
 def _step(device: torch.device, rows: list[list[Tensor]], update: tuple[float, ...]) -> None:
-    if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
+    if device.type == "cuda" and has_triton():
         from expertune.kernels.adamw_8bit import adamw_8bit  # imports Triton, which is optional
 
         adamw_8bit(rows, tables(device), update)

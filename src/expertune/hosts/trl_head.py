@@ -1,0 +1,97 @@
+"""The head of a model that TRL trains: log-probabilities of labels by ours, where the head is frozen.
+
+From 1.15 on, TRL gives a model a forward of its own (`add_fused_lm_head`), which calls an autograd function on hidden
+states and head. That forward runs as it is, with ours under that name: on this model alone. TRL makes it when a trainer
+is made, and we look for it before each batch, so a trainer's first step runs TRL's.
+"""
+
+from collections.abc import Callable
+from types import FunctionType, MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from expertune.hosts.twins import twin
+from expertune.loss.log_probs import Head, label_log_probs
+
+_NAME = "_ChunkedLogProbFunction"  # of TRL's autograd function, in the module of its forward
+_OURS = {"log_probs", "entropy", "is_top1"}
+
+
+class _LogProbs:
+    """Stands for TRL's autograd function, whose `apply` is what its forward calls.
+
+    Args:
+        host: TRL's.
+        forward: TRL's, which called it.
+    """
+
+    def __init__(self, host: Any, forward: FunctionType) -> None:
+        self.host = host
+        self.forward = forward
+
+    def apply(
+        self,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        label_N: Tensor,
+        temperature: float,
+        chunk_size: int,
+        softcap: float | None,
+        scale: float,
+        outputs: tuple[str, ...],
+    ) -> tuple[Tensor | None, ...]:
+        """TRL's outputs, in their order; None for those that were not asked for."""
+        if not _is_ours(hidden_ND, weight_VD, bias_V, outputs):
+            given: tuple[Tensor | None, ...] = self.host.apply(
+                hidden_ND, weight_VD, bias_V, label_N, temperature, chunk_size, softcap, scale, outputs
+            )
+            return given
+        head = Head(weight_VD, bias_V, scale=scale, softcap=softcap, inv_t=1 / temperature)
+        log_prob_N, entropy_N, is_top1_N = label_log_probs(hidden_ND.to(weight_VD.dtype), label_N, head)
+        entropy = entropy_N if "entropy" in outputs else None
+        return log_prob_N, entropy, None, None, is_top1_N if "is_top1" in outputs else None
+
+
+def bind(model: nn.Module) -> None:
+    """Give a model whose forward is TRL's the same one with our log-probabilities."""
+    forward = _forward(model)
+    if forward is None or _NAME not in forward.__code__.co_names:
+        return
+    host = forward.__globals__.get(_NAME)
+    if host is not None and not isinstance(host, _LogProbs):  # None: TRL found no Triton
+        model.forward = MethodType(twin(forward, {_NAME: _LogProbs(host, forward)}), model)
+
+
+def unbind(model: nn.Module) -> None:
+    """Undo `bind`, unless someone has given the model another forward since."""
+    if (ours := _bound(model)) is not None:
+        model.forward = MethodType(ours.forward, model)
+
+
+def is_bound(model: nn.Module) -> bool:
+    """Whether a model's forward is the one that `bind` gave it."""
+    return _bound(model) is not None
+
+
+def _bound(model: nn.Module) -> _LogProbs | None:
+    forward = _forward(model)
+    ours = None if forward is None else forward.__globals__.get(_NAME)
+    return ours if isinstance(ours, _LogProbs) else None
+
+
+def _forward(model: nn.Module) -> FunctionType | None:
+    """The function that was given to this one model for its forward."""
+    function: Callable[..., Any] | None = getattr(vars(model).get("forward"), "__func__", None)
+    return function if isinstance(function, FunctionType) else None
+
+
+def _is_ours(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, outputs: tuple[str, ...]) -> bool:
+    """Whether the head is frozen and computes in its own dtype, and no more is asked for than ours gives."""
+    is_trained = any(x is not None and x.requires_grad for x in (weight_VD, bias_V))
+    device = hidden_ND.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_ND.dtype
+    is_plain = not is_trained and weight_VD.dtype == dtype and not torch.compiler.is_compiling()
+    return is_plain and _OURS.issuperset(outputs)

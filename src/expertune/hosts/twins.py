@@ -1,0 +1,22 @@
+"""A host's function once more, with other functions under some of the names that it calls.
+
+The host's code runs as it is, so it goes on as the host does from release to release; and only who is given the twin
+runs it, so the host's module is left as it is.
+"""
+
+from types import FunctionType
+from typing import Any
+
+
+def twin(function: FunctionType, names: dict[str, Any]) -> FunctionType:
+    """A copy of a function that finds `names` before those of its module.
+
+    Args:
+        function: global names of its code are looked up when it runs, in its module as it was when it was copied.
+        names: what its code is to find under which global name.
+    """
+    code, globals_ = function.__code__, function.__globals__ | names
+    copied = FunctionType(code, globals_, function.__name__, function.__defaults__, function.__closure__)
+    copied.__kwdefaults__ = function.__kwdefaults__
+    copied.__dict__.update(function.__dict__)  # `__wrapped__`, by which a signature is told
+    return copied

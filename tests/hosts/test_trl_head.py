@@ -1,0 +1,114 @@
+"""TRL's forward with our log-probabilities: the same losses and metrics as with its own, and undone with the rest."""
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import trl
+from packaging.version import Version
+from torch import Tensor, nn
+from trl import SFTTrainer
+
+import expertune
+from expertune.hosts import trl_head
+from expertune.loss import log_probs
+from tests.conftest import Checkpoint
+from tests.hosts.adapters import lora, stock
+from tests.hosts.models import DENSE, SHARED, load_tiny
+from tests.hosts.trainers import sft_trainer
+
+pytestmark = pytest.mark.skipif(
+    Version(trl.__version__) < Version("1.15"), reason="TRL computes the loss from all logits there"
+)
+CONFIG = lora(init_lora_weights=True, target_modules=["q_proj", "o_proj"])
+NUM_STEPS = 6
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The tokens of each call of ours, so that a test knows that it did not compare TRL with TRL."""
+    seen: list[int] = []
+
+    def spy(hidden_ND: Tensor, *args: Any) -> Any:
+        seen.append(len(hidden_ND))
+        return log_probs.label_log_probs(hidden_ND, *args)
+
+    monkeypatch.setattr(trl_head, "label_log_probs", spy)
+    return seen
+
+
+def logs(trainer: SFTTrainer, *keys: str) -> dict[str, list[float]]:
+    return {key: [log[key] for log in trainer.state.log_history if key in log] for key in keys}
+
+
+@pytest.mark.parametrize("settings", [{}, {"loss_type": "dft"}, {"per_device_train_batch_size": 1}], ids=str)
+@pytest.mark.parametrize("family", ["qwen3_moe", "gemma3_text"])
+def test_losses_and_metrics_are_trls(
+    checkpoint: Checkpoint, tmp_path: Path, calls: list[int], family: str, settings: dict[str, Any]
+) -> None:
+    """With experts and without; Gemma caps its logits here."""
+    overrides = {"final_logit_softcapping": 2.0} if family in DENSE else {}
+    trainers = []
+    for is_ours in (False, True):
+        model = stock(checkpoint(family, **overrides), CONFIG, torch.float32)
+        if is_ours:
+            expertune.optimize(model)
+        trainer = sft_trainer(model, tmp_path, NUM_STEPS, logging_steps=1, **settings)
+        trainer.train()
+        assert len(calls) == (NUM_STEPS - 1 if is_ours else 0)  # from the second step on
+        trainers.append(trainer)
+    theirs, ours = (logs(trainer, "loss", "grad_norm", "entropy", "mean_token_accuracy") for trainer in trainers)
+    for key, values in theirs.items():
+        assert len(values) == NUM_STEPS
+        assert ours[key] == pytest.approx(values, rel=2e-4), key  # logs are rounded to four digits
+
+
+def test_a_head_that_is_trained_stays_trls(checkpoint: Checkpoint, tmp_path: Path, calls: list[int]) -> None:
+    model = expertune.optimize(load_tiny(checkpoint("qwen3_moe"), torch.float32))
+    before = model.lm_head.weight.detach().clone()
+    sft_trainer(model, tmp_path, 3).train()
+    assert trl_head.is_bound(model)
+    assert not calls
+    assert not torch.equal(model.lm_head.weight, before)
+
+
+def test_an_evaluation_and_a_second_trainer(checkpoint: Checkpoint, tmp_path: Path, calls: list[int]) -> None:
+    model = expertune.optimize(stock(checkpoint("qwen3_moe"), CONFIG, torch.float32))
+    for num_before in (0, 3):
+        trainer = sft_trainer(model, tmp_path, 2)
+        trainer.train()
+        assert len(calls) == num_before + 1
+        loss = trainer.evaluate(trainer.train_dataset.select(range(2)))["eval_loss"]
+        assert len(calls) == num_before + 2
+        trl_head.unbind(inner := model.get_base_model())
+        assert trainer.evaluate(trainer.train_dataset.select(range(2)))["eval_loss"] == pytest.approx(loss, rel=1e-5)
+        trl_head.bind(inner)
+        calls.append(0)
+
+
+def test_it_is_undone_and_leaves_the_signature(checkpoint: Checkpoint, tmp_path: Path, calls: list[int]) -> None:
+    model = expertune.optimize(stock(checkpoint("qwen3_moe"), CONFIG, torch.float32))
+    inner = model.get_base_model()
+    trainer = sft_trainer(model, tmp_path, 2)
+    trls = inner.forward
+    assert "loss: TRL's" not in str(expertune.explain(model))
+    trainer.train()
+    assert "loss: TRL's" in str(expertune.explain(model))
+    assert inspect.signature(inner.forward) == inspect.signature(trls)
+    ids = torch.randint(3, SHARED["vocab_size"], (1, 5))
+    assert inner.generate(ids, max_new_tokens=2, do_sample=False).shape == (1, 7)
+    expertune.restore(model)
+    assert inner.forward == trls
+    assert len(calls) == 1
+
+
+def test_a_model_with_a_forward_of_another_kind_is_left_alone() -> None:
+    model = nn.Linear(2, 2)
+    trl_head.bind(model)
+    model.forward = lambda x: x
+    trl_head.bind(model)
+    trl_head.unbind(model)
+    assert model.forward(3) == 3
+    assert not trl_head.is_bound(model)
