@@ -4,15 +4,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from expertune.backends import triton
-from expertune.optim import dynamic_8bit
+from expertune.backends import triton as backend
+from expertune.optim import by_chance, dynamic_8bit
 from expertune.optim.adamw_8bit import plain_step, tables
 from tests.cases import DEVICE, problem
 
-DTYPES = [d for d in (torch.float32, torch.float16, torch.bfloat16) if triton.BACKEND.why_not(problem(d, 16)) is None]
+triton, tl = pytest.importorskip("triton"), pytest.importorskip("triton.language")
+from expertune.kernels.adamw_8bit import _to_bfloat16, adamw_8bit  # noqa: E402 imports Triton
+
+DTYPES = [d for d in (torch.float32, torch.float16, torch.bfloat16) if backend.BACKEND.why_not(problem(d, 16)) is None]
 pytestmark = pytest.mark.skipif(not DTYPES, reason="needs a GPU, or TRITON_INTERPRET=1 for Triton's interpreter")
 SIZES = (1, 256, 300, 2048, 5000)
-UPDATE = (0.999, 0.9, 0.98, 1e-2, 1.5, 1e-8)
+UPDATE = (0.999, 0.9, 0.98, 1e-2, 1.5, 1e-8, 7)
 
 
 def draw(numel: int, seed: int) -> Tensor:
@@ -32,8 +35,6 @@ def row(numel: int, seed: int, dtype: torch.dtype) -> list[Tensor]:
 @pytest.mark.parametrize("is_aligned", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_all_parameters_step_as_each_in_torch(dtype: torch.dtype, is_aligned: bool) -> None:
-    from expertune.kernels.adamw_8bit import adamw_8bit
-
     rows = [row(numel, seed, dtype) for seed, numel in enumerate(SIZES)]
     if not is_aligned:
         rows[2][1] = torch.cat((rows[2][1][:1], rows[2][1]))[1:]
@@ -52,10 +53,24 @@ def test_all_parameters_step_as_each_in_torch(dtype: torch.dtype, is_aligned: bo
             torch.testing.assert_close(*values, rtol=0.4, atol=1e-6)
 
 
+@triton.jit
+def _rounding_kernel(x_ptr, out_ptr, count, N: tl.constexpr):
+    at = tl.arange(0, N)
+    tl.store(out_ptr + at, _to_bfloat16(tl.load(x_ptr + at), at.to(tl.int64), count))
+
+
+@pytest.mark.parametrize("step", [1, 2, 2**31 - 1])
+def test_the_chance_is_that_of_plain_torch(step: int) -> None:
+    """In float32, because the interpreter computes bfloat16 wrongly."""
+    x = draw(2048, seed=0)
+    x[:4] = torch.tensor([torch.inf, -torch.inf, torch.nan, 0.0])
+    out = torch.empty_like(x)
+    _rounding_kernel[(1,)](x, out, step, x.numel())
+    torch.testing.assert_close(out, by_chance.to_bfloat16(x, step).float(), rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("is_signed", [True, False])
 def test_every_code_is_reached_and_the_nearest(is_signed: bool) -> None:
-    from expertune.kernels.adamw_8bit import adamw_8bit
-
     bounds = dynamic_8bit.bounds(is_signed=is_signed)
     x = torch.cat((dynamic_8bit.values(is_signed=is_signed), bounds * (1 - 1e-5), bounds * (1 + 1e-5)))
     blocks = torch.ones(4, 256)  # each begins with its maximum, one
@@ -64,7 +79,7 @@ def test_every_code_is_reached_and_the_nearest(is_signed: bool) -> None:
     grad = wanted if is_signed else wanted.sqrt()
     mean, mean_maximum = dynamic_8bit.zeros(grad, is_signed=True)
     square, square_maximum = dynamic_8bit.zeros(grad, is_signed=False)
-    becomes = (1.0, 0.0, 0.0, 0.0, 1.0, 1.0)  # the moments become the gradient and its square
+    becomes = (1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1)  # the moments become the gradient and its square
     row = [torch.zeros_like(grad), grad, mean, square, mean_maximum, square_maximum]
     adamw_8bit([row], tables(DEVICE), becomes)
     codes = (mean if is_signed else square).view(4, 256)[:, 1:].flatten()[: len(x)].cpu().int()

@@ -45,10 +45,21 @@ def _encode(x, bound_ptr, IS_SIGNED: tl.constexpr):
     return (number + zero).to(tl.uint8)
 
 
-@triton.jit(do_not_specialize=["decay", "beta1", "beta2", "step_size", "root_correction", "eps"])
+@triton.jit
+def _to_bfloat16(x, at, count):
+    """One of the two nearest numbers in bfloat16 by chance, still in float32: `optim/by_chance.py`."""
+    h = at.to(tl.uint32) ^ (count.to(tl.uint32) * 0x9E3779B9)
+    h = (h ^ (h >> 16)) * 0x7FEB352D
+    h = (h ^ (h >> 15)) * 0x846CA68B
+    h = (h ^ (h >> 16)) >> 16
+    bits = (x.to(tl.uint32, bitcast=True) + h) & 0xFFFF0000
+    return tl.where(tl.abs(x) < float("inf"), bits.to(tl.float32, bitcast=True), x)
+
+
+@triton.jit(do_not_specialize=["decay", "beta1", "beta2", "step_size", "root_correction", "eps", "count"])
 def _adamw_8bit_kernel(
     address_ptr, tile_ptr, numel_ptr, mean_value_ptr, mean_bound_ptr, square_value_ptr, square_bound_ptr,
-    decay, beta1, beta2, step_size, root_correction, eps,
+    decay, beta1, beta2, step_size, root_correction, eps, count,
     PARAM_DTYPE: tl.constexpr, GRAD_DTYPE: tl.constexpr, IS_ALIGNED: tl.constexpr,
     TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -82,6 +93,8 @@ def _adamw_8bit_kernel(
     m = beta1 * m + (1 - beta1) * g
     v = beta2 * v + (1 - beta2) * g * g
     p = p * decay - step_size * m / (tl.sqrt(v) * root_correction + eps)
+    if tl.bfloat16 == PARAM_DTYPE:
+        p = _to_bfloat16(p, at, count)
     tl.store(param_ptr + at, p.to(PARAM_DTYPE), mask=inside)
 
     mean_maximum = tl.max(tl.abs(m), axis=1)
@@ -101,7 +114,8 @@ def adamw_8bit(rows: Sequence[Sequence[Tensor]], tables: Sequence[Tensor], updat
         rows: a parameter each: itself, its gradient, the codes of both moments (uint8), and the maxima of their blocks
             (float32, `⌈numel / 256⌉`). All dense, and in the same order of numbers.
         tables: values and bounds of the codes, of the signed first moment and of the second, on the device.
-        update: what a parameter is first multiplied by, both betas, `lr / (1 - beta1^t)`, `(1 - beta2^t)^(-1/2)`, eps.
+        update: what a parameter is first multiplied by, both betas, `lr / (1 - beta1^t)`, `(1 - beta2^t)^(-1/2)`, eps,
+            and `t`.
     """
     param, grad, *_ = rows[0]
     device = param.device

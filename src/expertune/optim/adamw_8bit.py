@@ -2,7 +2,7 @@
 
 The moments are kept in bitsandbytes' format (`dynamic_8bit.py`): two bytes a parameter instead of eight. Theirs is a
 launch for each parameter, and a wait. The update is torch's: decay first, then `m / (√v + eps)`, with both moments as
-they are before they are rounded.
+they are before they are rounded. A parameter in bfloat16 is rounded by chance (`by_chance.py`).
 """
 
 from collections import defaultdict
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from expertune.kernels import has_triton
-from expertune.optim import dynamic_8bit
+from expertune.optim import by_chance, dynamic_8bit
 
 # of a parameter: the codes of its moments, then the maxima of their blocks
 _MOMENTS = ("exp_avg", "exp_avg_sq", "exp_avg_max", "exp_avg_sq_max")
@@ -28,7 +28,8 @@ class AdamW8bit(Optimizer):
     For a trainer of Transformers or TRL: `optimizer_cls_and_kwargs=(expertune.AdamW8bit, {"lr": 2e-4})`.
 
     Args:
-        params: parameters or groups of them, in float32, bfloat16 or float16.
+        params: parameters or groups of them, in float32, bfloat16 or float16; their gradients in any of these. In
+            bfloat16 updates are rounded up or down by chance, the same in every run, so that small ones count.
         lr: learning rate.
         betas: of the running means of the gradient and of its square.
         eps: is added to the root of the latter.
@@ -121,10 +122,10 @@ def _gradient(param: Tensor, grad: Tensor) -> Tensor:
 
 
 def _update(group: dict[str, Any], count: int) -> tuple[float, ...]:
-    """The numbers of step `count`, from 1: decay, both betas, size, correction of the root, eps."""
+    """The numbers of step `count`, from 1: decay, both betas, size, correction of the root, eps, the count itself."""
     lr, (beta1, beta2) = float(group["lr"]), group["betas"]
     step_size, root_correction = lr / (1 - beta1**count), (1 - beta2**count) ** -0.5
-    return 1 - lr * group["weight_decay"], beta1, beta2, step_size, root_correction, group["eps"]
+    return 1 - lr * group["weight_decay"], beta1, beta2, step_size, root_correction, group["eps"], count
 
 
 def _step(device: torch.device, rows: list[list[Tensor]], update: tuple[float, ...]) -> None:
@@ -155,14 +156,15 @@ def plain_step(param: Tensor, grad: Tensor, moments: list[Tensor], update: tuple
         moments: their codes and the maxima of their blocks.
         update: the numbers of the step.
     """
-    decay, beta1, beta2, step_size, root_correction, eps = update
+    decay, beta1, beta2, step_size, root_correction, eps, count = update
     mean_codes, square_codes, mean_maximum, square_maximum = moments
     g, p = _in_memory(grad).float(), _in_memory(param)
     mean = dynamic_8bit.decode(mean_codes, mean_maximum, is_signed=True)
     square = dynamic_8bit.decode(square_codes, square_maximum, is_signed=False)
     mean = beta1 * mean + (1 - beta1) * g
     square = beta2 * square + (1 - beta2) * g * g
-    p.copy_(p.float() * decay - step_size * mean / (square.sqrt() * root_correction + eps))
+    stepped = p.float() * decay - step_size * mean / (square.sqrt() * root_correction + eps)
+    p.copy_(by_chance.to_bfloat16(stepped, int(count)) if p.dtype == torch.bfloat16 else stepped)
     for codes, maximum, x, is_signed in (
         (mean_codes, mean_maximum, mean, True),
         (square_codes, square_maximum, square, False),
