@@ -91,6 +91,7 @@ def add_lora(
     r: int = 16,
     lora_alpha: float = 32,
     target_modules: Sequence[str] | str = "all-linear",
+    autocast_adapter_dtype: bool = True,
     **lora_config: Any,
 ) -> PeftModel:
     """Wrap the model with a stock PEFT adapter, run it through the walk, and print what it trains.
@@ -102,6 +103,9 @@ def add_lora(
         target_modules: names such as "q_proj" or "gate_proj", which reach routed experts, shared experts and dense
             layers alike, or "all-linear": all of them and the attention. The router is trained only by its own name,
             a vision or audio tower only by dotted endings of paths.
+        autocast_adapter_dtype: whether factors of a model in 16 bits are held in float32, as PEFT does. False holds
+            them and their gradients in the model's dtype, in half the memory; then train bfloat16 with
+            `expertune.AdamW8bit`, whose rounding lets small updates count.
         lora_config: more fields of `peft.LoraConfig` (`use_rslora`, `rank_pattern`, `init_lora_weights`, …).
 
     Raises:
@@ -125,7 +129,7 @@ def add_lora(
     )
     if attach.attached(model) is None:
         optimize(model)
-    wrapped = get_peft_model(model, config)
+    wrapped = get_peft_model(model, config, autocast_adapter_dtype=autocast_adapter_dtype)
     assert isinstance(wrapped, PeftModel)
     attach.bind_all(model)
     _check_adapted(wrapped, targets)

@@ -199,6 +199,18 @@ def test_eight_bit_adam_is_our_own(make: Make, trained: list[Trainer]) -> None:
     assert {state["step"] for state in optimizer.state.values()} == {3}
 
 
+@pytest.mark.parametrize("optim", ["adamw_8bit", "adamw_torch"])
+@pytest.mark.parametrize("casts", [True, False])
+def test_an_adapter_in_float32_or_as_the_model(make: Make, trained: list[Trainer], casts: bool, optim: str) -> None:
+    output = StringIO()
+    fields = {"dtype": "bfloat16", "autocast_adapter_dtype": casts, "optim": optim, "learning_rate": 1e-2}
+    result = run(make(**fields, max_steps=12, eval_size=8), Console(file=output, width=300))
+    factors = [p for p in trained[0].model.parameters() if p.requires_grad]
+    assert {p.dtype for p in factors} == {torch.float32 if casts else torch.bfloat16}
+    assert ("round small updates away" in output.getvalue()) == (not casts and optim == "adamw_torch")
+    assert result.eval_losses[-1] < 0.9 * result.eval_losses[0]
+
+
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_llama4_is_trained(make: Make, make_base: Callable[..., Path], method: str) -> None:
     """TRL finds neither its decoder by the class's name for it, nor a balance loss where its config has settings."""

@@ -18,6 +18,7 @@ LORA_FIELDS = (
     "rank_pattern",
     "alpha_pattern",
     "init_lora_weights",
+    "autocast_adapter_dtype",
 )
 _COLUMNS = Literal[
     "text", "prompt", "completion", "messages", "instruction", "input", "output", "conversations", "tools"
@@ -81,6 +82,9 @@ class Recipe(BaseModel):
     """Another alpha for the names that a pattern matches."""
     init_lora_weights: bool | Literal["gaussian"] = True
     """How the adapter begins: true as nothing, "gaussian" as nothing with a normal A, false as noise (for tests)."""
+    autocast_adapter_dtype: bool = True
+    """Hold the adapter of a model in 16 bits in float32. false: in the model's dtype, its gradients too, in half the
+    memory; with optim adamw_8bit small updates count all the same."""
 
     dataset_name: str
     """The data: a JSONL, JSON, Parquet or CSV file, a folder of them, or a hub id."""

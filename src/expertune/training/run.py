@@ -17,6 +17,7 @@ from datasets import concatenate_datasets
 from rich.console import Console
 from torch import nn
 from transformers import PreTrainedTokenizerBase, PrinterCallback
+from transformers.training_args import OptimizerNames
 from trl import pack_dataset
 
 import expertune
@@ -44,6 +45,8 @@ from expertune.training.supervision import (
     nothing_to_learn,
     supervise,
 )
+
+_ROUNDED = "warning: bfloat16 weights round small updates away; with optim=adamw_8bit they count, as in float32"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +107,11 @@ def run(recipe: Recipe, console: Console | None = None) -> RunResult:
             display.console.print(expertune.trained(model))
         with display.stage("tokenising"):
             trainer, sets = _make_trainer(recipe, arguments, model, tokenizer, (train_rows, eval_rows))
-        _say_supervision(display, sets, recipe, next(model.parameters()).dtype)
+        _say_supervision(display, sets, recipe)
+        if recipe.optim != OptimizerNames.ADAMW_8BIT and any(
+            p.requires_grad and p.dtype == torch.bfloat16 for p in model.parameters()
+        ):
+            display.say(_ROUNDED, style="yellow")
         folder.claim()
         _write_recipe(folder.file("recipe.yaml"), recipe, model)
         recorder = Recorder(display, folder.file("metrics.jsonl"))
@@ -204,7 +211,7 @@ def _backends(model: nn.Module) -> str:
     return f"{len(explanation.layers)} layers with experts, which run on {', '.join(names)}"
 
 
-def _say_supervision(display: Display, sets: list[Supervision], recipe: Recipe, dtype: torch.dtype) -> None:
+def _say_supervision(display: Display, sets: list[Supervision], recipe: Recipe) -> None:
     for name, part in zip(("training", "held out"), sets, strict=False):
         display.say(f"{name}: {part}")
         if part.num_cut:
@@ -212,8 +219,6 @@ def _say_supervision(display: Display, sets: list[Supervision], recipe: Recipe, 
                 f"warning: {part.num_cut:,} answers are cut off at max_length={recipe.max_length} ({name})",
                 style="yellow",
             )
-    if recipe.finetuning_type == "full" and dtype == torch.bfloat16:
-        display.say("warning: bfloat16 weights round small updates away; dtype=float32 keeps them", style="yellow")
 
 
 def _write_recipe(path: Path, recipe: Recipe, model: nn.Module) -> None:
