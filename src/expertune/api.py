@@ -159,7 +159,7 @@ def optimize(
         attention: "auto" runs it through ours where the host would form all scores (sinks, sliding windows); "host"
             leaves it as it is.
         graphs: whether attention and dense layers with adapters may be replayed as CUDA graphs, once calls on the same
-            number of tokens, of at most 8,192, have come twice.
+            number of tokens, of at most 4,096, have come twice.
 
     Raises:
         ValueError: a layer, an adapter or a setting cannot be honoured, or the model has neither experts nor attention
