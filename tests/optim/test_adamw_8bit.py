@@ -119,7 +119,39 @@ def test_what_it_does_not_take_is_refused() -> None:
         AdamW8bit([nn.Parameter(torch.ones(3))], betas=(1.0, 0.9))
     with pytest.raises(ValueError, match=r"got a parameter in torch\.float64"):
         AdamW8bit([nn.Parameter(torch.ones(3, dtype=torch.float64))])
-    param = nn.Parameter(torch.ones(3))
+    optimizer = AdamW8bit([nn.Parameter(torch.ones(3))])
+    for apart in (torch.ones(4, 5)[:, :3], torch.ones(3).expand(2, 3)):
+        with pytest.raises(ValueError, match=r"without gaps; got one of shape .* with strides"):
+            optimizer.add_param_group({"params": [nn.Parameter(apart)]})
+    assert len(optimizer.param_groups) == 1
+    optimizer.add_param_group(
+        {"params": [nn.Parameter(torch.ones(4, 1, 3).permute(2, 1, 0)), nn.Parameter(torch.ones(()))]}
+    )
+    other = torch.optim.AdamW([(param := nn.Parameter(torch.ones(3)))])
+    param.grad = torch.ones(3)
+    other.step()
+    with pytest.raises(ValueError, match=r"expected the state of an AdamW8bit, with .*; got step, exp_avg, exp_avg_sq"):
+        AdamW8bit([param]).load_state_dict(other.state_dict())
     param.grad = torch.ones(3).to_sparse()
     with pytest.raises(ValueError, match=r"no sparse gradients\. Use torch\.optim\.SparseAdam"):
         AdamW8bit([param]).step()
+
+
+def test_no_step_is_far_beyond_torchs_where_gradients_are_zero() -> None:
+    """Experts that see no token: factors lie expert by expert, so a block holds numbers with and without a gradient.
+
+    A second moment that was rounded to nothing would leave the first to be divided by eps.
+    """
+    generator, lr, farthest = torch.Generator().manual_seed(0), 1e-3, {}
+    for kind in (torch.optim.AdamW, AdamW8bit):
+        generator.manual_seed(0)
+        param, steps = nn.Parameter(torch.zeros(32, 8 * 64)), []
+        optimizer = kind([param], lr=lr, weight_decay=0.0)
+        for _ in range(30):
+            has_tokens = (torch.rand(64, generator=generator) > 0.5).float().repeat(8)
+            param.grad = torch.randn(param.shape, generator=generator) * has_tokens
+            before = param.detach().clone()
+            optimizer.step()
+            steps.append((param.detach() - before).abs().max() / lr)
+        farthest[kind] = max(steps)
+    assert farthest[AdamW8bit] < 2 * farthest[torch.optim.AdamW]

@@ -10,7 +10,8 @@ SIGNED = pytest.mark.parametrize("is_signed", [True, False])
 
 
 def nearest(fraction: Tensor, *, is_signed: bool) -> Tensor:
-    values = dynamic_8bit.values(is_signed=is_signed).double()
+    """How far the nearest value is, of those above zero if nothing is negative."""
+    values = dynamic_8bit.values(is_signed=is_signed).double()[0 if is_signed else 1 :]
     return (fraction.double()[:, None] - values).abs().amin(dim=1)
 
 

@@ -22,7 +22,7 @@ _TILE = 8  # blocks of a program
 
 @triton.jit
 def _encode(x, bound_ptr, IS_SIGNED: tl.constexpr):
-    """The codes nearest to `x`, fractions of their block's maximum."""
+    """The codes of `x`, fractions of their block's maximum: `optim/dynamic_8bit.py` says which."""
     first: tl.constexpr = 1 if IS_SIGNED else 2  # steps of the lowest decade
     zero: tl.constexpr = 127 if IS_SIGNED else 0  # the code of zero
     magnitude = tl.abs(x)
@@ -42,6 +42,7 @@ def _encode(x, bound_ptr, IS_SIGNED: tl.constexpr):
         number = tl.where(x < 0, -number, number)
     else:
         number = tl.where(x > top, 255, number)
+        number = tl.where((x > 0) & (number == 0), 1, number)  # see `optim/dynamic_8bit.py`
     return (number + zero).to(tl.uint8)
 
 

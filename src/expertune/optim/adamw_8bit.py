@@ -55,11 +55,11 @@ class AdamW8bit(Optimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Refuses dtypes that the step does not read."""
+        """Refuses what the step does not read: other dtypes, and numbers that do not fill their memory."""
         super().add_param_group(param_group)
-        for param in self.param_groups[-1]["params"]:
-            if param.dtype not in _DTYPES:
-                raise ValueError(f"AdamW8bit trains {', '.join(map(str, _DTYPES))}; got a parameter in {param.dtype}.")
+        if refused := [reason for param in self.param_groups[-1]["params"] if (reason := _why_not(param)) is not None]:
+            self.param_groups.pop()
+            raise ValueError(refused[0])
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -93,7 +93,15 @@ class AdamW8bit(Optimizer):
 
         Args:
             state_dict: from `state_dict`.
+
+        Raises:
+            ValueError: it is another optimizer's.
         """
+        if wrong := [state.keys() for state in state_dict["state"].values() if not set(_MOMENTS) <= state.keys()]:
+            raise ValueError(
+                f"expected the state of an AdamW8bit, with {', '.join(_MOMENTS)}; got {', '.join(map(str, wrong[0]))}. "
+                "Go on with the optimizer that the state is of, or begin without a state."
+            )
         super().load_state_dict(state_dict)
         saved = [number for group in state_dict["param_groups"] for number in group["params"]]
         ours = [param for group in self.param_groups for param in group["params"]]
@@ -112,6 +120,21 @@ class AdamW8bit(Optimizer):
             state.update(zip(_MOMENTS, (mean, square, mean_maximum, square_maximum), strict=True))
         state["step"] += 1
         return state
+
+
+def _why_not(param: Tensor) -> str | None:
+    """Why a parameter cannot be stepped, in words; None if it can."""
+    if param.dtype not in _DTYPES:
+        return f"AdamW8bit trains {', '.join(map(str, _DTYPES))}; got a parameter in {param.dtype}."
+    dense = 1
+    for stride, size in sorted(zip(param.stride(), param.shape, strict=True)):
+        if size > 1 and stride != dense:
+            return (
+                "AdamW8bit trains parameters that fill their memory without gaps; got one of shape "
+                f"{tuple(param.shape)} with strides {param.stride()}. Make it contiguous."
+            )
+        dense *= size
+    return None
 
 
 def _gradient(param: Tensor, grad: Tensor) -> Tensor:

@@ -1,8 +1,12 @@
-"""Dynamic 8-bit numbers, in blocks of 256 that share a maximum: how bitsandbytes keeps Adam's moments.
+"""Dynamic 8-bit numbers, in blocks of 256 that share a maximum: the format in which bitsandbytes keeps Adam's moments.
 
 A code stands for a fraction of its block's maximum: seven decades from 1e-7 to 1, each divided evenly into twice as
 many steps as the decade below, and zero and one. So small values of a block keep their size, and large ones two digits
 (Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization").
+
+Rounding is to the nearest, as theirs, but for one thing: a second moment above zero is never rounded to zero. Where its
+first moment lives on and the next gradient is zero, as for an expert that sees no token, the step would be that moment
+divided by eps: thousands of times the learning rate.
 """
 
 from functools import lru_cache
@@ -36,7 +40,9 @@ def bounds(*, is_signed: bool) -> Tensor:
 
 
 def encode(x: Tensor, *, is_signed: bool) -> tuple[Tensor, Tensor]:
-    """Codes, uint8 and of the shape of `x`, and each block's maximum, float32 `(blocks,)`. Rounds to the nearest.
+    """Codes, uint8 and of the shape of `x`, and each block's maximum, float32 `(blocks,)`.
+
+    Rounds to the nearest; what is not signed, and not zero, to the nearest that is not zero.
 
     Args:
         x: float32, contiguous; blocks run over its numbers in order.
@@ -47,6 +53,8 @@ def encode(x: Tensor, *, is_signed: bool) -> tuple[Tensor, Tensor]:
     maximum = padded.abs().amax(dim=1)
     fraction = padded / maximum.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
     codes = torch.bucketize(fraction, bounds(is_signed=is_signed).to(x.device)).to(torch.uint8)
+    if not is_signed:
+        codes = torch.where(fraction > 0, codes.clamp_min(1), codes)
     return codes.view(-1)[: x.numel()].view(x.shape), maximum
 
 
