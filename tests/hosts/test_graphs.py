@@ -1,12 +1,15 @@
 """Models whose layers are replayed: every step's loss and gradients as without; and on a GPU with real graphs."""
 
 import copy
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from transformers import Cache
 
 import expertune
 from expertune.graphs.piece import Piece
@@ -30,12 +33,13 @@ PIECES = {
 TARGETS = {"glm4_moe_lite": ["q_a_proj", "q_b_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]}
 
 
-def make(folder: Path, family: str, *, graphs: bool, **settings: Any) -> Any:
+def make(folder: Path, family: str, *, graphs: bool, modules_to_save: list[str] | None = None, **settings: Any) -> Any:
     model = load_tiny(folder, torch.float32).requires_grad_(False)
     expertune.optimize(model, graphs=graphs, **settings)
     targets = TARGETS.get(family, ["q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"])
     torch.manual_seed(0)
-    return expertune.add_lora(model, r=4, target_modules=targets, init_lora_weights=False)
+    saved = {"modules_to_save": modules_to_save}
+    return expertune.add_lora(model, r=4, target_modules=targets, init_lora_weights=False, **saved)
 
 
 def both(folder: Path, family: str = "", **settings: Any) -> tuple[Any, Any, FakeCapture]:
@@ -50,7 +54,7 @@ def both(folder: Path, family: str = "", **settings: Any) -> tuple[Any, Any, Fak
 def step(model: nn.Module, ids: torch.Tensor, **inputs: Any) -> list[torch.Tensor | None]:
     """Loss and gradients."""
     model.zero_grad()
-    loss = model(input_ids=ids, labels=ids, use_cache=False, **inputs).loss
+    loss = model(input_ids=ids, labels=ids, **{"use_cache": False} | inputs).loss
     loss.backward()
     return [loss.detach(), *(p.grad for p in model.parameters())]
 
@@ -119,6 +123,46 @@ def test_a_hook_that_comes_later_is_called(checkpoint: Checkpoint, inner: str) -
     for seed in range(3):
         step(ours, tokens(seed))
     assert capture.replays > before
+
+
+TRAINED_BESIDE = ("post_attention_layernorm.weight", "q_norm.weight", "gate_up_proj", "down_proj", "mlp.gate.weight")
+
+
+@pytest.mark.parametrize("trained", TRAINED_BESIDE)
+def test_what_is_trained_beside_adapters(checkpoint: Checkpoint, trained: str) -> None:
+    """Base weights that a layer's own code, or ours, reads while it is recorded."""
+    ours, stock, capture = both(checkpoint("qwen3_moe"))
+    for model in (ours, stock):
+        for name, parameter in model.named_parameters():
+            if name.endswith(trained):
+                parameter.requires_grad_(True)
+    for seed in range(5):
+        torch.testing.assert_close(step(ours, tokens(seed)), step(stock, tokens(seed)))
+    assert capture.replays
+
+
+def test_modules_that_are_saved_whole(checkpoint: Checkpoint) -> None:
+    ours, stock, capture = both(checkpoint("qwen3_moe"), modules_to_save=["post_attention_layernorm"])
+    for seed in range(5):
+        torch.testing.assert_close(step(ours, tokens(seed)), step(stock, tokens(seed)))
+    assert capture.replays
+
+
+def test_a_cache_that_a_call_fills_is_not_kept(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host's default outside trainers: such calls are not recorded, and nothing holds their caches."""
+    made: list[weakref.ref[Cache]] = []
+    init = Cache.__init__
+    monkeypatch.setattr(
+        Cache, "__init__", lambda cache, *args, **kw: made.append(weakref.ref(cache)) or init(cache, *args, **kw)
+    )
+    ours, stock, capture = both(checkpoint("qwen3_moe"))
+    for seed in range(5):
+        ids = tokens(seed)
+        torch.testing.assert_close(step(ours, ids, use_cache=True), step(stock, ids, use_cache=True))
+    assert len(made) == 10
+    gc.collect()
+    assert not any(cache() for cache in made)
+    assert not capture.replays
 
 
 def test_packed_padded_and_longer_batches_between(checkpoint: Checkpoint) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from expertune.graphs.capture import CudaCapture
 from expertune.graphs.pool import Pool
 from expertune.graphs.recording import Recording
-from expertune.graphs.structure import put_together, take_apart
+from expertune.graphs.structure import NotPlainError, put_together, take_apart
 from expertune.graphs.watch import Watch
 from expertune.memory.planner import meter_of
 
@@ -171,8 +171,11 @@ class Piece:
         if context is None:
             return None
         tensors: list[Tensor] = []
-        read = {name: value for name, value in kwargs.items() if name not in host.ignored}
-        call = take_apart((args, read), tensors)
+        try:
+            read = {name: value for name, value in kwargs.items() if name not in host.ignored}
+            call = take_apart((args, read), tensors)
+        except NotPlainError:  # such as a cache of keys and values, which the call fills
+            return None
         pool = recorder.pool(tensors[0].device)
         if pool is None or not self._pays(tensors):
             return None
@@ -182,10 +185,7 @@ class Piece:
         if self._watch is None or not self._watch.is_same():
             self.forget()
             self._watch = Watch(self.module)
-        try:
-            recording = self._recordings.get(kind)
-        except TypeError:  # an argument that cannot be compared, such as a cache
-            return None
+        recording = self._recordings.get(kind)
         if recording is not None:
             return (recording, tensors) if recording.may_begin(tensors) else None
         if not self._came_before(kind) or not self._may_record(self._watch, tensors, pool):

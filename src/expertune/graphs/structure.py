@@ -3,7 +3,14 @@
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
+
+_PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
+
+
+class NotPlainError(RuntimeError):
+    """An argument or result is of a type that is not known to hold no tensors."""
 
 
 class Place(NamedTuple):
@@ -20,16 +27,23 @@ def take_apart(value: Any, tensors: list[Tensor]) -> Any:
     """What is left of `value` once its tensors have gone to `tensors`: tuples, places and what it held beside them.
 
     Args:
-        value: a tensor, a tuple, list or dict of such, or anything else.
+        value: a tensor, a number, a name, or a tuple, list or dict of such.
         tensors: is appended to.
+
+    Raises:
+        NotPlainError: it holds anything else. An object may hold tensors, and a recording would read those of one call
+            for ever; it may differ from call to call, and what is kept for each kind of call would keep it alive.
     """
     if isinstance(value, Tensor):
         tensors.append(value)
         return Place(tuple(value.shape), value.stride(), value.dtype, value.device, value.requires_grad)
-    if isinstance(value, tuple | list):
-        return (type(value), *[take_apart(each, tensors) for each in value])
-    if isinstance(value, dict):
+    kind = type(value)
+    if kind in (tuple, list):
+        return (kind, *[take_apart(each, tensors) for each in value])
+    if kind is dict:
         return (dict, *[(key, take_apart(each, tensors)) for key, each in value.items()])
+    if kind not in _PLAIN:
+        raise NotPlainError(f"it takes or returns a {kind.__name__}")
     return value
 
 

@@ -7,7 +7,7 @@ gives: `x / sqrt(mean(x²) + eps) · (w + offset)`, with offset 0, or 1 for weig
 import copy
 import inspect
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -77,7 +77,7 @@ def formula_of(norm: nn.Module) -> Formula | None:
 
 def _forward(norm: nn.Module, formula: Formula, x: Tensor) -> Tensor:
     """Ours where torch has a fused kernel, else the host's: which also is the exact one for float64."""
-    weight_D = norm.get_parameter("weight")
+    weight_D = cast(Tensor, norm.weight)  # in a recording of the module, not a parameter
     if _is_fused(x) and (formula.keeps_dtype or x.dtype == weight_D.dtype):
         return rms_norm(x, weight_D, formula.eps, formula.offset)
     given: Tensor = type(norm).forward(norm, x)

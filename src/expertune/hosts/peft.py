@@ -228,7 +228,7 @@ def _experts_forward(wrapper: ParamWrapper, *args: Any, **kwargs: Any) -> Any:
     nest, base = wrappers_of(wrapper)
     factors = {inner.parameter_name: _active_factors(inner) for inner in nest}
     if _is_turned(base):
-        num_experts = base.get_parameter("down_proj").shape[0]
+        num_experts = len(cast(Tensor, base.down_proj))
         factors = {name: tuple(lora.turn(adapter, num_experts) for adapter in held) for name, held in factors.items()}
     adapters = factors.get(first_name(base), ()), factors.get("down_proj", ())
     return base(*args, **kwargs, adapters=adapters)

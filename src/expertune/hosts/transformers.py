@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -238,11 +238,12 @@ def experts_forward(
         )
     plan = plan_of(self)
     first = first_name(self)
-    weights = self.get_parameter(first), self.get_parameter("down_proj")
+    # in a recording of the module, not parameters
+    weights = getattr(self, first), cast(Tensor, self.down_proj)
     step, _ = plan.step(*weights)
     biases = (f"{first}_bias", "down_proj_bias")
     projections = tuple(
-        Projection(weight=w, bias=self.get_parameter(b) if step.layout.has_bias else None, adapters=a)
+        Projection(weight=w, bias=getattr(self, b) if step.layout.has_bias else None, adapters=a)
         for w, b, a in zip(weights, biases, adapters, strict=True)
     )
     pair = (projections[0], projections[1])
