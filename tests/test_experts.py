@@ -19,7 +19,7 @@ from expertune.backends.protocol import Backend
 from expertune.experts import ExpertsStep, Projection, experts
 from expertune.shapes import ExpertsLayout, LoraFactors
 from tests.cases import DEVICE, NUM_EXPERTS, ROUTINGS, pair_id, runnable
-from tests.numerics import assert_no_worse
+from tests.numerics import assert_no_worse, error
 
 D_, F_ = 16, 24
 
@@ -212,6 +212,26 @@ def test_several_adapters_and_none(ranks: tuple[int, ...]) -> None:
     ours = outputs_and_grads(walk(inputs, kind, native_torch.BACKEND), inputs)
     for name, expected in truth.items():
         torch.testing.assert_close(ours[name], expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("backend", "dtype"), runnable(torch.float32), ids=pair_id)
+def test_a_wide_adapter_beside_a_narrow_one_loses_nothing(backend: Backend, dtype: torch.dtype) -> None:
+    kind = KINDS["concatenated"]
+    inputs = make_inputs(kind, ROUTINGS["empty experts"], dtype, ranks=(3, 5))
+
+    def narrowed(p: Projection) -> Projection:
+        a, b = (f.detach().half().requires_grad_() for f in (p.adapters[0].a, p.adapters[0].b))
+        return replace(p, adapters=(LoraFactors(a=a, b=b, scale=p.adapters[0].scale), p.adapters[1]))
+
+    first, second = inputs.projections
+    mixed = replace(inputs, projections=(narrowed(first), narrowed(second)))
+    exact = cast(mixed, torch.float64)
+    truth = outputs_and_grads(define(exact, kind), exact)
+    ours = outputs_and_grads(walk(mixed, kind, backend), mixed)
+    for name in ("dA1.1", "dB1.1", "dA2.1", "dB2.1"):
+        assert ours[name].dtype == dtype
+        assert error(ours[name], truth[name]) < 1e-6, name
+    assert ours["dA1.0"].dtype == torch.float16
 
 
 @pytest.mark.parametrize(("backend", "dtype"), runnable(torch.float32), ids=pair_id)

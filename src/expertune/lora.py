@@ -36,7 +36,7 @@ def pack(adapters: Sequence[LoraFactors], num_experts: int, dtype: torch.dtype) 
     if is_plain(adapters, num_experts):
         a_ERI = first.a.to(dtype).view(num_experts, rank, -1)
         b_EOR = first.b.new_empty((num_experts, first.b.shape[0], rank), dtype=dtype)
-        torch.mul(first.b.view(-1, rank, num_experts).permute(2, 0, 1), first.scale, out=b_EOR)
+        _scale(first.b.view(-1, rank, num_experts).permute(2, 0, 1), first.scale, b_EOR)
         return a_ERI, b_EOR
     a_ERI = first.a.new_empty((num_experts, rank, first.a.shape[1]), dtype=dtype)
     b_EOR = first.b.new_empty((num_experts, first.b.shape[0], rank), dtype=dtype)
@@ -46,7 +46,7 @@ def pack(adapters: Sequence[LoraFactors], num_experts: int, dtype: torch.dtype) 
         b = adapter.b.view(adapter.b.shape[0], -1, num_experts).permute(2, 0, 1)
         end = start + a.shape[1]
         a_ERI[:, start:end].copy_(a)
-        torch.mul(b, adapter.scale, out=b_EOR[:, :, start:end])
+        _scale(b, adapter.scale, b_EOR[:, :, start:end])
         start = end
     if start < rank:
         a_ERI[:, start:].zero_()
@@ -77,10 +77,19 @@ def unpack_b_grads(db_EOR: Tensor, adapters: Sequence[LoraFactors]) -> list[Tens
     for adapter in adapters:
         rank = adapter.b.shape[1] // db_EOR.shape[0]
         grad = torch.empty_like(adapter.b, memory_format=torch.contiguous_format)
-        grad.view(adapter.b.shape[0], rank, -1).copy_(db_EOR[:, :, start : start + rank].permute(1, 2, 0))
-        grads.append(grad if adapter.scale == 1 else grad.mul_(adapter.scale))
+        of_adapter = db_EOR[:, :, start : start + rank].permute(1, 2, 0)
+        _scale(of_adapter, adapter.scale, grad.view(adapter.b.shape[0], rank, -1))
+        grads.append(grad)
         start += rank
     return grads
+
+
+def _scale(x: Tensor, scale: float, out: Tensor) -> None:
+    """`out = scale · x`, multiplied in the wider of both dtypes, without a copy of `x`."""
+    if torch.promote_types(x.dtype, out.dtype) == x.dtype:
+        torch.mul(x, scale, out=out)
+    else:
+        out.copy_(x).mul_(scale)
 
 
 def alternate(das: Sequence[Tensor], dbs: Sequence[Tensor]) -> list[Tensor]:

@@ -1,9 +1,11 @@
 """Gates found by trying: ours where the numbers agree, also beyond a clamp, and the host's own where they do not."""
 
-from types import MethodType
+import gc
+import weakref
 from typing import Any
 
 import pytest
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -52,7 +54,18 @@ def test_a_gate_of_its_own_stays_the_hosts() -> None:
     softer = _Experts(lambda g, u: F.silu(g.clamp(max=3.0)) * u, limit=3.0)  # clamps one side alone
     gate = gate_of(softer)
     assert isinstance(gate, HostGate)
-    assert gate.function == MethodType(_Experts._apply_gate, softer)
+    h = torch.linspace(-8, 8, 40).view(4, 10)
+    assert torch.equal(gate.forward(h), softer._apply_gate(h))
+
+
+def test_a_gate_of_the_hosts_keeps_no_weights_alive() -> None:
+    softer = _Experts(lambda g, u: F.silu(g.clamp(max=3.0)) * u, limit=3.0)
+    softer.gate_up_proj = nn.Parameter(torch.ones(2, 4, 4))
+    weight, gate = weakref.ref(softer.gate_up_proj), gate_of(softer)
+    del softer
+    gc.collect()
+    assert weight() is None
+    assert gate.forward(torch.ones(1, 4)).shape == (1, 2)
 
 
 def test_settings_are_tried_and_not_trusted() -> None:

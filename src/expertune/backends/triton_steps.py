@@ -1,7 +1,8 @@
 """The steps of the walk on our Triton kernels. On Hopper the grouped linear is the Gluon kernel, elsewhere its twin."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import cast
 
 import torch
@@ -112,8 +113,8 @@ class TritonSteps:
     ) -> list[Tensor]:
         num_experts, rank = routing.ends_E.shape[0], a.narrow_NR.shape[1]
         first, width, width_out = adapters[0], a.wide.shape[1], b.wide.shape[1]
-        da_ERI = a.wide.new_empty((num_experts, rank, width), dtype=first.a.dtype)
-        db_EOR = b.wide.new_empty((num_experts, width_out, rank), dtype=first.b.dtype)
+        da_ERI = a.wide.new_empty((num_experts, rank, width), dtype=_widest(adapter.a for adapter in adapters))
+        db_EOR = b.wide.new_empty((num_experts, width_out, rank), dtype=_widest(adapter.b for adapter in adapters))
         outer.outer(
             outer.Sum(a.wide.contiguous(), a.narrow_NR, da_ERI, a.by_token),
             outer.Sum(b.wide.contiguous(), b.narrow_NR, db_EOR, b.by_token, is_wide_first=True),
@@ -140,6 +141,11 @@ class TritonSteps:
             top_k=routing.top_k,
         )
         return out_EOI
+
+
+def _widest(factors: Iterable[Tensor]) -> torch.dtype:
+    """The dtype that holds those of all."""
+    return reduce(torch.promote_types, (factor.dtype for factor in factors))
 
 
 STEPS = TritonSteps()

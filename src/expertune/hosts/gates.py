@@ -3,6 +3,7 @@
 A gate that none of ours gives runs as the host's own function: right, but slower.
 """
 
+import copy
 from collections.abc import Iterator
 from itertools import product
 from types import MethodType
@@ -46,7 +47,14 @@ def gate_of(experts: nn.Module) -> Gate:
         h_NG = normal_NG * (2 * gate.limit if isinstance(gate, ClampedSwiGlu) else 1)  # beyond its clamps
         if torch.allclose(apply_gate(module, h_NG), gate.forward(h_NG), rtol=_AGREES, atol=_AGREES):
             return gate
-    return HostGate(MethodType(apply_gate, module))
+    return HostGate(MethodType(apply_gate, _without_weights(module)))
+
+
+def _without_weights(experts: nn.Module) -> nn.Module:
+    """What a gate reads of an experts module: its settings and activation. A gate outlives its model, in caches."""
+    twin = copy.copy(experts)
+    twin._parameters = {}
+    return twin
 
 
 def _candidates(module: Any) -> Iterator[Gate]:
