@@ -91,15 +91,16 @@ def attach(
         for name, module in transformers.named_experts(model)
     ]
     peft.check(model, {id(module): plan for module, plan in plans})
+    found_norms, found_rotaries = norms.find(model), rotary.find(model)
+    taken = [each for each in decoders(model) if attention.is_ours(each) or attention.why_not(each) is None]
     ours = [each for each in _checkpointed(model) if each._gradient_checkpointing_func.checkpoint is checkpoint_layer]
     if (before := attached(model)) is not None:
         state.planner, state.offload = before.planner, before.offload
     detach(model)
 
     if is_attention_ours:
-        taken = [decoder for decoder in decoders(model) if attention.why_not(decoder) is None]
         state.attentions = [(decoder, attention.take_over(decoder)) for decoder in taken]
-    state.norms, state.rotaries = norms.bind(model), rotary.bind(model)
+    state.norms, state.rotaries = norms.bind(found_norms), rotary.bind(found_rotaries)
     transformers.register()
     configs: dict[int, Any] = {}
     for module, plan in plans:

@@ -14,7 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import output_capturing
 
 from expertune.graphs.piece import Piece, Recorder
-from expertune.hosts import attention, rotary
+from expertune.hosts import attention, forwards, rotary
 from expertune.hosts.transformers import is_experts
 from expertune.memory.replay import RoutingReplay
 
@@ -77,19 +77,18 @@ def bind(layers: Sequence[nn.Module], recorder: Recorder) -> None:
     for layer in layers:
         for module in parts(layer):
             is_rotary = rotary.is_bound(module)
-            if is_rotary or "forward" not in vars(module):
-                module.forward = Piece(module, recorder, rotary.forward if is_rotary else None)
+            if is_rotary or forwards.given(module) is None:
+                forwards.give(module, Piece(module, recorder, rotary.forward if is_rotary else None))
 
 
 def unbind(recorder: Recorder) -> None:
     """Undo `bind`, unless someone has given a module another forward since."""
     for piece in recorder.pieces:
-        if vars(piece.module).get("forward") is not piece:
+        if forwards.given(piece.module) is not piece:
             continue
-        if piece.function is None:
-            del piece.module.forward
-        else:
-            piece.module.forward = partial(piece.function, piece.module)
+        forwards.take_back(piece.module)
+        if piece.function is not None:
+            forwards.give(piece.module, partial(piece.function, piece.module))
     recorder.pieces.clear()
 
 

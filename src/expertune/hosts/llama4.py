@@ -9,11 +9,12 @@ Source: Llama4TextMoe and Llama4TextExperts, transformers 5.2 to 5.24.
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from types import MethodType
 from typing import Any
 
 from torch import Tensor, nn
 from transformers.models.llama4.modeling_llama4 import Llama4TextExperts, Llama4TextMoe
+
+from expertune.hosts import forwards
 
 
 def is_experts(module: nn.Module) -> bool:
@@ -27,20 +28,17 @@ def is_block(module: nn.Module) -> bool:
 
 
 def bind(modules: Iterable[nn.Module], forward: Callable[..., Any]) -> None:
-    """Give each of these instances another forward: below Accelerate's hook where it has one, as the host's lies."""
+    """Give each of these instances another forward."""
     for module in modules:
-        setattr(module, "_old_forward" if "_old_forward" in vars(module) else "forward", partial(forward, module))
+        forwards.give(module, partial(forward, module))
 
 
 def unbind(modules: Iterable[nn.Module], forward: Callable[..., Any]) -> None:
-    """Undo `bind`, also where Accelerate has put its hook above since."""
+    """Undo `bind`, unless someone has given a module another forward since."""
     for module in modules:
-        for slot in ("forward", "_old_forward"):
-            given = vars(module).get(slot)
-            if isinstance(given, partial) and given.func is forward:
-                delattr(module, slot)
-                if slot == "_old_forward":
-                    setattr(module, slot, MethodType(type(module).forward, module))
+        given = forwards.given(module)
+        if isinstance(given, partial) and given.func is forward:
+            forwards.take_back(module)
 
 
 def block_forward(block: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor]:

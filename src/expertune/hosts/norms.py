@@ -6,12 +6,14 @@ gives: `x / sqrt(mean(x²) + eps) · (w + offset)`, with offset 0, or 1 for weig
 
 import copy
 import inspect
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
+from expertune.hosts import forwards
 from expertune.rms_norm import rms_norm
 
 _AGREES = 1e-5  # float32 rounding, relative; a norm of another kind is off by more than a tenth
@@ -31,36 +33,51 @@ class Formula(NamedTuple):
     keeps_dtype: bool
 
 
-def bind(model: nn.Module) -> list[nn.Module]:
-    """Give each norm that follows the formula our forward. Returns them, for `unbind`."""
+def find(model: nn.Module) -> list[tuple[nn.Module, Formula]]:
+    """The norms that follow the formula, and how. Changes nothing."""
     known: dict[Any, Formula | None] = {}
-    bound = []
+    found = []
     for module in model.modules():
-        if "RMSNorm" not in type(module).__name__ or "forward" in vars(module):
+        if "RMSNorm" not in type(module).__name__:
             continue
         settings = {name: value for name, value in vars(module).items() if not name.startswith("_")}
         key = (type(module), repr(settings))
         if key not in known:
             known[key] = formula_of(module)
         if (formula := known[key]) is not None:
-            module.forward = partial(_forward, module, formula)
-            bound.append(module)
-    return bound
+            found.append((module, formula))
+    return found
 
 
-def unbind(norms: list[nn.Module]) -> None:
+def bind(found: Iterable[tuple[nn.Module, Formula]]) -> list[nn.Module]:
+    """Give norms our forward, but those with one of their own. Returns the former, for `unbind`."""
+    ours = [(module, formula) for module, formula in found if forwards.given(module) is None]
+    for module, formula in ours:
+        forwards.give(module, partial(_forward, module, formula))
+    return [module for module, _ in ours]
+
+
+def unbind(norms: Iterable[nn.Module]) -> None:
     """Undo `bind`, unless someone has given a norm another forward since."""
     for module in norms:
-        forward = vars(module).get("forward")
-        if isinstance(forward, partial) and forward.func is _forward:
-            del module.forward
+        if is_bound(module):
+            forwards.take_back(module)
+
+
+def is_bound(norm: nn.Module) -> bool:
+    """Whether a norm's forward is the one that `bind` gave it."""
+    given = forwards.given(norm)
+    return isinstance(given, partial) and given.func is _forward
 
 
 def formula_of(norm: nn.Module) -> Formula | None:
-    """What a norm computes, found by trying it on random numbers; None if it is another formula."""
+    """What a norm computes, found by trying it on random numbers on the CPU; None if it is another formula.
+
+    None too if it does not compute there, as a kernel that someone has put in the class's place.
+    """
     eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
     parameters = dict(norm.named_parameters())
-    if eps is None or list(parameters) != ["weight"] or len(inspect.signature(norm.forward).parameters) != 1:
+    if eps is None or list(parameters) != ["weight"] or len(inspect.signature(type(norm).forward).parameters) != 2:
         return None
     draw = torch.Generator().manual_seed(0)
     weight = torch.randn(parameters["weight"].shape, generator=draw, dtype=torch.float32)
@@ -68,10 +85,14 @@ def formula_of(norm: nn.Module) -> Formula | None:
     twin._parameters = {"weight": nn.Parameter(weight, requires_grad=False)}
     x = torch.randn(3, *weight.shape, generator=draw, dtype=torch.float32)
     x *= 10 * eps**0.5  # so small that eps counts
-    given = twin(x)
+    forward: Callable[..., Tensor] = type(norm).forward  # past hooks, which would hear of numbers that nobody sent
+    try:
+        given = forward(twin, x)
+    except (RuntimeError, ValueError):
+        return None
     for offset in (0.0, 1.0):
         if torch.allclose(given, rms_norm(x, weight, eps, offset), rtol=_AGREES, atol=_AGREES):
-            return Formula(eps, offset, keeps_dtype=twin(x.bfloat16()).dtype == torch.bfloat16)
+            return Formula(eps, offset, keeps_dtype=forward(twin, x.bfloat16()).dtype == torch.bfloat16)
     return None
 
 

@@ -22,6 +22,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from expertune import lora
+from expertune.hosts import forwards
 from expertune.hosts.transformers import ExpertsPlan, first_name, is_experts, is_transposed, named_experts
 from expertune.lora_linear import lora_linear
 from expertune.shapes import LoraFactors
@@ -53,9 +54,10 @@ def experts_in(module: nn.Module) -> nn.Module | None:
     return base if is_experts(base) else None
 
 
-def is_bound(wrapper: nn.Module) -> bool:
-    """Whether `bind` has given this wrapper our forward."""
-    return "forward" in vars(wrapper)
+def is_bound(layer: nn.Module) -> bool:
+    """Whether `bind` has given this LoRA layer our forward."""
+    given = forwards.given(layer)
+    return isinstance(given, partial) and given.func in (_experts_forward, _linear_forward, _lora_linear_forward)
 
 
 def bind(module: nn.Module) -> None:
@@ -65,24 +67,24 @@ def bind(module: nn.Module) -> None:
     own, such as Llama 4's router, whose product never comes out.
     """
     if type(module) is LoraLinear:
-        module.forward = partial(_lora_linear_forward, module)
+        forwards.give(module, partial(_lora_linear_forward, module))
     if not isinstance(module, ParamWrapper):
         return
     nest, base = wrappers_of(module)
     if is_experts(base):
-        module.forward = partial(_experts_forward, module)
+        forwards.give(module, partial(_experts_forward, module))
     elif (
         isinstance(base, nn.Linear)
         and type(base).forward is nn.Linear.forward
         and [inner.parameter_name for inner in nest] == ["weight"]
     ):
-        module.forward = partial(_linear_forward, module)
+        forwards.give(module, partial(_linear_forward, module))
 
 
 def unbind(module: nn.Module) -> None:
-    """Undo `bind`."""
-    if isinstance(module, LoraLayer):
-        vars(module).pop("forward", None)
+    """Undo `bind`, unless someone has given the layer another forward since."""
+    if isinstance(module, LoraLayer) and is_bound(module):
+        forwards.take_back(module)
 
 
 def check(model: nn.Module, plans: Mapping[int, ExpertsPlan]) -> None:

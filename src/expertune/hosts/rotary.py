@@ -6,7 +6,7 @@ then runs as it is, with another function under that name: on this instance alon
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache, partial
 from itertools import product
 from types import FunctionType
@@ -16,34 +16,40 @@ import torch
 from torch import Tensor, nn
 
 from expertune.attention.rotary import Rotation, formula, rotate, why_not
+from expertune.hosts import forwards
 from expertune.hosts.twins import twin
 
 _NAMES = ("apply_rotary_pos_emb", "apply_rotary_pos_emb_interleave")
 _AGREES = 1e-5  # float32 rounding, relative
 
 
-def bind(model: nn.Module) -> list[nn.Module]:
-    """Give each attention that rotates by the formula ours. Returns them, for `unbind`."""
-    bound = []
-    for module in model.modules():
-        if "Attention" not in type(module).__name__ or "forward" in vars(module):
-            continue
-        if _with_ours(type(module).forward) is not None:
-            module.forward = partial(forward, module)
-            bound.append(module)
-    return bound
+def find(model: nn.Module) -> list[nn.Module]:
+    """The attentions that rotate by the formula. Changes nothing."""
+    return [
+        module
+        for module in model.modules()
+        if "Attention" in type(module).__name__ and _with_ours(type(module).forward) is not None
+    ]
 
 
-def unbind(attentions: list[nn.Module]) -> None:
+def bind(attentions: Iterable[nn.Module]) -> list[nn.Module]:
+    """Let attentions rotate by ours, but those with a forward of their own. Returns the former, for `unbind`."""
+    ours = [module for module in attentions if forwards.given(module) is None]
+    for module in ours:
+        forwards.give(module, partial(forward, module))
+    return ours
+
+
+def unbind(attentions: Iterable[nn.Module]) -> None:
     """Undo `bind`, unless someone has given an attention another forward since."""
     for module in attentions:
         if is_bound(module):
-            del module.forward
+            forwards.take_back(module)
 
 
 def is_bound(module: nn.Module) -> bool:
     """Whether a module's forward is the one that `bind` gave it."""
-    bound = vars(module).get("forward")
+    bound = forwards.given(module)
     return isinstance(bound, partial) and bound.func is forward
 
 
@@ -70,7 +76,7 @@ def _follows(function: Callable[..., Any], rotation: Rotation, beside: int) -> b
     q, k, cos, sin = _random(rotation, beside)
     try:
         given = function(q, k, cos, sin)
-    except RuntimeError:  # shapes that it does not know
+    except (RuntimeError, ValueError):  # shapes that it does not know, or a device
         return False
     ours = [formula(x, cos, sin, rotation) for x in (q, k)]
     return all(

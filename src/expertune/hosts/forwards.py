@@ -1,0 +1,36 @@
+"""The forward of one module, replaced on this instance and put back.
+
+A hook of Accelerate, as `device_map` sets it, lies in `forward` and calls what it found there, which it keeps as
+`_old_forward`. Ours lies below it, where the class's own would, whichever of both came first.
+"""
+
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
+from torch import nn
+
+
+def give(module: nn.Module, forward: Callable[..., Any]) -> None:
+    """Let a module run another forward, which is called without the module."""
+    setattr(module, _slot(module), forward)
+
+
+def given(module: nn.Module) -> Any:
+    """The forward that someone has given to this module alone, None if it runs its class's."""
+    forward = vars(module).get(_slot(module))
+    is_the_classes = isinstance(forward, MethodType) and forward.__func__ is type(module).forward
+    return None if is_the_classes else forward
+
+
+def take_back(module: nn.Module) -> None:
+    """Let a module run its class's forward again."""
+    slot = _slot(module)
+    if slot == "forward":
+        vars(module).pop(slot, None)
+    else:
+        setattr(module, slot, MethodType(type(module).forward, module))
+
+
+def _slot(module: nn.Module) -> str:
+    return "_old_forward" if "_old_forward" in vars(module) else "forward"
