@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from expertune.graphs.piece import Recorder
-from expertune.hosts import attention, graphs, llama4, norms, parameters, peft, rotary, transformers, trl_head
+from expertune.hosts import attention, forwards, graphs, llama4, norms, parameters, peft, rotary, transformers, trl_head
 from expertune.memory.checkpoint import checkpoint_layer
 from expertune.memory.offload import Offload
 from expertune.memory.planner import LayerPlan, Planner
@@ -298,7 +298,7 @@ def _is_unbound(module: nn.Module) -> bool:
     """Whether PEFT has wrapped these experts since wrappers were last bound."""
     return (
         isinstance(module, ParamWrapper)
-        and not peft.is_bound(module)
+        and forwards.given(module) is None
         and transformers.is_experts(peft.wrappers_of(module)[1])
     )
 
