@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback
 from trl import pack_dataset
 
 import expertune
+from expertune.hosts.transformers import num_positions
 from expertune.hosts.trl import GradientProof
 from expertune.training.callbacks import FiniteGradients, PeriodicSave, Recorder, Trainer
 from expertune.training.data import Rows, read_data, to_dataset
@@ -40,6 +41,7 @@ from expertune.training.setup import (
 from expertune.training.supervision import (
     Supervision,
     check_chat_template,
+    check_positions,
     first_row_without_answer,
     nothing_to_learn,
     supervise,
@@ -142,12 +144,16 @@ def _make_trainer(
         where = [place for part in rows if part is not None for place in part.where]
         raise nothing_to_learn([where[first_row_without_answer(everything, tokenizer)]]) from error
     trainer.remove_callback(PrinterCallback)
-    sets = [supervise(trainer.train_dataset, rows[0].where, recipe.max_length)]
+    tokenised = (trainer.train_dataset, trainer.eval_dataset)
+    sets = []
+    for dataset, part in zip(tokenised, rows, strict=True):
+        if part is not None:
+            sets.append(supervise(dataset, part.where, recipe.max_length))
+            check_positions(sets[-1], part.where, num_positions(trainer.model.config))
     trainer.train_dataset = sets[0].dataset
     if recipe.packing:
         trainer.train_dataset = pack_dataset(sets[0].dataset, recipe.max_length, "bfd")
-    if rows[1] is not None:
-        sets.append(supervise(trainer.eval_dataset, rows[1].where, recipe.max_length))
+    if len(sets) > 1:
         trainer.eval_dataset = sets[1].dataset
     return trainer, sets
 
