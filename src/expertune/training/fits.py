@@ -111,18 +111,23 @@ def _optimizer_bytes(optim: str, model: ModelBytes) -> int:
 
 
 def _changes(recipe: Recipe, lengths: Iterable[int]) -> Iterator[dict[str, Any]]:
-    """What to change, the nearest first."""
+    """What to change, the nearest first; another optimizer only where nothing else is enough."""
+    nearest = list(_changes_of_activations(recipe, lengths))
+    yield from nearest
+    if recipe.optim != "adamw_8bit":
+        yield from ({"optim": "adamw_8bit"} | change for change in ({}, *nearest))
+
+
+def _changes_of_activations(recipe: Recipe, lengths: Iterable[int]) -> Iterator[dict[str, Any]]:
     rows, num_summed = recipe.per_device_train_batch_size, recipe.gradient_accumulation_steps
     alone = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": rows * num_summed} if rows > 1 else {}
-    leanest: dict[str, Any] = {} if recipe.memory == "lean" else {"memory": "lean"}
+    leanest = {} if recipe.memory == "lean" else {"memory": "lean"}
     yield from ({"memory": leaner} for leaner in _LEANER[recipe.memory])
     yield alone
     yield leanest | alone
     longest = max(min(length, recipe.max_length or length) for length in lengths)
     for length in range((longest - 1) // _LENGTH_MULTIPLE * _LENGTH_MULTIPLE, 0, -_LENGTH_MULTIPLE):
         yield leanest | alone | {"max_length": length}
-    if recipe.optim != "adamw_8bit":
-        yield {"optim": "adamw_8bit"}
 
 
 def _advice(change: dict[str, Any] | None) -> str:
