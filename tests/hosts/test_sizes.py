@@ -1,7 +1,6 @@
 """The bytes that a model is said to take at least, against those of real steps."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,11 +9,10 @@ from torch import Tensor, nn
 
 import expertune
 from expertune.hosts.sizes import model_bytes
-from expertune.memory.needs import Batches, Needs, least_needs
 from expertune.optim.adamw_8bit import AdamW8bit
 from tests.conftest import Checkpoint
 from tests.hosts.models import CONFIGS, batch, load_tiny
-from tests.memory.saved import SavedBytes
+from tests.memory.saved import SavedBytes, least_saved
 
 # Experts as wide beside the rest of a layer as those that people train.
 LARGE = {"moe_intermediate_size": 192, "num_experts_per_tok": 4, "num_hidden_layers": 6, "vocab_size": 64}
@@ -27,12 +25,6 @@ def adapted(model: Any, **settings: Any) -> Any:
 
 def full(model: Any) -> Any:
     return model.requires_grad_(True)
-
-
-def activations(model: Any, memory: str) -> Needs:
-    """What a batch needs where gradients and state are nothing."""
-    batches = Batches(tokens=ROWS * LENGTH, tokens_later=0, sums_gradients=False)
-    return least_needs(replace(model_bytes(model), gradients=0), optimizer=0, memory=memory, batches=batches)
 
 
 def saved(model: nn.Module) -> int:
@@ -48,8 +40,7 @@ def saved(model: nn.Module) -> int:
 def test_no_step_saves_less(checkpoint: Checkpoint, family: str, train: Callable[[Any], Any], memory: str) -> None:
     model = expertune.optimize(load_tiny(checkpoint(family)), memory=memory)
     trained = train(model)
-    needs = activations(model, memory)
-    assert needs.inputs + needs.kept <= saved(trained)
+    assert least_saved(model, memory, ROWS * LENGTH) <= saved(trained)
 
 
 @pytest.mark.parametrize("memory", ["fast", "auto"])
@@ -58,8 +49,8 @@ def test_most_of_what_a_step_saves_is_counted(checkpoint: Checkpoint, memory: st
     """Left out are norms, attention, the router and the logits."""
     model = expertune.optimize(load_tiny(checkpoint("qwen3_moe", **LARGE), dtype), memory=memory)
     trained = adapted(model)
-    needs, counted = activations(model, memory), saved(trained)
-    assert 0.6 * counted <= needs.inputs + needs.kept <= counted
+    counted = saved(trained)
+    assert 0.6 * counted <= least_saved(model, memory, ROWS * LENGTH) <= counted
 
 
 def test_layers_before_the_first_that_is_trained_keep_nothing(checkpoint: Checkpoint) -> None:
@@ -70,8 +61,7 @@ def test_layers_before_the_first_that_is_trained_keep_nothing(checkpoint: Checkp
     assert second.kept
     for memory in ("fast", "auto"):
         expertune.optimize(model, memory=memory)
-        needs = activations(model, memory)
-        assert needs.inputs + needs.kept <= saved(trained)
+        assert 0 < least_saved(model, memory, ROWS * LENGTH) <= saved(trained)
 
 
 @pytest.mark.parametrize("train", [adapted, full])

@@ -1,11 +1,25 @@
-"""The bytes that autograd has saved for backward, counted while they lie there."""
+"""The bytes that autograd has saved for backward, counted while they lie there, and the bound on them."""
 
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from expertune.hosts.sizes import model_bytes
+from expertune.memory.needs import Batches, least_needs
+
+
+def least_saved(model: PreTrainedModel, memory: str, num_tokens: int) -> int:
+    """The bound on what a batch leaves for backward."""
+    # where gradients and state are nothing, the optimizer's step is never the moment that takes most
+    sizes = replace(model_bytes(model), gradients=0)
+    batches = Batches(tokens=num_tokens, tokens_later=0, sums_gradients=False)
+    needs = least_needs(sizes, optimizer=0, memory=memory, batches=batches)
+    return needs.inputs + needs.kept
 
 
 class SavedBytes:
