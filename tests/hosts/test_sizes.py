@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import expertune
 from expertune.hosts.sizes import model_bytes
+from expertune.memory.needs import LayerBytes
 from expertune.optim.adamw_8bit import AdamW8bit
 from tests.conftest import Checkpoint
 from tests.hosts.models import CONFIGS, batch, load_tiny
@@ -51,6 +52,15 @@ def test_most_of_what_a_step_saves_is_counted(checkpoint: Checkpoint, memory: st
     trained = adapted(model)
     counted = saved(trained)
     assert 0.6 * counted <= least_saved(model, memory, ROWS * LENGTH) <= counted
+
+
+def test_layers_keep_the_bytes_of_the_formula(checkpoint: Checkpoint) -> None:
+    """docs/design.md has 16 bytes a row, of which 4 are the router's weight in float32; in 16 bits it takes 2."""
+    model = expertune.optimize(load_tiny(checkpoint("qwen3_moe", **LARGE), torch.bfloat16), memory="fast")
+    adapted(model, r=16)
+    width, hidden, top_k, rank = 32, 192, 4, 16
+    kept = 2 * width + top_k * (4 * hidden + 4 * rank + 14)
+    assert model_bytes(model).layers == (LayerBytes(input=2 * width, kept=kept),) * 6
 
 
 def test_layers_before_the_first_that_is_trained_keep_nothing(checkpoint: Checkpoint) -> None:
