@@ -104,7 +104,6 @@ def refusal(room_gib: float, model: ModelBytes = MODEL, **fields: Any) -> str:
 
 def test_what_fits_passes() -> None:
     check_fits(recipe_of(**SETTINGS), MODEL, LENGTHS, 32 * GIB)
-    check_fits(recipe_of(**SETTINGS), MODEL, LENGTHS, None)
     assert needs(recipe_of(**SETTINGS), MODEL, LENGTHS).total == (10 + 1 + 32) * GIB
 
 

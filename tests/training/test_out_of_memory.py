@@ -133,13 +133,17 @@ HELPFUL: dict[str, tuple[dict[str, Any], Held, int, list[str]]] = {
 
 @pytest.mark.parametrize(("fields", "when", "longest", "expected"), HELPFUL.values(), ids=HELPFUL)
 def test_what_helps_goes_by_what_is_held(fields: dict[str, Any], when: Held, longest: int, expected: list[str]) -> None:
-    assert settings(recipe_of(**fields), when, longest, is_evaluation=False) == expected
+    assert settings(recipe_of(**fields), when, longest, can_be_lean=True) == expected
+
+
+def test_lean_is_left_out_where_it_would_do_nothing() -> None:
+    assert "memory=lean" not in settings(recipe_of(), held(), 4000, can_be_lean=False)
 
 
 def test_the_rank_of_an_adapter_that_is_trained_further_stays(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
     recipe = recipe_of(model_name_or_path=str(tmp_path))
-    assert "r=8" not in settings(recipe, held(weights=10), 4000, is_evaluation=False)
+    assert "r=8" not in settings(recipe, held(weights=10), 4000, can_be_lean=True)
 
 
 def test_weights_that_do_not_fit_are_told(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:

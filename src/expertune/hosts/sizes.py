@@ -61,14 +61,15 @@ def _taking_part(text: PreTrainedModel) -> Iterator[nn.Parameter]:
 def _layer_bytes(text: PreTrainedModel) -> Iterator[LayerBytes]:
     """Each layer from the first one that is trained: those before it keep nothing."""
     config = text.config.get_text_config()
+    width = getattr(config, "hidden_size", 0)  # a config without these names makes the bound lower, not wrong
     top_k = getattr(config, "num_experts_per_tok", None)
     has_gradient = False
     for layer in _layers(text):
         is_trained = any(p.requires_grad for p in layer.parameters())
         if has_gradient or is_trained:
-            itemsize = min(p.element_size() for p in layer.parameters() if p.is_floating_point())
+            itemsize = min((p.element_size() for p in layer.parameters() if p.is_floating_point()), default=0)
             kept = [_kept(e, top_k if isinstance(top_k, int) else 1, has_gradient) for e in _experts(layer)]
-            yield LayerBytes(input=itemsize * config.hidden_size, kept=min(kept, default=0))
+            yield LayerBytes(input=itemsize * width, kept=min(kept, default=0))
         has_gradient = has_gradient or is_trained
 
 

@@ -17,20 +17,18 @@ _LENGTH_MULTIPLE = 256
 _LEANER = {"fast": ("auto", "lean"), "auto": ("lean",), "lean": ()}
 
 
-def check_fits(recipe: Recipe, model: ModelBytes, lengths: Sequence[int], room: int | None) -> None:
+def check_fits(recipe: Recipe, model: ModelBytes, lengths: Sequence[int], room: int) -> None:
     """Refuse a run whose steps need more than there is.
 
     Args:
         recipe: the run.
         model: the bytes of its model, which lies on the card.
         lengths: tokens of each row that is trained on, as cut or packed.
-        room: bytes that the card has beside the model; None where memory is not counted.
+        room: bytes that the card has beside the model.
 
     Raises:
         UserError: says what is needed by part, what there is, and the nearest setting that needs no more.
     """
-    if room is None:
-        return
     budget = room + model.base + model.trained
     lengths = sorted(lengths)  # once: settings are tried by the dozen
 

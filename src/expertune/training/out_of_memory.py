@@ -15,6 +15,7 @@ from expertune.training.errors import UserError
 from expertune.training.fits import GIB, in_gib, parts_in_gib
 from expertune.training.metrics import peak_gib
 from expertune.training.recipe import Recipe
+from expertune.training.setup import without_adapters
 
 _NUM_SETTINGS = 3
 _LENGTH_MULTIPLE = 256
@@ -73,7 +74,8 @@ def told_out_of_memory(recipe: Recipe, trainer: Trainer, saves: Sequence[Path]) 
         rows = trainer.eval_dataset if is_evaluation else trainer.train_dataset
         longest = max(len(ids) for ids in rows["input_ids"])
         step, held = trainer.state.global_step, _held(trainer)
-        helpful = settings(recipe, held, longest, is_evaluation=is_evaluation)
+        can_be_lean = not is_evaluation and without_adapters(trainer.model).supports_gradient_checkpointing
+        helpful = settings(recipe, held, longest, can_be_lean=can_be_lean)
         raise UserError(
             f"out of GPU memory in {f'the evaluation after step {step}' if is_evaluation else f'step {step + 1}'}. At "
             f"the peak {in_gib(held.peak)} GiB were held: {parts_in_gib(held.parts())}. What helps here, the best "
@@ -81,18 +83,18 @@ def told_out_of_memory(recipe: Recipe, trainer: Trainer, saves: Sequence[Path]) 
         ) from error
 
 
-def settings(recipe: Recipe, held: Held, longest: int, *, is_evaluation: bool) -> list[str]:
+def settings(recipe: Recipe, held: Held, longest: int, *, can_be_lean: bool) -> list[str]:
     """What to set so that less is held, the best first.
 
     Args:
         recipe: of the run.
         held: when memory ran out.
         longest: tokens of the longest row.
-        is_evaluation: whether it ran out without gradients.
+        can_be_lean: whether layers are run again under memory=lean; none is in an evaluation.
     """
     rows, num_summed = recipe.per_device_train_batch_size, recipe.gradient_accumulation_steps
     of_activations = {
-        "memory=lean": recipe.memory != "lean" and not is_evaluation,
+        "memory=lean": recipe.memory != "lean" and can_be_lean,
         f"per_device_train_batch_size=1 gradient_accumulation_steps={rows * num_summed}": rows > 1,
         f"max_length={_half(longest)}": longest > _LENGTH_MULTIPLE,
     }

@@ -1,5 +1,6 @@
 """A run from end to end: its stages in order, and what it leaves in the output folder."""
 
+import gc
 import platform
 import warnings
 from collections.abc import Iterator
@@ -155,7 +156,8 @@ def _make_trainer(
     for dataset, part in zip(tokenised, rows, strict=True):
         if part is not None:
             sets.append(supervise(dataset, part.where, recipe.max_length))
-            check_positions(sets[-1], part.where, num_positions(trainer.model.config))
+            if recipe.max_length is None:  # else no row is longer than that, and `load` has refused what is too long
+                check_positions(sets[-1], part.where, num_positions(trainer.model.config))
     trainer.train_dataset = sets[0].dataset
     if recipe.packing:
         trainer.train_dataset = pack_dataset(sets[0].dataset, recipe.max_length, "bfd")
@@ -165,6 +167,7 @@ def _make_trainer(
 
 
 def _check_fits(recipe: Recipe, model: nn.Module, trainer: Trainer) -> None:
+    gc.collect()  # what an earlier run of this process left behind is no need of this one
     room = room_of(next(model.parameters()).device)
     if room is not None:
         lengths = [len(ids) for ids in trainer.train_dataset["input_ids"]]
@@ -173,7 +176,6 @@ def _check_fits(recipe: Recipe, model: nn.Module, trainer: Trainer) -> None:
 
 def _train(recipe: Recipe, trainer: Trainer, folder: OutputFolder, recorder: Recorder, display: Display) -> RunResult:
     """Evaluate, train, save, evaluate."""
-
     saves: list[Path] = []
 
     def save(name: str) -> Path:
