@@ -64,12 +64,21 @@ def test_load_an_adapter(folder: Path, tmp_path: Path) -> None:
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "4 bit": ({"load_in_4bit": True}, "load_in_4bit=True is not supported yet.*Load without it"),
-    "too long": ({"max_seq_length": 129}, "max_seq_length=129 is beyond the 128 positions"),
+    "too long": ({"max_seq_length": 129}, "beyond the 128 positions.*nearest that works is max_seq_length=128"),
     "no length": ({"max_seq_length": 0}, "max_seq_length must be at least 1, got 0"),
     "backend": ({"backend": "cuda"}, "unknown backend 'cuda'.*'grouped_mm'"),
     "backend that cannot run": ({"backend": "grouped_mm", "dtype": torch.float64}, "grouped_mm.*float64"),
     "memory": ({"memory": "little"}, "unknown memory 'little'"),
+    "attention that is not installed": (
+        {"attn_implementation": "flash_attention_3"},
+        "attn_implementation='flash_attention_3' cannot run here: .*installed.*Drop attn_implementation",
+    ),
+    "attention that is unknown": (
+        {"attn_implementation": "flush"},
+        "attn_implementation='flush' cannot run here: .*not supported.*Drop attn_implementation",
+    ),
 }
+_NEEDS_WEIGHTS = {"backend that cannot run"}
 
 
 @pytest.mark.parametrize(("arguments", "words"), REFUSED.values(), ids=REFUSED)
@@ -78,12 +87,25 @@ def test_load_refuses_in_words(folder: Path, arguments: dict[str, Any], words: s
         expertune.load(str(folder), **arguments)
 
 
-@pytest.mark.parametrize("key", ["4 bit", "too long", "no length", "backend", "memory"])
+@pytest.mark.parametrize("key", sorted(REFUSED.keys() - _NEEDS_WEIGHTS))
 def test_load_refuses_before_the_weights_are_read(folder: Path, key: str) -> None:
     (folder / "model.safetensors").unlink()
     arguments, words = REFUSED[key]
     with pytest.raises(ValueError, match=words):
         expertune.load(str(folder), **arguments)
+
+
+def test_load_keeps_an_attention_that_runs(folder: Path) -> None:
+    model, _ = expertune.load(str(folder), attn_implementation="eager")
+    assert model.config._attn_implementation == "eager"
+
+
+def test_what_is_wrong_besides_the_attention_is_told_by_the_host(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "clip"}))  # generates no text
+    with pytest.raises(ValueError, match="Unrecognized configuration class") as raised:
+        expertune.load(str(folder), attn_implementation="flush")
+    assert "Drop attn_implementation" not in str(raised.value)
 
 
 def test_load_refuses_a_model_of_which_nothing_would_be_ours(tmp_path: Path) -> None:

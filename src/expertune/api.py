@@ -1,9 +1,11 @@
 """The verbs: `load`, `add_lora`, `optimize`, `restore`, `explain`."""
 
+import copy
 import json
 import os
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,6 +21,7 @@ from expertune.backends import PREFERRED
 from expertune.hosts import attach, peft, report
 from expertune.hosts.coverage import Coverage, coverage
 from expertune.hosts.targets import Targets, resolve
+from expertune.hosts.transformers import num_positions
 
 _BACKEND_VARIABLE = "EXPERTUNE_MOE_BACKEND"
 # Fields of LoraConfig by which PEFT chooses among modules, but not among parameters.
@@ -69,7 +72,10 @@ def load(
     if saved is not None and full_finetuning:
         raise ValueError(f"{name_or_path} is an adapter; full_finetuning=True needs a whole model. Merge it first.")
     shared = {key: from_pretrained[key] for key in ("revision", "trust_remote_code", "token") if key in from_pretrained}
-    _check_length(max_seq_length, AutoConfig.from_pretrained(base, **shared))
+    config = AutoConfig.from_pretrained(base, **shared)
+    _check_length(max_seq_length, config)
+    if "attn_implementation" in from_pretrained:
+        _check_attention(from_pretrained["attn_implementation"], config, shared.get("trust_remote_code"))
     if torch.cuda.is_available():
         from_pretrained.setdefault("device_map", {"": torch.cuda.current_device()})
     model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype or "auto", **from_pretrained)
@@ -229,9 +235,26 @@ def _transformers_model(model: nn.Module) -> PreTrainedModel:
 def _check_length(max_seq_length: int | None, config: Any) -> None:
     if max_seq_length is not None and max_seq_length < 1:
         raise ValueError(f"max_seq_length must be at least 1, got {max_seq_length}.")
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    limit = num_positions(config)
     if max_seq_length is not None and limit is not None and max_seq_length > limit:
-        raise ValueError(f"max_seq_length={max_seq_length} is beyond the {limit} positions of this model.")
+        raise ValueError(
+            f"max_seq_length={max_seq_length} is beyond the {limit} positions of this model. The nearest that works is "
+            f"max_seq_length={limit}, which a recipe calls max_length."
+        )
+
+
+def _check_attention(asked: Any, config: Any, trust_remote_code: bool | None) -> None:
+    """Refuse an attention that the host cannot run here. It says so when it builds the model, here without memory."""
+    with torch.device("meta"):
+        make = partial(AutoModelForCausalLM.from_config, trust_remote_code=trust_remote_code)
+        try:
+            make(copy.deepcopy(config), attn_implementation=asked)  # which it writes into the config
+        except (ImportError, ValueError) as error:
+            make(config)  # raises by itself what is wrong without the attention too
+            raise ValueError(
+                f"attn_implementation={asked!r} cannot run here: {' '.join(str(error).split())} Drop "
+                "attn_implementation, and one that runs here is chosen."
+            ) from error
 
 
 def _check_lora_settings(targets: Targets, r: int, settings: dict[str, Any]) -> None:

@@ -6,15 +6,19 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 import expertune
 from expertune.activations import SwiGlu
 from expertune.backends import choose
 from expertune.experts import ExpertsStep, Projection, experts
 from expertune.hosts import attach
+from expertune.hosts.sizes import model_bytes
 from expertune.memory import token_tiles
 from expertune.memory.checkpoint import checkpoint_layer
+from expertune.memory.needs import Batches, least_needs
 from expertune.memory.offload import LEAST_TOKENS, CudaLane, Offload
+from expertune.memory.planner import room_of
 from expertune.memory.replay import RoutingReplay
 from expertune.memory.token_tiles import TokenTiles
 from expertune.shapes import ExpertsLayout, LoraFactors, Problem
@@ -208,3 +212,41 @@ def test_a_lean_models_gradients_are_those_of_one_that_keeps_all(
         inputs = {name: value.cuda() for name, value in batch(num_rows=4, length=32).items()}
         results.append([run(model, inputs) for _ in range(3)][-1])
     assert_equal_within(results[1], results[0], 1e-3)
+
+
+@pytest.mark.parametrize("memory", ["fast", "auto", "lean"])
+def test_a_step_takes_no_less_than_its_bound(checkpoint: Checkpoint, memory: str) -> None:
+    widths = {"hidden_size": 256, "moe_intermediate_size": 256, "num_experts_per_tok": 4, "num_hidden_layers": 8}
+    model = stock(checkpoint("qwen3_moe", **widths), lora(r=16), torch.bfloat16).cuda()
+    expertune.optimize(model, memory=memory)
+    inner = model.get_base_model()
+    assert isinstance(inner, PreTrainedModel)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0)
+    rows, length = LEAST_TOKENS // 64, 64
+    inputs = {name: value.cuda() for name, value in batch(num_rows=rows, length=length).items()}
+    sizes = model_bytes(inner)
+    needs = least_needs(
+        sizes,
+        optimizer=2 * sizes.gradients,
+        memory=memory,
+        batches=Batches(tokens=rows * length, tokens_later=rows * length, sums_gradients=False),
+    )
+    others = torch.cuda.memory_allocated() - sizes.base - sizes.trained
+    for _ in range(2):  # there is optimizer state in the second one
+        torch.cuda.reset_peak_memory_stats()
+        model(**inputs).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert needs.inputs + needs.kept > 0
+    assert needs.total <= torch.cuda.max_memory_allocated() - max(others, 0)
+
+
+def test_room_is_what_can_still_be_had() -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    before = room_of(device)
+    held = torch.empty(2**30, dtype=torch.uint8, device=device)
+    after = room_of(device)
+    assert before is not None
+    assert after is not None
+    assert 0 <= after < torch.cuda.get_device_properties(device).total_memory - held.nbytes
+    assert before - after == pytest.approx(held.nbytes, abs=2**26)

@@ -250,6 +250,20 @@ def test_a_loss_that_is_no_number_halts_and_keeps_what_was_saved(
         quiet(make())
 
 
+@pytest.mark.parametrize("held_out", [False, True])
+def test_a_row_beyond_the_positions_is_refused_before_the_first_step(
+    held_out: bool, make: Make, write_rows: Callable[..., Path], tmp_path: Path
+) -> None:
+    long_row = {"prompt": "1", "completion": "2" * 200}  # 202 tokens with the end; the model has 128 positions
+    bad = str(write_rows([SUMS[0], long_row], name="long.jsonl"))
+    names = ("dataset_name", "eval_dataset_name")
+    fields = {names[held_out]: bad, names[not held_out]: str(write_rows(SUMS))}
+    with pytest.raises(UserError, match=r"long\.jsonl, line 2: 202 tokens are beyond the 128.*Set max_length=128"):
+        quiet(make(max_length=None, **fields))
+    assert not any((tmp_path / "out").iterdir())
+    quiet(make(max_length=128, max_steps=1, **fields))
+
+
 def test_truncated_answers_are_counted(make: Make, write_rows: Callable[..., Path]) -> None:
     data = str(write_rows([{"prompt": "1", "completion": "123456789"}, {"prompt": "1", "completion": "1"}]))
     output = StringIO()

@@ -2,7 +2,7 @@ import pytest
 from datasets import Dataset
 
 from expertune.training.errors import UserError
-from expertune.training.supervision import check_chat_template, supervise
+from expertune.training.supervision import check_chat_template, check_positions, supervise
 from tests.training.conftest import CHAT, UNMARKED, make_tokenizer
 
 
@@ -39,6 +39,14 @@ def test_names_the_row_whose_answer_is_cut_off() -> None:
 def test_names_the_row_without_a_supervised_token() -> None:
     with pytest.raises(UserError, match=r"^a \(and 1 more rows\): no token to learn from"):
         supervise(tokens([-100, -100], [1, 1], [5]), ["a", "b", "c"], max_length=3)
+
+
+def test_names_the_row_beyond_the_positions_of_the_model() -> None:
+    result, where = supervise(tokens([1] * 4, [1] * 7, [1] * 9), ["a", "b", "c"], max_length=None), ["a", "b", "c"]
+    with pytest.raises(UserError, match=r"^b \(and 1 more rows\): 7 tokens are beyond the 6 .*Set max_length=6,"):
+        check_positions(result, where, 6)
+    for enough in (9, None):
+        check_positions(result, where, enough)
 
 
 def test_chat_template() -> None:

@@ -54,6 +54,20 @@ def experts_in(module: nn.Module) -> nn.Module | None:
     return base if is_experts(base) else None
 
 
+def trained_ranks(module: nn.Module) -> dict[str, int]:
+    """The LoRA rank that is trained on each parameter of the experts, by its name; those without are left out.
+
+    Args:
+        module: as for `experts_in`.
+    """
+    ranks = {}
+    for wrapper in wrappers_of(module)[0]:
+        active = [name for name in wrapper.active_adapters if name in wrapper.lora_A]
+        if rank := sum(wrapper.r[name] for name in active if wrapper.lora_A[name].weight.requires_grad):
+            ranks[wrapper.parameter_name] = rank
+    return ranks
+
+
 def is_bound(layer: nn.Module) -> bool:
     """Whether `bind` has given this LoRA layer our forward."""
     given = forwards.given(layer)

@@ -342,6 +342,12 @@ def named_experts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield clean(name), module
 
 
+def num_positions(config: Any) -> int | None:
+    """The most tokens that a sequence of this model may have; None where its config does not say."""
+    limit: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return limit
+
+
 def clean(path: str) -> str:
     """A path as it is without PEFT's wrappers."""
     path = path.removeprefix("base_model.model.").replace(".base_layer", "").replace(".original_module", "")

@@ -46,16 +46,29 @@ class CudaMeter:
         """By tensors, at most since someone last reset it."""
         return torch.cuda.max_memory_allocated(self._device)
 
+    def room(self) -> int:
+        """What the driver and the allocator have left: more cannot be had while others hold the rest."""
+        return self._room_and_total()[0]
+
     def free(self) -> int:
-        """What the driver and the allocator have left, less a reserve."""
+        """`room`, less a reserve."""
+        room, total = self._room_and_total()
+        return room - int(total * _RESERVE)
+
+    def _room_and_total(self) -> tuple[int, int]:
         unused = torch.cuda.memory_reserved(self._device) - self.allocated()
         free, total = torch.cuda.mem_get_info(self._device)
-        return free + unused - int(total * _RESERVE)
+        return free + unused, total
 
 
 def meter_of(device: torch.device) -> Meter | None:
     """None for a device whose memory is not counted: every layer is checkpointed there."""
     return CudaMeter(device) if device.type == "cuda" else None
+
+
+def room_of(device: torch.device) -> int | None:
+    """Bytes that tensors could still take on a device at most; None where memory is not counted."""
+    return CudaMeter(device).room() if device.type == "cuda" else None
 
 
 class Planner:

@@ -1,5 +1,6 @@
 """A run from end to end: its stages in order, and what it leaves in the output folder."""
 
+import gc
 import platform
 import warnings
 from collections.abc import Iterator
@@ -21,11 +22,15 @@ from transformers.training_args import OptimizerNames
 from trl import pack_dataset
 
 import expertune
+from expertune.hosts.sizes import model_bytes
+from expertune.hosts.transformers import num_positions
 from expertune.hosts.trl import GradientProof
+from expertune.memory.planner import room_of
 from expertune.training.callbacks import FiniteGradients, PeriodicSave, Recorder, Trainer
 from expertune.training.data import Rows, read_data, to_dataset
-from expertune.training.errors import UserError
+from expertune.training.fits import check_fits
 from expertune.training.metrics import Record, plot_losses
+from expertune.training.out_of_memory import told_out_of_memory
 from expertune.training.output import OutputFolder
 from expertune.training.progress import Display
 from expertune.training.recipe import Recipe
@@ -37,10 +42,12 @@ from expertune.training.setup import (
     name_decoder,
     own_optimizer,
     set_balance_loss,
+    without_adapters,
 )
 from expertune.training.supervision import (
     Supervision,
     check_chat_template,
+    check_positions,
     first_row_without_answer,
     nothing_to_learn,
     supervise,
@@ -82,7 +89,8 @@ def run(recipe: Recipe, console: Console | None = None) -> RunResult:
         console: where to show it; None takes the standard output.
 
     Raises:
-        UserError: something in the recipe, the data or the model cannot be done, or the loss is no longer a number.
+        UserError: something in the recipe, the data or the model cannot be done, does not fit the card, or the loss is
+            no longer a number.
         RuntimeError: an adapter received no gradient in the first step.
     """
     folder = OutputFolder(recipe.output_dir, overwrite=recipe.overwrite_output_dir)
@@ -107,7 +115,8 @@ def run(recipe: Recipe, console: Console | None = None) -> RunResult:
             display.console.print(expertune.trained(model))
         with display.stage("tokenising"):
             trainer, sets = _make_trainer(recipe, arguments, model, tokenizer, (train_rows, eval_rows))
-        _say_supervision(display, sets, recipe)
+        _say_supervision(display, sets, recipe, next(model.parameters()).dtype)
+        _check_fits(recipe, model, trainer)
         if recipe.optim != OptimizerNames.ADAMW_8BIT and any(
             p.requires_grad and p.dtype == torch.bfloat16 for p in model.parameters()
         ):
@@ -149,21 +158,36 @@ def _make_trainer(
         where = [place for part in rows if part is not None for place in part.where]
         raise nothing_to_learn([where[first_row_without_answer(everything, tokenizer)]]) from error
     trainer.remove_callback(PrinterCallback)
-    sets = [supervise(trainer.train_dataset, rows[0].where, recipe.max_length)]
+    tokenised = (trainer.train_dataset, trainer.eval_dataset)
+    sets = []
+    for dataset, part in zip(tokenised, rows, strict=True):
+        if part is not None:
+            sets.append(supervise(dataset, part.where, recipe.max_length))
+            if recipe.max_length is None:  # else no row is longer than that, and `load` has refused what is too long
+                check_positions(sets[-1], part.where, num_positions(trainer.model.config))
     trainer.train_dataset = sets[0].dataset
     if recipe.packing:
         trainer.train_dataset = pack_dataset(sets[0].dataset, recipe.max_length, "bfd")
-    if rows[1] is not None:
-        sets.append(supervise(trainer.eval_dataset, rows[1].where, recipe.max_length))
+    if len(sets) > 1:
         trainer.eval_dataset = sets[1].dataset
     return trainer, sets
 
 
+def _check_fits(recipe: Recipe, model: nn.Module, trainer: Trainer) -> None:
+    gc.collect()  # what an earlier run of this process left behind is no need of this one
+    room = room_of(next(model.parameters()).device)
+    if room is not None:
+        lengths = [len(ids) for ids in trainer.train_dataset["input_ids"]]
+        check_fits(recipe, model_bytes(without_adapters(model)), lengths, room)
+
+
 def _train(recipe: Recipe, trainer: Trainer, folder: OutputFolder, recorder: Recorder, display: Display) -> RunResult:
-    """Evaluate, train, evaluate, save."""
+    """Evaluate, train, save, evaluate."""
+    saves: list[Path] = []
 
     def save(name: str) -> Path:
-        return folder.write_folder(name, lambda path: _save(trainer, path))
+        saves.append(folder.write_folder(name, lambda path: _save(trainer, path)))
+        return saves[-1]
 
     trainer.add_callback(FiniteGradients())
     if recipe.finetuning_type == "lora":
@@ -171,22 +195,17 @@ def _train(recipe: Recipe, trainer: Trainer, folder: OutputFolder, recorder: Rec
     trainer.add_callback(recorder)
     if recipe.save_steps is not None:
         trainer.add_callback(PeriodicSave(recipe.save_steps, save))
-    if trainer.eval_dataset is not None:
-        with display.stage("evaluating"):
-            trainer.evaluate()
-    try:
+    with told_out_of_memory(recipe, trainer, saves):
+        if trainer.eval_dataset is not None:
+            with display.stage("evaluating"):
+                trainer.evaluate()
         trainer.train()
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"out of GPU memory in step {trainer.state.global_step + 1}. Lower per_device_train_batch_size and raise "
-            "gradient_accumulation_steps as much, lower max_length, or set memory=lean."
-        ) from error
-    if trainer.eval_dataset is not None and recorder.records[-1].eval_loss is None:
-        with display.stage("evaluating"):
-            trainer.evaluate()
-    with display.stage("saving"):
-        weights = save("adapter" if recipe.finetuning_type == "lora" else "model")
-        plot_losses(folder.file("loss.png"), recorder.records)
+        with display.stage("saving"):  # before the last evaluation, which may fail
+            weights = save("adapter" if recipe.finetuning_type == "lora" else "model")
+        if trainer.eval_dataset is not None and recorder.records[-1].eval_loss is None:
+            with display.stage("evaluating"):
+                trainer.evaluate()
+    plot_losses(folder.file("loss.png"), recorder.records)
     return RunResult(output_dir=folder.path, weights=weights, records=tuple(recorder.records))
 
 

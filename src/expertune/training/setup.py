@@ -76,6 +76,12 @@ def load_model(recipe: Recipe) -> tuple[nn.Module, PreTrainedTokenizerBase]:
         )
     except (ValueError, OSError) as error:
         raise UserError(f"model_name_or_path {recipe.model_name_or_path!r}: {one_paragraph(error)}") from error
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"model_name_or_path {recipe.model_name_or_path!r}: its weights alone do not fit the GPU. "
+            f"{one_paragraph(error)} Take a smaller model or a larger card"
+            f"{', or set dtype=bfloat16' if recipe.dtype == 'float32' else ''}."
+        ) from error
     # `load` lowered it to max_length; rows are cut here later, and the tokenizer is saved as it came
     tokenizer.model_max_length = tokenizer.init_kwargs.get("model_max_length", VERY_LARGE_INTEGER)
     if recipe.chat_template_path is not None:
@@ -89,7 +95,7 @@ def set_balance_loss(model: nn.Module, recipe: Recipe) -> None:
     Raises:
         UserError: the recipe asks for it, and the model has none.
     """
-    inner = _without_adapters(model)
+    inner = without_adapters(model)
     config = inner.config.get_text_config()
     has_settings = hasattr(config, "output_router_logits") and hasattr(config, "router_aux_loss_coef")
     # TRL's loss asks the model or its config for it; Llama 4 has the settings alone, and no such loss
@@ -111,7 +117,7 @@ def set_balance_loss(model: nn.Module, recipe: Recipe) -> None:
 
 def name_decoder(model: nn.Module) -> None:
     """Give this one model the right name of its decoder, by which TRL 1.16 finds it; Llama 4's class names another."""
-    inner = _without_adapters(model)
+    inner = without_adapters(model)
     if inner.base_model is inner and hasattr(inner, "model"):
         inner.base_model_prefix = "model"
 
@@ -135,13 +141,14 @@ def add_adapters(model: nn.Module, recipe: Recipe) -> nn.Module:
         raise UserError(one_paragraph(error)) from error
 
 
+def without_adapters(model: nn.Module) -> Any:
+    """The Transformers model inside PEFT's, if it is in one."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
 def one_paragraph(error: Exception) -> str:
     """What an error says, on one line."""
     return " ".join(str(error).split())
-
-
-def _without_adapters(model: nn.Module) -> Any:
-    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def _arguments(recipe: Recipe, *, has_eval: bool) -> SFTConfig:

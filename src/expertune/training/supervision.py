@@ -117,6 +117,28 @@ def supervise(dataset: Dataset, where: Sequence[str], max_length: int | None) ->
     return Supervision(dataset=dataset, num_tokens=num_tokens, num_supervised=num_supervised, num_cut=num_cut)
 
 
+def check_positions(supervision: Supervision, where: Sequence[str], num_positions: int | None) -> None:
+    """Refuse rows that are longer than what the model can tell apart.
+
+    Args:
+        supervision: what `supervise` gave.
+        where: each row came from, in words.
+        num_positions: of the model; None where it has no limit.
+
+    Raises:
+        UserError: names the first such row, its length, and the `max_length` that cuts it.
+    """
+    if num_positions is None:
+        return
+    lengths = [len(ids) for ids in supervision.dataset["input_ids"]]
+    if too_long := [place for place, length in zip(where, lengths, strict=True) if length > num_positions]:
+        length = next(length for length in lengths if length > num_positions)
+        raise UserError(
+            f"{_places(too_long)}: {length} tokens are beyond the {num_positions} positions of this model. Set "
+            f"max_length={num_positions}, which cuts such rows at the end, or shorten them."
+        )
+
+
 def _with_labels(dataset: Dataset) -> Dataset:
     """TRL before 1.8 leaves masks, which its collator would turn into labels; both take the labels that are there."""
     if "labels" in dataset.column_names:
