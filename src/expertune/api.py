@@ -169,7 +169,7 @@ def optimize(
         raise ValueError(f"unknown attention {attention!r}; choose one of {list(_ATTENTION)}")
     state = attach.attach(inner, requested, is_attention_ours=attention == "auto", uses_graphs=graphs)
     if memory is not None:
-        attach.set_checkpointing(inner, state, memory)
+        attach.set_memory(inner, state, memory)
     return model
 
 

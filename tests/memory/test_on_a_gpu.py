@@ -11,8 +11,7 @@ import expertune
 from expertune.activations import SwiGlu
 from expertune.backends import choose
 from expertune.experts import ExpertsStep, Projection, experts
-from expertune.hosts import attach
-from expertune.memory import token_tiles
+from expertune.memory import policy, token_tiles
 from expertune.memory.checkpoint import checkpoint_layer
 from expertune.memory.offload import LEAST_TOKENS, CudaLane, Offload
 from expertune.memory.replay import RoutingReplay
@@ -199,8 +198,8 @@ def test_the_experts_peak_grows_by_what_goes_in_and_out_of_the_walk() -> None:
 def test_a_lean_models_gradients_are_those_of_one_that_keeps_all(
     family: str, settings: dict[str, Any], checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attach, "Offload", lambda: Offload(least_tokens=1))
-    monkeypatch.setattr(attach, "TokenTiles", lambda: TokenTiles(least_tokens=16, least_rows=0))
+    monkeypatch.setattr(policy, "Offload", lambda: Offload(least_tokens=1))
+    monkeypatch.setattr(policy, "TokenTiles", lambda: TokenTiles(least_tokens=16, least_rows=0))
     results = []
     for memory in ("fast", "lean"):
         model = stock(checkpoint(family, num_hidden_layers=4, **settings), lora()).float().cuda()
