@@ -11,6 +11,7 @@ from torch import Tensor, distributed, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
+from expertune.memory import offload as memory_offload
 from expertune.memory.checkpoint import checkpoint_layer
 from expertune.memory.offload import Offload
 from expertune.memory.replay import RoutingReplay
@@ -221,6 +222,47 @@ def test_an_input_that_is_dropped_on_its_way_back_is_waited_for() -> None:
     model.layers[2].saw = lambda: None
     assert _are_equal(model.grads(_batch()), _Model().grads(_batch()))
     assert lane.num_buffers == LAYERS - 1
+
+
+@pytest.mark.parametrize("host_checkpoint", CHECKPOINTS.values(), ids=CHECKPOINTS)
+def test_long_inputs_lie_in_chunks_that_batches_of_all_lengths_share(
+    host_checkpoint: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chunk, lane = 128, Lane()
+    monkeypatch.setattr(memory_offload, "CHUNK_BYTES", chunk)
+    model = _Model(host_checkpoint).use(_offload(lane))
+    taken = []
+    for tokens in (24, 8, 10, 18, 22, 24):  # of 32 bytes each: 6 chunks; 2; 2 and a half; 4 and a half; 5 and a half; 6
+        assert _are_equal(model.grads(_batch(tokens)), _Model(host_checkpoint).grads(_batch(tokens)))
+        assert sum(lane.bytes_moved) == 2 * (LAYERS - 1) * tokens * D_ * 8
+        lane.bytes_moved.clear()
+        taken.append(lane.bytes_taken / (LAYERS - 1) / chunk)
+    assert taken == [6, 6, 6.5, 6.5, 6.5, 6.5]
+
+
+def test_what_an_input_takes_beyond_its_bytes_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Less than half a chunk for batches of one length, one and a half for those of all lengths."""
+    chunk = 512
+    monkeypatch.setattr(memory_offload, "CHUNK_BYTES", chunk)
+    all_lengths, of_all = Lane(), _Model()
+    of_all.use(_offload(all_lengths))
+    for tokens in range(8, 48, 2):
+        one_length = Lane()
+        _Model().use(_offload(one_length)).grads(_batch(tokens))
+        of_all.grads(_batch(tokens))
+        for lane, most in ((one_length, chunk / 2), (all_lengths, 1.5 * chunk)):
+            assert 0 <= lane.bytes_taken / (LAYERS - 1) - tokens * D_ * 8 < most
+
+
+def test_an_input_in_chunks_comes_back_one_layer_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory_offload, "CHUNK_BYTES", 64)
+    lane = Lane()
+    model = _Model().use(_offload(lane))
+    brought: list[int] = []
+    for layer in model.layers:
+        layer.saw = lambda: brought.append(lane.num_brought)
+    model.grads(_batch())
+    assert brought == [1, *[2] * (LAYERS - 2), 1]
 
 
 def test_batches_that_differ_little_in_length_share_buffers() -> None:
