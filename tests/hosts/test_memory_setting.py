@@ -65,3 +65,29 @@ def _carried(model: Any) -> list[Any]:
     tiles = [plan_of(layer.mlp.experts).tiles for layer in layers]
     assert tiles == [state.memory.tiles] * len(layers)
     return [id(state.memory), [layer.gradient_checkpointing for layer in layers]]
+
+
+SAID = {
+    "fast": "memory fast: no layer runs again in backward",
+    "auto": "memory auto: layers that the card has no room for run again in backward",
+    "lean": "memory lean: every layer runs again in backward; inputs of layers move to the host from 8,192 tokens on, "
+    "and experts walk tiles of tokens from 16,384 tokens and 1,024 rows an expert on",
+}
+
+
+@pytest.mark.parametrize("memory", SAID)
+def test_explain_says_what_a_step_keeps_computes_again_and_moves(checkpoint: Checkpoint, memory: str) -> None:
+    model = expertune.optimize(load_tiny(checkpoint("qwen3_moe")), memory=memory)
+    assert str(expertune.explain(model)).splitlines()[-1] == SAID[memory]
+    assert str(expertune.explain(expertune.optimize(model))).splitlines()[-1] == SAID[memory]
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    for _ in range(2):
+        assert "by gradient checkpointing that was turned on elsewhere" in str(expertune.explain(model))
+        run(model, batch())
+    model.gradient_checkpointing_disable()
+    off = f"memory {memory}: no layer runs again in backward"
+    assert str(expertune.explain(model)).splitlines()[-1].startswith(off)
+
+
+def test_explain_says_nothing_of_memory_where_nobody_has_set_it(checkpoint: Checkpoint) -> None:
+    assert "memory" not in str(expertune.explain(expertune.optimize(load_tiny(checkpoint("qwen3_moe")))))

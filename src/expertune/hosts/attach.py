@@ -88,7 +88,7 @@ def attach(
         for name, module in transformers.named_experts(model)
     ]
     peft.check(model, {id(module): plan for module, plan in plans})
-    ours = [each for each in _checkpointed(model) if each._gradient_checkpointing_func.checkpoint is checkpoint_layer]
+    ours = [layer for layer in _checkpointed(model) if is_checkpoint_ours(layer)]
     if (before := attached(model)) is not None:
         state.memory = before.memory
     detach(model)
@@ -243,6 +243,12 @@ def _checkpointed(model: nn.Module) -> list[Any]:
         for module in model.modules()
         if isinstance(getattr(module, "_gradient_checkpointing_func", None), ReplayingCheckpoint)
     ]
+
+
+def is_checkpoint_ours(layer: Any) -> bool:
+    """Whether a layer runs again by our checkpoint function, not by one of the host's, replayed or not."""
+    function = layer._gradient_checkpointing_func
+    return isinstance(function, ReplayingCheckpoint) and function.checkpoint is checkpoint_layer
 
 
 def _checkpoint(layer: Any, state: Attached) -> None:

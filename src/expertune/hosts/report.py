@@ -6,7 +6,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from expertune.hosts import attention, graphs
-from expertune.hosts.attach import attached, blocks, decoders
+from expertune.hosts.attach import Attached, attached, blocks, decoders, is_checkpoint_ours
 from expertune.hosts.peft import experts_in, wrappers_of
 from expertune.hosts.transformers import first_name, has_norm, plan_of
 
@@ -42,6 +42,7 @@ class Explanation:
         kernels: which configurations our kernels run with, where any layer runs on them.
         attention: whose attention each decoder runs, and why not ours.
         graphs: which parts of layers are replayed as CUDA graphs, where any can be.
+        memory: what a step keeps, computes again and moves, where that was set.
     """
 
     requested: str | None
@@ -49,12 +50,14 @@ class Explanation:
     kernels: str | None = None
     attention: tuple[str, ...] = ()
     graphs: str | None = None
+    memory: str | None = None
 
     def __str__(self) -> str:
         if self.requested is None:
             return "not optimized: this model runs as stock Transformers. Call expertune.optimize(model)."
+        memory = [f"memory {self.memory}"] if self.memory is not None else []
         if not self.layers:
-            return "\n".join(["no experts: this model's layers run as stock Transformers.", *self.attention])
+            return "\n".join(["no experts: this model's layers run as stock Transformers.", *self.attention, *memory])
         lines = [f"{len(self.layers)} layers with experts, backend asked for: {self.requested}"]
         for layer in self.layers:
             lines.append(f"{layer.name}: {layer.backend} · {layer.weights} · gate {layer.gate}")
@@ -63,6 +66,7 @@ class Explanation:
         lines += [f"kernels: {self.kernels}"] if self.kernels is not None else []
         lines += self.attention
         lines += [self.graphs] if self.graphs is not None else []
+        lines += memory
         return "\n".join(lines)
 
 
@@ -80,6 +84,7 @@ def explain(model: PreTrainedModel) -> Explanation:
         kernels=kernels,
         attention=tuple(_attention(decoder) for decoder in decoders(model)),
         graphs=graphs.status(state.recorder) if state.recorder is not None and state.recorder.pieces else None,
+        memory=_memory(state),
     )
 
 
@@ -88,6 +93,17 @@ def _attention(decoder: PreTrainedModel) -> str:
     if attention.is_ours(decoder):
         return f"attention of {name}: expertune, in memory linear in the length; {attention.kernels_of(decoder)}"
     return f"attention of {name}: the host's {implementation} ({attention.why_not(decoder)})"
+
+
+def _memory(state: Attached) -> str | None:
+    run_again = [layer for layer in state.layers if layer.gradient_checkpointing]
+    if not all(map(is_checkpoint_ours, run_again)):
+        return "of a step: every layer runs again in backward, by gradient checkpointing that was turned on elsewhere"
+    if state.memory is None:
+        return None
+    if not run_again and state.memory.name != "fast":
+        return f"{state.memory.name}: no layer runs again in backward, because gradient checkpointing is off"
+    return str(state.memory)
 
 
 def _kernels(model: nn.Module) -> str:

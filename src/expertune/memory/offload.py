@@ -92,7 +92,7 @@ class Offload:
         self, lane_of: Callable[[torch.device], Lane | None] = lane_of, least_tokens: int = LEAST_TOKENS
     ) -> None:
         self._lane_of = lane_of
-        self._least_tokens = least_tokens
+        self.least_tokens = least_tokens
         self._shelves: dict[torch.device, _Shelf | None] = {}
 
     @contextmanager
@@ -139,7 +139,7 @@ class Offload:
     def _pays(self, x: Tensor) -> bool:
         is_wanted = torch.is_grad_enabled() and x.requires_grad
         # autograd itself holds a leaf, and a view of rows that lie apart would come back otherwise
-        return is_wanted and not x.is_leaf and x.is_contiguous() and x.shape[:-1].numel() >= self._least_tokens
+        return is_wanted and not x.is_leaf and x.is_contiguous() and x.shape[:-1].numel() >= self.least_tokens
 
     def _shelf(self, device: torch.device) -> "_Shelf | None":
         if device not in self._shelves:

@@ -23,6 +23,22 @@ class Policy:
     offload: Offload | None = None
     tiles: TokenTiles | None = None
 
+    def __str__(self) -> str:
+        """What it does, in words."""
+        if self.planner is not None:
+            return f"{self.name}: layers that the card has no room for run again in backward"
+        if self.offload is None or self.tiles is None:
+            return f"{self.name}: no layer runs again in backward"
+        return f"{self.name}: every layer runs again in backward; {self._lean_ways()}"
+
+    def _lean_ways(self) -> str:
+        assert self.offload is not None
+        assert self.tiles is not None
+        return (
+            f"inputs of layers move to the host from {self.offload.least_tokens:,} tokens on, and experts walk tiles "
+            f"of tokens from {2 * self.tiles.least_tokens:,} tokens and {2 * self.tiles.least_rows:,} rows an expert on"
+        )
+
 
 def policy_of(memory: str) -> Policy:
     """The parts for a setting, new ones.
