@@ -17,7 +17,7 @@ from expertune.memory.replay import RoutingReplay
 from expertune.shapes import Dispatch
 from tests.conftest import Checkpoint
 from tests.hosts.adapters import lora, stock
-from tests.hosts.memories import lean
+from tests.hosts.memories import auto, lean
 from tests.hosts.models import CONFIGS, batch, load_tiny
 from tests.hosts.passes import assert_equal_within, run
 from tests.memory.lanes import Lane
@@ -38,6 +38,7 @@ def _hosts(use_reentrant: bool) -> Callable[[nn.Module], None]:
 WAYS: dict[str, Callable[[nn.Module], None]] = {
     "ours": _ours,
     "lean": lean,
+    "ours, lean steps": auto,
     "host's, reentrant": _hosts(True),
     "host's, not reentrant": _hosts(False),
 }

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from expertune.memory import offload as memory_offload
 from expertune.memory.checkpoint import checkpoint_layer
 from expertune.memory.offload import Offload
-from expertune.memory.replay import RoutingReplay
+from expertune.memory.replay import LayerMemory, RoutingReplay
 from tests.memory.lanes import Lane
 
 LAYERS, TOKENS, D_ = 6, 8, 4
@@ -53,7 +53,8 @@ class _Model(nn.Module):
         last = self.layers[-1]
         self.calls = [
             self.replay.wrap(
-                self.checkpoint, moving=None if offload is None else partial(offload.moving, stays=layer is last)
+                self.checkpoint,
+                memory=LayerMemory(moving=None if offload is None else partial(offload.moving, stays=layer is last)),
             )
             for layer in self.layers
         ]
@@ -134,7 +135,9 @@ def test_only_the_layers_input_is_moved() -> None:
         return (x * weight * mask).sin()
 
     x = torch.randn(TOKENS, D_, requires_grad=True)
-    replay.wrap(checkpoint_layer, moving=_offload(lane).moving)(layer, 2 * x, weight, mask).sum().backward()
+    replay.wrap(checkpoint_layer, memory=LayerMemory(moving=_offload(lane).moving))(
+        layer, 2 * x, weight, mask
+    ).sum().backward()
     assert seen == [(weight.data_ptr(), mask.data_ptr())] * 2
     assert lane.bytes_moved == [TOKENS * D_ * 4] * 2
     assert weight.grad is not None
@@ -154,7 +157,7 @@ def test_only_the_layers_input_is_moved() -> None:
 def test_what_does_not_pay_stays(make: Callable[[Tensor], Tensor]) -> None:
     lane = Lane()
     x, weight = torch.randn(TOKENS, D_, requires_grad=True), torch.randn(TOKENS, 1, requires_grad=True)
-    call = RoutingReplay().wrap(checkpoint_layer, moving=_offload(lane).moving)
+    call = RoutingReplay().wrap(checkpoint_layer, memory=LayerMemory(moving=_offload(lane).moving))
     call(lambda x: (x * weight[: len(x)]).sin(), make(x)).sum().backward()
     assert weight.grad is not None
     assert not lane.bytes_moved
@@ -278,7 +281,7 @@ def test_batches_that_differ_little_in_length_share_buffers() -> None:
 def test_a_layer_that_writes_to_its_input_is_refused() -> None:
     lane = Lane()
     x = torch.randn(TOKENS, D_, requires_grad=True)
-    call = RoutingReplay().wrap(checkpoint_layer, moving=_offload(lane).moving)
+    call = RoutingReplay().wrap(checkpoint_layer, memory=LayerMemory(moving=_offload(lane).moving))
     with pytest.raises(RuntimeError, match="wrote to its input"):
         call(lambda x: x.mul_(2), x * 1)
 

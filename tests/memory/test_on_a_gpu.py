@@ -14,7 +14,7 @@ from expertune.experts import ExpertsStep, Projection, experts
 from expertune.memory import policy, token_tiles
 from expertune.memory.checkpoint import checkpoint_layer
 from expertune.memory.offload import LEAST_TOKENS, CudaLane, Offload
-from expertune.memory.replay import RoutingReplay
+from expertune.memory.replay import LayerMemory, RoutingReplay
 from expertune.memory.token_tiles import TokenTiles
 from expertune.shapes import ExpertsLayout, LoraFactors, Problem
 from tests.conftest import Checkpoint
@@ -46,7 +46,9 @@ class _Model(nn.Module):
         self.calls = [
             replay.wrap(
                 checkpoint_layer,
-                moving=None if offload is None else partial(offload.moving, stays=layer is self.layers[-1]),
+                memory=LayerMemory(
+                    moving=None if offload is None else partial(offload.moving, stays=layer is self.layers[-1])
+                ),
             )
             for layer in self.layers
         ]

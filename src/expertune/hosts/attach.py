@@ -20,10 +20,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from expertune.graphs.piece import Recorder
 from expertune.hosts import attention, graphs, llama4, norms, parameters, peft, rotary, transformers
+from expertune.hosts.widths import width_of
 from expertune.memory.checkpoint import checkpoint_layer
-from expertune.memory.planner import LayerPlan
 from expertune.memory.policy import Policy, policy_of
-from expertune.memory.replay import ReplayingCheckpoint, RoutingReplay
+from expertune.memory.replay import LayerMemory, ReplayingCheckpoint, RoutingReplay
 
 
 @dataclass(kw_only=True)
@@ -115,7 +115,7 @@ def attach(
         for decoder in decoders(model):
             state.handles.append(decoder.register_forward_pre_hook(partial(_before_decoder, model, state)))
     for layer in ours:
-        _checkpoint(layer, state)
+        _checkpoint(layer, model, state)
     state.recorder = Recorder(graphs.TransformersHost(state.replay)) if uses_graphs else None
     model._expertune = state
     parameters.bind(model)
@@ -251,14 +251,17 @@ def is_checkpoint_ours(layer: Any) -> bool:
     return isinstance(function, ReplayingCheckpoint) and function.checkpoint is checkpoint_layer
 
 
-def _checkpoint(layer: Any, state: Attached) -> None:
+def _checkpoint(layer: Any, model: PreTrainedModel, state: Attached) -> None:
     """Give a layer our own checkpoint function, with what the setting of memory adds to it."""
     assert state.memory is not None
-    planner, offload = state.memory.planner, state.memory.offload
-    plan = None if planner is None else LayerPlan(planner, state.layers.index(layer), layer)
-    moving = None if offload is None else partial(offload.moving, stays=layer is state.layers[-1])
+    planner, offload, number = state.memory.planner, state.memory.offload, state.layers.index(layer)
+    memory = LayerMemory(
+        plan=None if planner is None else planner.layer(number, layer, width_of(layer, model.config)),
+        moving=None if offload is None else partial(offload.moving, stays=layer is state.layers[-1]),
+        tiles=state.memory.tiles,
+    )
     host = layer._gradient_checkpointing_func
-    layer._gradient_checkpointing_func = state.replay.wrap(checkpoint_layer, host=host, plan=plan, moving=moving)
+    layer._gradient_checkpointing_func = state.replay.wrap(checkpoint_layer, host=host, memory=memory)
 
 
 def _replay(layer: Any, state: Attached) -> None:
@@ -316,7 +319,7 @@ def set_memory(model: PreTrainedModel, state: Attached, memory: str) -> None:
     """
     state.memory = policy_of(memory)
     for _, module in transformers.named_experts(model):
-        transformers.plan_of(module).tiles = state.memory.tiles
+        transformers.plan_of(module).tiles = state.memory.tiles if state.memory.planner is None else None
     if not model.supports_gradient_checkpointing:
         return
     # renamed in transformers 5.2x; the old names warn there and end with version 6
@@ -327,4 +330,4 @@ def set_memory(model: PreTrainedModel, state: Attached, memory: str) -> None:
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
     for layer in state.layers:
-        _checkpoint(layer, state)
+        _checkpoint(layer, model, state)

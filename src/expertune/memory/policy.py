@@ -13,9 +13,9 @@ class Policy:
 
     Args:
         name: the setting.
-        planner: says which layers are checkpointed; None for all.
-        offload: moves the inputs of checkpointed layers to the host; None leaves them.
-        tiles: into which the experts cut long batches; None for none.
+        planner: says in which way each layer runs; None for one way in every step.
+        offload: moves the inputs of lean layers to the host; None leaves them.
+        tiles: into which the experts of lean layers cut long batches; None for none.
     """
 
     name: str
@@ -26,7 +26,8 @@ class Policy:
     def __str__(self) -> str:
         """What it does, in words."""
         if self.planner is not None:
-            return f"{self.name}: layers that the card has no room for run again in backward"
+            room = "layers that the card has no room for run again in backward; where it has none even so"
+            return f"{self.name}: {room}, {self._lean_ways()}"
         if self.offload is None or self.tiles is None:
             return f"{self.name}: no layer runs again in backward"
         return f"{self.name}: every layer runs again in backward; {self._lean_ways()}"
@@ -45,8 +46,11 @@ def policy_of(memory: str) -> Policy:
 
     Args:
         memory: "lean" checkpoints every layer, moves long inputs of layers to the host and walks long batches in
-            tiles; "auto" checkpoints those layers that the card has no room for; "fast" none.
+            tiles; "auto" checkpoints those layers that the card has no room for, and does as "lean" in steps for which
+            it is too small even so; "fast" checkpoints none.
     """
-    if memory == "lean":
-        return Policy(name=memory, offload=Offload(), tiles=TokenTiles())
-    return Policy(name=memory, planner=Planner() if memory == "auto" else None)
+    if memory == "fast":
+        return Policy(name=memory)
+    offload = Offload()
+    planner = Planner(lean_from=offload.least_tokens) if memory == "auto" else None
+    return Policy(name=memory, planner=planner, offload=offload, tiles=TokenTiles())
