@@ -8,10 +8,10 @@ from expertune.hosts.transformers import is_experts, layout_of
 
 
 def width_of(layer: nn.Module, config: PreTrainedConfig) -> int:
-    """Numbers a token that the second run of a layer and its backward hold at once: each product's output, twice.
+    """Numbers a token that the second run of a layer and its backward hold at once, by an estimate.
 
-    Once for what is kept of it, once for a gradient. Not all are there at once, which makes up for what lies between
-    products. LoRA's factors are little beside that.
+    The outputs of all its products and norms, twice: once as what is kept of them, once as gradients. Not all are there
+    at once, which makes up for what lies between them. LoRA's factors are little beside that.
 
     Args:
         layer: with its experts, if it has any.
@@ -28,4 +28,6 @@ def width_of(layer: nn.Module, config: PreTrainedConfig) -> int:
             width += (top_k or layout.num_experts) * (layout.first_width + layout.model_width)
         elif isinstance(module, nn.Linear) and module not in factors:
             width += module.out_features
+        elif isinstance(weight := getattr(module, "weight", None), nn.Parameter) and weight.dim() == 1:
+            width += weight.numel()
     return 2 * width
