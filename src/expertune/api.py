@@ -53,7 +53,7 @@ def load(
         backend: "auto", "triton", "grouped_mm" or "native_torch". None: `EXPERTUNE_MOE_BACKEND` if set, else "auto".
         memory: "lean" checkpoints every layer, with the routing replayed, moves long inputs of layers to the host and
             walks long batches in tiles; "auto" checkpoints only those layers whose activations the card has no room
-            for (found in the first step); "fast" none.
+            for (found in the first step), and is lean in steps that would not fit even so; "fast" checkpoints none.
         full_finetuning: train all base weights. Otherwise they are frozen, until `add_lora` adds what is trained.
         from_pretrained: more arguments for `AutoModelForCausalLM.from_pretrained` (`revision`, `trust_remote_code`, …).
             With `attn_implementation` the attention stays the host's.
@@ -179,7 +179,7 @@ def optimize(
         raise ValueError(f"unknown attention {attention!r}; choose one of {list(_ATTENTION)}")
     state = attach.attach(inner, requested, is_attention_ours=attention == "auto", uses_graphs=graphs)
     if memory is not None:
-        attach.set_checkpointing(inner, state, memory)
+        attach.set_memory(inner, state, memory)
     return model
 
 

@@ -105,7 +105,7 @@ def test_steps_with_graphs_and_planned_memory(folder: Path, family: str) -> None
     ours = ours_on(GPUS, folder, torch.float32, graphs=True, memory="auto")
     assert_steps_are_stock(ours, stock_on(GPUS, folder, torch.float32, ours), 6)
     assert torch.cuda.current_device() == 0
-    planner = attached(ours.get_base_model()).planner  # type: ignore[union-attr]
+    planner = attached(ours.get_base_model()).memory.planner  # type: ignore[union-attr]
     noted = {str(device): sorted(part._bytes) for device, part in planner._parts.items()}  # type: ignore[union-attr]
     assert noted == {"cuda:0": [0, 1], "cuda:1": [2, 3]}
 

@@ -11,15 +11,13 @@ from torch.overrides import TorchFunctionMode
 
 import expertune
 from expertune.experts import ExpertsStep
-from expertune.hosts import attach
 from expertune.hosts.attach import blocks
 from expertune.memory import token_tiles
-from expertune.memory.offload import Offload
 from expertune.memory.replay import RoutingReplay
-from expertune.memory.token_tiles import TokenTiles
 from expertune.shapes import Dispatch
 from tests.conftest import Checkpoint
 from tests.hosts.adapters import lora, stock
+from tests.hosts.memories import auto, lean
 from tests.hosts.models import CONFIGS, batch, load_tiny
 from tests.hosts.passes import assert_equal_within, run
 from tests.memory.lanes import Lane
@@ -27,15 +25,6 @@ from tests.memory.lanes import Lane
 
 def _ours(model: nn.Module) -> None:
     expertune.optimize(model, memory="auto")
-
-
-def _lean(model: nn.Module, lane: Lane | None = None) -> None:
-    """With inputs that are moved and batches that are walked in tiles, however short."""
-    lane = lane or Lane()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attach, "TokenTiles", lambda: TokenTiles(least_tokens=4, least_rows=0))
-        patch.setattr(attach, "Offload", lambda: Offload(lambda _: lane, least_tokens=1))
-        expertune.optimize(model, memory="lean")
 
 
 def _hosts(use_reentrant: bool) -> Callable[[nn.Module], None]:
@@ -48,7 +37,8 @@ def _hosts(use_reentrant: bool) -> Callable[[nn.Module], None]:
 
 WAYS: dict[str, Callable[[nn.Module], None]] = {
     "ours": _ours,
-    "lean": _lean,
+    "lean": lean,
+    "ours, lean steps": auto,
     "host's, reentrant": _hosts(True),
     "host's, not reentrant": _hosts(False),
 }
@@ -124,7 +114,7 @@ def test_two_passes_before_one_backward(checkpoint: Checkpoint, way: Any) -> Non
 def test_lean_moves_the_inputs_of_all_layers_but_the_last(checkpoint: Checkpoint) -> None:
     """Of the first too, unless autograd holds it anyway, as where inputs are made to require gradients."""
     model, lane = load_tiny(checkpoint("qwen3_moe", num_hidden_layers=4)), Lane()
-    _lean(model, lane)
+    lean(model, lane)
     for _ in range(2):
         run(model, batch())
         expertune.optimize(model)  # which keeps what was set
@@ -139,7 +129,7 @@ def test_lean_moves_the_inputs_of_all_layers_but_the_last(checkpoint: Checkpoint
 def test_lean_walks_a_long_batch_in_tiles(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, family: str) -> None:
     """Also without gradients and when nothing is checkpointed; a short batch is walked whole."""
     model, plain = stock(checkpoint(family), lora()), expertune.optimize(stock(checkpoint(family), lora()))
-    _lean(model)
+    lean(model)
     numbers: list[int] = []
 
     def spy(x: Any, routings: Any, *args: Any, **keywords: Any) -> Any:
@@ -162,7 +152,7 @@ def test_lean_walks_a_long_batch_in_tiles(checkpoint: Checkpoint, monkeypatch: p
 def test_the_sorted_rows_of_a_long_batch_are_not_kept(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a short one they are: sorting costs more than little memory."""
     model = stock(checkpoint("qwen3_moe"), lora())
-    _lean(model)
+    lean(model)
     sorted_rows: list[StorageWeakRef] = []
     dispatch = ExpertsStep.dispatch
 
@@ -183,7 +173,7 @@ def test_the_sorted_rows_of_a_long_batch_are_not_kept(checkpoint: Checkpoint, mo
 
 def test_gradients_of_micro_batches_add_up(checkpoint: Checkpoint) -> None:
     models = [expertune.optimize(stock(checkpoint("qwen3_moe"), lora())), stock(checkpoint("qwen3_moe"), lora())]
-    _lean(models[1])
+    lean(models[1])
     grads = []
     for model in models:
         for seed in range(3):

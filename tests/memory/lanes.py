@@ -35,6 +35,7 @@ class Lane:
 
     def __init__(self, is_late: bool = True) -> None:
         self.num_buffers = 0
+        self.bytes_taken = 0
         self.bytes_moved: list[int] = []
         self._is_late = is_late
         self._copies: list[tuple[_Place, _Place]] = []
@@ -45,10 +46,11 @@ class Lane:
     @property
     def num_brought(self) -> int:
         """How many of the tensors that were brought back are alive."""
-        return sum(not storage.expired() for storage in self._brought)
+        return len({storage for storage in self._brought if not storage.expired()})
 
     def buffer(self, num_bytes: int) -> Tensor:
         self.num_buffers += 1
+        self.bytes_taken += num_bytes
         buffer = torch.empty(num_bytes, dtype=torch.uint8)
         self._buffers.add(buffer.data_ptr())
         return buffer

@@ -11,9 +11,10 @@ from torch import Tensor, distributed, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
+from expertune.memory import offload as memory_offload
 from expertune.memory.checkpoint import checkpoint_layer
 from expertune.memory.offload import Offload
-from expertune.memory.replay import RoutingReplay
+from expertune.memory.replay import LayerMemory, RoutingReplay
 from tests.memory.lanes import Lane
 
 LAYERS, TOKENS, D_ = 6, 8, 4
@@ -52,7 +53,8 @@ class _Model(nn.Module):
         last = self.layers[-1]
         self.calls = [
             self.replay.wrap(
-                self.checkpoint, moving=None if offload is None else partial(offload.moving, stays=layer is last)
+                self.checkpoint,
+                memory=LayerMemory(moving=None if offload is None else partial(offload.moving, stays=layer is last)),
             )
             for layer in self.layers
         ]
@@ -133,7 +135,9 @@ def test_only_the_layers_input_is_moved() -> None:
         return (x * weight * mask).sin()
 
     x = torch.randn(TOKENS, D_, requires_grad=True)
-    replay.wrap(checkpoint_layer, moving=_offload(lane).moving)(layer, 2 * x, weight, mask).sum().backward()
+    replay.wrap(checkpoint_layer, memory=LayerMemory(moving=_offload(lane).moving))(
+        layer, 2 * x, weight, mask
+    ).sum().backward()
     assert seen == [(weight.data_ptr(), mask.data_ptr())] * 2
     assert lane.bytes_moved == [TOKENS * D_ * 4] * 2
     assert weight.grad is not None
@@ -153,7 +157,7 @@ def test_only_the_layers_input_is_moved() -> None:
 def test_what_does_not_pay_stays(make: Callable[[Tensor], Tensor]) -> None:
     lane = Lane()
     x, weight = torch.randn(TOKENS, D_, requires_grad=True), torch.randn(TOKENS, 1, requires_grad=True)
-    call = RoutingReplay().wrap(checkpoint_layer, moving=_offload(lane).moving)
+    call = RoutingReplay().wrap(checkpoint_layer, memory=LayerMemory(moving=_offload(lane).moving))
     call(lambda x: (x * weight[: len(x)]).sin(), make(x)).sum().backward()
     assert weight.grad is not None
     assert not lane.bytes_moved
@@ -223,6 +227,47 @@ def test_an_input_that_is_dropped_on_its_way_back_is_waited_for() -> None:
     assert lane.num_buffers == LAYERS - 1
 
 
+@pytest.mark.parametrize("host_checkpoint", CHECKPOINTS.values(), ids=CHECKPOINTS)
+def test_long_inputs_lie_in_chunks_that_batches_of_all_lengths_share(
+    host_checkpoint: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chunk, lane = 128, Lane()
+    monkeypatch.setattr(memory_offload, "CHUNK_BYTES", chunk)
+    model = _Model(host_checkpoint).use(_offload(lane))
+    taken = []
+    for tokens in (24, 8, 10, 18, 22, 24):  # of 32 bytes each: 6 chunks; 2; 2 and a half; 4 and a half; 5 and a half; 6
+        assert _are_equal(model.grads(_batch(tokens)), _Model(host_checkpoint).grads(_batch(tokens)))
+        assert sum(lane.bytes_moved) == 2 * (LAYERS - 1) * tokens * D_ * 8
+        lane.bytes_moved.clear()
+        taken.append(lane.bytes_taken / (LAYERS - 1) / chunk)
+    assert taken == [6, 6, 6.5, 6.5, 6.5, 6.5]
+
+
+def test_what_an_input_takes_beyond_its_bytes_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Less than half a chunk for batches of one length, one and a half for those of all lengths."""
+    chunk = 512
+    monkeypatch.setattr(memory_offload, "CHUNK_BYTES", chunk)
+    all_lengths, of_all = Lane(), _Model()
+    of_all.use(_offload(all_lengths))
+    for tokens in range(8, 48, 2):
+        one_length = Lane()
+        _Model().use(_offload(one_length)).grads(_batch(tokens))
+        of_all.grads(_batch(tokens))
+        for lane, most in ((one_length, chunk / 2), (all_lengths, 1.5 * chunk)):
+            assert 0 <= lane.bytes_taken / (LAYERS - 1) - tokens * D_ * 8 < most
+
+
+def test_an_input_in_chunks_comes_back_one_layer_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory_offload, "CHUNK_BYTES", 64)
+    lane = Lane()
+    model = _Model().use(_offload(lane))
+    brought: list[int] = []
+    for layer in model.layers:
+        layer.saw = lambda: brought.append(lane.num_brought)
+    model.grads(_batch())
+    assert brought == [1, *[2] * (LAYERS - 2), 1]
+
+
 def test_batches_that_differ_little_in_length_share_buffers() -> None:
     lane = Lane()
     model = _Model().use(_offload(lane))
@@ -236,7 +281,7 @@ def test_batches_that_differ_little_in_length_share_buffers() -> None:
 def test_a_layer_that_writes_to_its_input_is_refused() -> None:
     lane = Lane()
     x = torch.randn(TOKENS, D_, requires_grad=True)
-    call = RoutingReplay().wrap(checkpoint_layer, moving=_offload(lane).moving)
+    call = RoutingReplay().wrap(checkpoint_layer, memory=LayerMemory(moving=_offload(lane).moving))
     with pytest.raises(RuntimeError, match="wrote to its input"):
         call(lambda x: x.mul_(2), x * 1)
 

@@ -12,14 +12,13 @@ import expertune
 from expertune.activations import SwiGlu
 from expertune.backends import choose
 from expertune.experts import ExpertsStep, Projection, experts
-from expertune.hosts import attach
 from expertune.hosts.sizes import model_bytes
-from expertune.memory import token_tiles
+from expertune.memory import policy, token_tiles
 from expertune.memory.checkpoint import checkpoint_layer
+from expertune.memory.meter import room_of
 from expertune.memory.needs import Batches, least_needs
 from expertune.memory.offload import LEAST_TOKENS, CudaLane, Offload
-from expertune.memory.planner import room_of
-from expertune.memory.replay import RoutingReplay
+from expertune.memory.replay import LayerMemory, RoutingReplay
 from expertune.memory.token_tiles import TokenTiles
 from expertune.shapes import ExpertsLayout, LoraFactors, Problem
 from tests.conftest import Checkpoint
@@ -51,7 +50,9 @@ class _Model(nn.Module):
         self.calls = [
             replay.wrap(
                 checkpoint_layer,
-                moving=None if offload is None else partial(offload.moving, stays=layer is self.layers[-1]),
+                memory=LayerMemory(
+                    moving=None if offload is None else partial(offload.moving, stays=layer is self.layers[-1])
+                ),
             )
             for layer in self.layers
         ]
@@ -203,8 +204,8 @@ def test_the_experts_peak_grows_by_what_goes_in_and_out_of_the_walk() -> None:
 def test_a_lean_models_gradients_are_those_of_one_that_keeps_all(
     family: str, settings: dict[str, Any], checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attach, "Offload", lambda: Offload(least_tokens=1))
-    monkeypatch.setattr(attach, "TokenTiles", lambda: TokenTiles(least_tokens=16, least_rows=0))
+    monkeypatch.setattr(policy, "Offload", lambda: Offload(least_tokens=1))
+    monkeypatch.setattr(policy, "TokenTiles", lambda: TokenTiles(least_tokens=16, least_rows=0))
     results = []
     for memory in ("fast", "lean"):
         model = stock(checkpoint(family, num_hidden_layers=4, **settings), lora()).float().cuda()

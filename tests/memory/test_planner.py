@@ -10,14 +10,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from expertune.memory.checkpoint import checkpoint_layer
-from expertune.memory.planner import LayerPlan, Planner
-from expertune.memory.replay import RoutingReplay
+from expertune.memory.planner import LayerPlan, Planner, Way
+from expertune.memory.replay import LayerMemory, RoutingReplay
 
 CPU = torch.device("cpu")
 LAYERS, WEIGHTS, INPUT, KEPT, WORK = 6, 1000, 1, 10, 30  # bytes; of a layer and token, but for the weights
+LEAN_KEPT, LEAN_WORK = 2, 5  # with experts in tiles
 
 
-class _Device:
+class Device:
     """Counts what a step of a model would allocate."""
 
     def __init__(self, total: int) -> None:
@@ -36,7 +37,7 @@ class _Device:
     def take(self, num_bytes: int) -> None:
         self.now += num_bytes
         self.most = max(self.most, self.now)
-        assert self.most <= self.total, "out of memory"
+        assert self.now <= self.total, "out of memory"
 
     @contextmanager
     def working(self, num_bytes: int) -> Iterator[None]:
@@ -45,46 +46,66 @@ class _Device:
         self.now -= num_bytes
 
 
-def step(planner: Planner, device: _Device, tokens: int) -> list[int]:
-    """One step as layers run it; the layers that kept."""
-    kept = []
+def step(planner: Planner, device: Device, tokens: int, grads: int = 0) -> list[Way]:
+    """One step as layers run it, with gradients of so many bytes; the way of each layer."""
+    ways = []
+    x = torch.empty(tokens, INPUT, dtype=torch.uint8)
     for layer in range(LAYERS):
-        with device.working(WORK * tokens):
-            if planner.keeps(layer, tokens, CPU):
-                kept.append(layer)
-        device.take((KEPT if layer in kept else INPUT) * tokens)
+        ways.append(planner.way(layer, x, CPU))
+        with device.working((LEAN_WORK if ways[layer] is Way.LEAN else WORK) * tokens):
+            pass
+        device.take(_left(layer, ways[layer]) * tokens)
+    device.take(grads)
     for layer in reversed(range(LAYERS)):
-        if layer not in kept:
-            with planner.running_again(layer, tokens, CPU):
-                device.take(KEPT * tokens)
-            device.now -= KEPT * tokens
-        with device.working(WORK * tokens):
-            device.now -= (KEPT if layer in kept else INPUT) * tokens
+        way = ways[layer]
+        come_back = INPUT * tokens if way is Way.LEAN and layer else 0
+        with device.working(come_back + (LEAN_WORK if way is Way.LEAN else WORK) * tokens):
+            if way is Way.RUN_AGAIN:
+                with planner.running_again(layer, x, CPU):
+                    device.take(KEPT * tokens)
+            elif way is Way.LEAN:
+                device.take(LEAN_KEPT * tokens + (INPUT * tokens if layer < LAYERS - 1 else 0))
+        held = {Way.KEEP: 0, Way.RUN_AGAIN: KEPT, Way.LEAN: LEAN_KEPT + (INPUT if layer < LAYERS - 1 else 0)}[way]
+        device.now -= (held + _left(layer, way)) * tokens
+    device.now -= grads
     assert device.now == WEIGHTS
-    return kept
+    return ways
 
 
-def planner(device: _Device | None) -> Planner:
-    return Planner(lambda _: device)
+def _left(layer: int, way: Way) -> int:
+    """The bytes of a token that forward leaves of a layer."""
+    return {Way.KEEP: KEPT, Way.RUN_AGAIN: INPUT, Way.LEAN: INPUT if layer == LAYERS - 1 else 0}[way]
+
+
+def kept(planner: Planner, device: Device, tokens: int, grads: int = 0) -> list[int]:
+    """The layers that keep in a step."""
+    return [layer for layer, way in enumerate(step(planner, device, tokens, grads)) if way is Way.KEEP]
+
+
+def planner(device: Device | None, lean_from: int = 0) -> Planner:
+    made = Planner(lambda _: device, lean_from)
+    for layer in range(LAYERS):
+        made.layer(layer, nn.Module(), KEPT + WORK)
+    return made
 
 
 def test_with_room_for_all_only_the_first_step_runs_twice() -> None:
-    device = _Device(total=10**9)
+    device = Device(total=10**9)
     plan = planner(device)
-    assert step(plan, device, 100) == []
-    assert step(plan, device, 100) == list(range(LAYERS))
-    assert step(plan, device, 50) == list(range(LAYERS))
+    assert kept(plan, device, 100) == []
+    assert kept(plan, device, 100) == list(range(LAYERS))
+    assert kept(plan, device, 50) == list(range(LAYERS))
 
 
 def test_the_last_layers_keep_as_far_as_they_fit() -> None:
     sizes = []
     for total in range(5000, 13000, 500):
-        device = _Device(total)
+        device = Device(total)
         plan = planner(device)
         step(plan, device, 100)
-        kept = step(plan, device, 100)
-        assert kept == list(range(LAYERS))[LAYERS - len(kept) :]
-        sizes.append(len(kept))
+        layers = kept(plan, device, 100)
+        assert layers == list(range(LAYERS))[LAYERS - len(layers) :]
+        sizes.append(len(layers))
     assert sizes[0] == 0
     assert sizes[-1] == LAYERS
     assert sizes == sorted(sizes)
@@ -92,36 +113,36 @@ def test_the_last_layers_keep_as_far_as_they_fit() -> None:
 
 
 def test_more_tokens_than_ever_are_planned_anew() -> None:
-    device = _Device(total=10**9)
+    device = Device(total=10**9)
     plan = planner(device)
     step(plan, device, 100)
-    assert len(step(plan, device, 100)) == LAYERS
-    assert step(plan, device, 101) == []
-    assert len(step(plan, device, 101)) == LAYERS
+    assert len(kept(plan, device, 100)) == LAYERS
+    assert kept(plan, device, 101) == []
+    assert len(kept(plan, device, 101)) == LAYERS
 
 
 def test_what_lies_on_the_device_meanwhile_counts() -> None:
-    device = _Device(total=20000)
+    device = Device(total=20000)
     plan = planner(device)
     step(plan, device, 100)
-    assert len(step(plan, device, 100)) == LAYERS
+    assert len(kept(plan, device, 100)) == LAYERS
     device.total, device.most = 8000, device.now
-    assert len(step(plan, device, 100)) < LAYERS
+    assert len(kept(plan, device, 100)) < LAYERS
 
 
 def test_a_device_that_is_not_counted_keeps_nothing() -> None:
     plan = planner(None)
     for _ in range(2):
-        assert not any(plan.keeps(layer, 100, CPU) for layer in range(LAYERS))
-        with plan.running_again(0, 100, CPU):
+        assert {plan.way(layer, torch.empty(100, 1), CPU) for layer in range(LAYERS)} == {Way.RUN_AGAIN}
+        with plan.running_again(0, torch.empty(100, 1), CPU):
             pass
-    assert not Planner().keeps(0, 100, CPU), "the memory of a CPU is not counted"
+    assert Planner().way(0, torch.empty(100, 1), CPU) is Way.RUN_AGAIN, "the memory of a CPU is not counted"
 
 
-@pytest.mark.parametrize("kept", [False, True])
-def test_a_kept_layer_runs_once_and_gives_the_same_gradient(kept: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("way", Way)
+def test_a_kept_layer_runs_once_and_gives_the_same_gradient(way: Way, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = Planner()
-    monkeypatch.setattr(plan, "keeps", lambda *_: kept)
+    monkeypatch.setattr(plan, "way", lambda *_: way)
     runs = []
 
     def layer(x: Tensor) -> Tensor:
@@ -129,15 +150,17 @@ def test_a_kept_layer_runs_once_and_gives_the_same_gradient(kept: bool, monkeypa
         return x.sin()
 
     x = torch.ones(2, 3, requires_grad=True)
-    RoutingReplay().wrap(checkpoint_layer, plan=LayerPlan(plan, 0, nn.Module()))(layer, x).sum().backward()
-    assert runs == ([True] if kept else [False, True])
+    RoutingReplay().wrap(checkpoint_layer, memory=LayerMemory(LayerPlan(plan, 0, nn.Module())))(
+        layer, x
+    ).sum().backward()
+    assert runs == ([True] if way is Way.KEEP else [False, True])
     assert x.grad is not None
     assert torch.equal(x.grad, x.detach().cos())
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_what_a_layer_allocates_is_noted_under_both_of_torchs_checkpoints(use_reentrant: bool) -> None:
-    plan = planner(_Device(total=10**9))
+    plan = planner(Device(total=10**9))
     runs = []
 
     def layer(x: Tensor) -> Tensor:
@@ -146,7 +169,7 @@ def test_what_a_layer_allocates_is_noted_under_both_of_torchs_checkpoints(use_re
 
     x = torch.ones(2, 3, requires_grad=True)
     wrapped = RoutingReplay().wrap(
-        partial(checkpoint, use_reentrant=use_reentrant), plan=LayerPlan(plan, 0, nn.Module())
+        partial(checkpoint, use_reentrant=use_reentrant), memory=LayerMemory(LayerPlan(plan, 0, nn.Module()))
     )
     for _ in range(2):
         wrapped(layer, x).sum().backward()
@@ -163,7 +186,7 @@ def test_a_layer_counts_where_its_weights_lie() -> None:
     x = torch.empty(1, 100, 2, device="meta")
     for layer in (nn.Linear(2, 2), nn.Linear(2, 2, device="meta"), nn.Identity()):
         plan = LayerPlan(Planner(meter_of), 0, layer)
-        plan.keeps(x)
+        plan.way(x)
         with plan.running_again(x):
             pass
     offloaded = without_weights = x.device

@@ -118,11 +118,11 @@ def test_the_numbers_are_told() -> None:
 NEAREST: dict[str, tuple[float, dict[str, Any], str]] = {
     "leaner": (16, {}, "memory=auto"),
     "a smaller batch": (15, {"memory": "lean"}, "per_device_train_batch_size=1 gradient_accumulation_steps=2"),
-    "both": (8, {}, "memory=lean per_device_train_batch_size=1 gradient_accumulation_steps=2"),
+    "both": (8, {}, "memory=auto per_device_train_batch_size=1 gradient_accumulation_steps=2"),
     "shorter": (
         6,
         {},
-        "memory=lean per_device_train_batch_size=1 gradient_accumulation_steps=2 max_length=768",
+        "memory=auto per_device_train_batch_size=1 gradient_accumulation_steps=2 max_length=768",
     ),
     "shorter alone": (5.9, {"memory": "lean", "per_device_train_batch_size": 1}, "max_length=512"),
     "optimizer": (
@@ -133,7 +133,7 @@ NEAREST: dict[str, tuple[float, dict[str, Any], str]] = {
     "all of it": (
         2.9,
         {},
-        "optim=adamw_8bit memory=lean per_device_train_batch_size=1 gradient_accumulation_steps=2 max_length=256",
+        "optim=adamw_8bit memory=auto per_device_train_batch_size=1 gradient_accumulation_steps=2 max_length=256",
     ),
 }
 

@@ -12,7 +12,7 @@ from expertune.graphs.pool import Pool
 from expertune.graphs.recording import Recording
 from expertune.graphs.structure import NotPlainError, put_together, take_apart
 from expertune.graphs.watch import Watch
-from expertune.memory.planner import meter_of
+from expertune.memory.meter import meter_of
 
 _SEEN = 2  # calls of a kind before the one that is recorded: the first finds kernels, the second runs as planned
 _MOST_KINDS = 2  # of calls that a module is recorded for: each takes memory of its own

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from expertune.graphs.capture import Capture
-from expertune.memory.planner import Meter
+from expertune.memory.meter import Meter
 
 _PART = 4  # recordings take at most such a part of the memory that is free
 

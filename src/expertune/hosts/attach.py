@@ -20,11 +20,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from expertune.graphs.piece import Recorder
 from expertune.hosts import attention, forwards, graphs, llama4, norms, parameters, peft, rotary, transformers, trl_head
+from expertune.hosts.widths import width_of
 from expertune.memory.checkpoint import checkpoint_layer
-from expertune.memory.offload import Offload
-from expertune.memory.planner import LayerPlan, Planner
-from expertune.memory.replay import ReplayingCheckpoint, RoutingReplay
-from expertune.memory.token_tiles import TokenTiles
+from expertune.memory.policy import Policy, policy_of
+from expertune.memory.replay import LayerMemory, ReplayingCheckpoint, RoutingReplay
 
 
 @dataclass(kw_only=True)
@@ -41,8 +40,7 @@ class Attached:
         attentions: the decoders that attend through ours, each with what it had.
         norms: those that run our forward.
         rotaries: the attentions that rotate queries and keys by our function.
-        planner: says which layers are checkpointed; None for all.
-        offload: moves the inputs of layers to the host; None leaves them.
+        memory: what its layers spare memory by; None where nobody has set it.
         recorder: of the parts that are replayed as CUDA graphs; None if none is to be.
     """
 
@@ -55,8 +53,7 @@ class Attached:
     attentions: list[tuple[PreTrainedModel, str]] = field(default_factory=list)
     norms: list[nn.Module] = field(default_factory=list)
     rotaries: list[nn.Module] = field(default_factory=list)
-    planner: Planner | None = None
-    offload: Offload | None = None
+    memory: Policy | None = None
     recorder: Recorder | None = None
 
 
@@ -93,9 +90,9 @@ def attach(
     peft.check(model, {id(module): plan for module, plan in plans})
     found_norms, found_rotaries = norms.find(model), rotary.find(model)
     taken = [each for each in decoders(model) if attention.is_ours(each) or attention.why_not(each) is None]
-    ours = [each for each in _checkpointed(model) if each._gradient_checkpointing_func.checkpoint is checkpoint_layer]
+    ours = [layer for layer in _checkpointed(model) if is_checkpoint_ours(layer)]
     if (before := attached(model)) is not None:
-        state.planner, state.offload = before.planner, before.offload
+        state.memory = before.memory
     detach(model)
 
     if is_attention_ours:
@@ -118,7 +115,7 @@ def attach(
     for decoder in decoders(model):
         state.handles.append(decoder.register_forward_pre_hook(partial(_before_decoder, model, state)))
     for layer in ours:
-        _checkpoint(layer, state)
+        _checkpoint(layer, model, state)
     state.recorder = Recorder(graphs.TransformersHost(state.replay)) if uses_graphs else None
     model._expertune = state
     parameters.bind(model)
@@ -249,12 +246,23 @@ def _checkpointed(model: nn.Module) -> list[Any]:
     ]
 
 
-def _checkpoint(layer: Any, state: Attached) -> None:
-    """Give a layer our own checkpoint function, where the planner says so."""
-    plan = None if state.planner is None else LayerPlan(state.planner, state.layers.index(layer), layer)
-    moving = None if state.offload is None else partial(state.offload.moving, stays=layer is state.layers[-1])
+def is_checkpoint_ours(layer: Any) -> bool:
+    """Whether a layer runs again by our checkpoint function, not by one of the host's, replayed or not."""
+    function = layer._gradient_checkpointing_func
+    return isinstance(function, ReplayingCheckpoint) and function.checkpoint is checkpoint_layer
+
+
+def _checkpoint(layer: Any, model: PreTrainedModel, state: Attached) -> None:
+    """Give a layer our own checkpoint function, with what the setting of memory adds to it."""
+    assert state.memory is not None
+    planner, offload, number = state.memory.planner, state.memory.offload, state.layers.index(layer)
+    memory = LayerMemory(
+        plan=None if planner is None else planner.layer(number, layer, width_of(layer, model.config)),
+        moving=None if offload is None else partial(offload.moving, stays=layer is state.layers[-1]),
+        tiles=state.memory.tiles,
+    )
     host = layer._gradient_checkpointing_func
-    layer._gradient_checkpointing_func = state.replay.wrap(checkpoint_layer, host=host, plan=plan, moving=moving)
+    layer._gradient_checkpointing_func = state.replay.wrap(checkpoint_layer, host=host, memory=memory)
 
 
 def _replay(layer: Any, state: Attached) -> None:
@@ -303,27 +311,27 @@ def _is_unbound(module: nn.Module) -> bool:
     )
 
 
-def set_checkpointing(model: PreTrainedModel, state: Attached, memory: str) -> None:
-    """Turn gradient checkpointing on, with our own choice of torch's two ways and the routing replayed, or off.
+def set_memory(model: PreTrainedModel, state: Attached, memory: str) -> None:
+    """Spare memory in this way from now on, and in no other that was set before.
+
+    Gradient checkpointing is turned on, with our own choice of torch's two ways and the routing replayed, or off.
 
     Args:
         model: the model.
         state: what was done to it.
-        memory: "lean" checkpoints every layer, moves long inputs of layers to the host and walks long batches in
-            tiles, "auto" checkpoints those layers that the card has no room for, "fast" none.
+        memory: see `expertune.memory.policy.policy_of`.
     """
+    state.memory = policy_of(memory)
     for _, module in transformers.named_experts(model):
-        transformers.plan_of(module).tiles = TokenTiles() if memory == "lean" else None
+        transformers.plan_of(module).tiles = state.memory.tiles if state.memory.planner is None else None
     if not model.supports_gradient_checkpointing:
         return
+    # renamed in transformers 5.2x; the old names warn there and end with version 6
     if memory == "fast":
-        # renamed in transformers 5.2x; the old name warns there and ends with version 6
         disable = getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable
         disable()
         return
-    state.planner = Planner() if memory == "auto" else None
-    state.offload = Offload() if memory == "lean" else None
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
     for layer in state.layers:
-        _checkpoint(layer, state)
+        _checkpoint(layer, model, state)

@@ -6,7 +6,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from expertune.hosts import attention, graphs, trl_head
-from expertune.hosts.attach import attached, blocks, decoders
+from expertune.hosts.attach import Attached, attached, blocks, decoders, is_checkpoint_ours
 from expertune.hosts.peft import experts_in, wrappers_of
 from expertune.hosts.transformers import first_name, has_norm, plan_of
 
@@ -45,6 +45,7 @@ class Explanation:
         attention: whose attention each decoder runs, and why not ours.
         graphs: which parts of layers are replayed as CUDA graphs, where any can be.
         head: whose log-probabilities a trainer's loss is made of, once it has run a step; None before.
+        memory: what a step keeps, computes again and moves, where that was set.
     """
 
     requested: str | None
@@ -53,13 +54,15 @@ class Explanation:
     attention: tuple[str, ...] = ()
     graphs: str | None = None
     head: str | None = None
+    memory: str | None = None
 
     def __str__(self) -> str:
         if self.requested is None:
             return "not optimized: this model runs as stock Transformers. Call expertune.optimize(model)."
+        memory = [f"memory {self.memory}"] if self.memory is not None else []
         if not self.layers:
             lines = ["no experts: this model's layers run as stock Transformers.", *self.attention]
-            return "\n".join(lines + ([self.head] if self.head is not None else []))
+            return "\n".join(lines + [line for line in (self.head, *memory) if line is not None])
         lines = [f"{len(self.layers)} layers with experts, backend asked for: {self.requested}"]
         for layer in self.layers:
             lines.append(f"{layer.name}: {layer.backend} · {layer.weights} · gate {layer.gate}")
@@ -68,6 +71,7 @@ class Explanation:
         lines += [f"kernels: {self.kernels}"] if self.kernels is not None else []
         lines += self.attention
         lines += [line for line in (self.graphs, self.head) if line is not None]
+        lines += memory
         return "\n".join(lines)
 
 
@@ -86,6 +90,7 @@ def explain(model: PreTrainedModel) -> Explanation:
         attention=tuple(_attention(decoder) for decoder in decoders(model)),
         graphs=graphs.status(state.recorder) if state.recorder is not None and state.recorder.pieces else None,
         head=_HEAD if trl_head.is_bound(model) else None,
+        memory=_memory(state),
     )
 
 
@@ -94,6 +99,17 @@ def _attention(decoder: PreTrainedModel) -> str:
     if attention.is_ours(decoder):
         return f"attention of {name}: expertune, in memory linear in the length; {attention.kernels_of(decoder)}"
     return f"attention of {name}: the host's {implementation} ({attention.why_not(decoder)})"
+
+
+def _memory(state: Attached) -> str | None:
+    run_again = [layer for layer in state.layers if layer.gradient_checkpointing]
+    if not all(map(is_checkpoint_ours, run_again)):
+        return "of a step: every layer runs again in backward, by gradient checkpointing that was turned on elsewhere"
+    if state.memory is None:
+        return None
+    if not run_again and state.memory.name != "fast":
+        return f"{state.memory.name}: no layer runs again in backward, because gradient checkpointing is off"
+    return str(state.memory)
 
 
 def _kernels(model: nn.Module) -> str:

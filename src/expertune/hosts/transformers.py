@@ -45,7 +45,7 @@ class ExpertsPlan:
         requested: the backend asked for, or "auto".
         host_config: the config that the module had before; None where it has none.
         replay: the routing replay of its model.
-        tiles: into which long batches are cut; None walks each batch whole.
+        tiles: into which long batches are cut in every pass; None: where a tape says so.
     """
 
     name: str
@@ -297,9 +297,10 @@ def _walk(
     plan.replay.leave_block()  # the router has chosen; what follows need not pass through Python operation by operation
     choose_rows, tape = partial(step.dispatch, expert_TK), plan.replay.tape
     leaves_out = is_last and tape is not None and tape.leave_out.is_on
-    if is_last and plan.tiles is not None and plan.tiles.cuts(expert_TK, step.layout):
+    tiles = plan.tiles if tape is None else tape.tiles or plan.tiles
+    if is_last and tiles is not None and tiles.cuts(expert_TK, step.layout):
         # sorted again in a second run: of a long batch the rows of all layers are much to keep
-        routings = plan.tiles.dispatch(expert_TK, step)
+        routings = tiles.dispatch(expert_TK, step)
         out_TD = token_tiles.experts(x_TD, routings, weight_TK, pair, step, leaves_out=leaves_out)
     else:
         rows = choose_rows() if tape is None else tape.once(choose_rows)

@@ -107,7 +107,7 @@ def least_needs(model: ModelBytes, *, optimizer: int, memory: str, batches: Batc
     Args:
         model: its bytes.
         optimizer: bytes of the optimizer's state.
-        memory: "auto", "fast" or "lean". "auto" is bounded as if it checkpointed every layer.
+        memory: "auto", "fast" or "lean". "auto" is bounded as "lean" is, which it turns to in a step that needs it.
         batches: what is trained on.
     """
     inputs, kept = _activations(model.layers, memory, batches.tokens)
@@ -135,8 +135,8 @@ def _activations(layers: Sequence[LayerBytes], memory: str, tokens: int) -> tupl
     """Bytes of layer inputs and of what experts keep, when most of both lies on the device."""
     if memory == "fast":
         return 0, tokens * sum(layer.kept for layer in layers)
-    is_moved = memory == "lean" and tokens >= LEAST_TOKENS
-    rerun_tokens = min(tokens, TokenTiles().least_tokens) if memory == "lean" else tokens
+    is_moved = tokens >= LEAST_TOKENS
+    rerun_tokens = min(tokens, TokenTiles().least_tokens)
     most = (0, 0)
     for number, layer in enumerate(layers):  # each runs again, with the inputs of those before it still there
         first = max(number - 1, 0) if is_moved else 0  # the one before is on its way back

@@ -12,8 +12,9 @@ writes is held until the device has been told to wait for it.
 
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -24,6 +25,9 @@ from torch.autograd.graph import saved_tensors_hooks
 # parameters in 48 layers are at least 2 ms of products a layer on an H100 (by count). With fewer tokens the inputs are
 # little beside the weights, and a step waits for the host, which would have more to submit.
 LEAST_TOKENS = 8192
+# An input lies in chunks, because torch's allocator of pinned memory takes powers of two: 33 MiB in one buffer would be
+# 64. A power of two itself, and long enough that a copy takes a hundred times as long as to submit it (by count).
+CHUNK_BYTES = 2**25
 
 
 class Lane(Protocol):
@@ -88,7 +92,7 @@ class Offload:
         self, lane_of: Callable[[torch.device], Lane | None] = lane_of, least_tokens: int = LEAST_TOKENS
     ) -> None:
         self._lane_of = lane_of
-        self._least_tokens = least_tokens
+        self.least_tokens = least_tokens
         self._shelves: dict[torch.device, _Shelf | None] = {}
 
     @contextmanager
@@ -135,7 +139,7 @@ class Offload:
     def _pays(self, x: Tensor) -> bool:
         is_wanted = torch.is_grad_enabled() and x.requires_grad
         # autograd itself holds a leaf, and a view of rows that lie apart would come back otherwise
-        return is_wanted and not x.is_leaf and x.is_contiguous() and x.shape[:-1].numel() >= self._least_tokens
+        return is_wanted and not x.is_leaf and x.is_contiguous() and x.shape[:-1].numel() >= self.least_tokens
 
     def _shelf(self, device: torch.device) -> "_Shelf | None":
         if device not in self._shelves:
@@ -152,19 +156,23 @@ class _Shelf:
         self.last: Callable[[], _Held | None] = lambda: None
         self._free: dict[int, list[Tensor]] = defaultdict(list)
 
-    def take(self, num_bytes: int) -> Tensor:
-        """A buffer that is long enough: a power of two, which torch's allocator of pinned memory takes anyway.
+    def take(self, num_bytes: int) -> list[Tensor]:
+        """Buffers that hold so many bytes together: chunks, and for the rest a power of two, at least half of it used.
 
-        So batches that differ little in length share buffers, and what those of shorter ones take sums to less than
-        those of the longest.
+        So batches of all lengths share chunks, and the rests that others leave sum to less than one chunk.
         """
-        length = 1 << (num_bytes - 1).bit_length()
-        free = self._free[length]
-        return free.pop() if free else self.lane.buffer(length)
+        num_chunks, rest = divmod(num_bytes, CHUNK_BYTES)
+        lengths = [CHUNK_BYTES] * num_chunks + ([1 << (rest - 1).bit_length()] if rest else [])
+        return [self._free[length].pop() if self._free[length] else self.lane.buffer(length) for length in lengths]
 
-    def give_back(self, buffer: Tensor) -> None:
-        """It may still be read from: the next copy into it is on the same lane."""
-        self._free[len(buffer)].append(buffer)
+    def give_back(self, buffers: list[Tensor]) -> None:
+        """They may still be read from: the next copy into them is on the same lane."""
+        for buffer in buffers:
+            self._free[len(buffer)].append(buffer)
+
+    def copy(self, parts: Iterable[tuple[Tensor, Tensor]]) -> Any:
+        """Copy sources to targets, in order. What stands for the end of the last."""
+        return [self.lane.copy(source, target) for source, target in parts][-1]
 
 
 class _Kept:
@@ -189,12 +197,12 @@ class _Kept:
 class _Moved:
     """An input in memory of the host."""
 
-    def __init__(self, x: Tensor, before: "_Held | None", shelf: _Shelf, buffer: Tensor) -> None:
+    def __init__(self, x: Tensor, before: "_Held | None", shelf: _Shelf, buffers: list[Tensor]) -> None:
         self._before = _reference(before)
-        self._shelf, self._buffer, self._device = shelf, buffer, x.device
+        self._shelf, self._buffers = shelf, buffers
+        self._make = partial(torch.empty, x.shape, dtype=x.dtype, device=x.device)
         self._coming: tuple[Tensor, Any] | None = None
-        self._host = buffer[: x.nbytes].view(x.dtype).view(x.shape)
-        self._stored = shelf.lane.copy(x, self._host)
+        self._stored = shelf.copy(_parts(x, self._buffers))
 
     def settle(self) -> None:
         """After the layer: what is freed or written from now on, no copy reads any more."""
@@ -203,8 +211,8 @@ class _Moved:
     def fetch(self) -> None:
         """Begin to bring it back, unless it is on its way."""
         if self._coming is None:
-            x = torch.empty_like(self._host, device=self._device, pin_memory=False)
-            self._coming = x, self._shelf.lane.copy(self._host, x)
+            x = self._make()
+            self._coming = x, self._shelf.copy((stored, part) for part, stored in _parts(x, self._buffers))
 
     def get(self) -> Tensor:
         """The input; the one before begins to come back. Asked for again, it is brought again."""
@@ -220,7 +228,7 @@ class _Moved:
         """With the graph, used or not."""
         if self._coming is not None:  # its memory goes to whoever asks next
             self._shelf.lane.wait(self._coming[1])
-        self._shelf.give_back(self._buffer)
+        self._shelf.give_back(self._buffers)
 
 
 _Held: TypeAlias = _Kept | _Moved
@@ -228,6 +236,15 @@ _Held: TypeAlias = _Kept | _Moved
 
 def _unpack(packed: Tensor | _Held) -> Tensor:
     return packed if isinstance(packed, Tensor) else packed.get()
+
+
+def _parts(x: Tensor, buffers: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """The parts of a contiguous tensor, each with where it lies in its buffer."""
+    flat, start = x.view(-1), 0
+    for buffer in buffers:
+        part = flat[start : start + len(buffer) // x.itemsize]
+        yield part, buffer[: part.nbytes].view(x.dtype)
+        start += len(part)
 
 
 def _form(x: Tensor) -> tuple[Any, ...]:

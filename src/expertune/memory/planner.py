@@ -1,74 +1,30 @@
-"""Which layers of a step keep what backward needs, and which compute it again: as many keep as the card has room for.
+"""In which way each layer of a step spares memory: none, where the card has room for what its backward needs.
 
 The first step checkpoints every layer. As each runs again, the planner notes what it allocates; from the peak of the
 step it knows what everything else takes. From then on the last layers keep, as many as fit: backward frees them first,
 so they are gone by the time the gradients of the others have come. A batch with more tokens than any before is planned
-like the first one. Whatever is kept, the numbers are the same.
+like the first one. A step for which the card is too small even so is a lean one, as a whole: nothing is kept or noted,
+and what it took says whether the next one of its length need be. Whatever is kept, the numbers are the same.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import NamedTuple, Protocol
+from enum import Enum
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-_RESERVE = 1 / 16  # of a card's memory: what the allocator cannot use, and what other libraries take
+from expertune.memory.meter import Meter, meter_of
+from expertune.memory.need import Need
 
 
-class Meter(Protocol):
-    """The memory of a device, in bytes."""
+class Way(Enum):
+    """What a layer does in one step, from its forward to its backward."""
 
-    def allocated(self) -> int:
-        """By tensors, now."""
-        ...
-
-    def peak(self) -> int:
-        """By tensors, at most so far."""
-        ...
-
-    def free(self) -> int:
-        """What more tensors could take now, less a reserve."""
-        ...
-
-
-class CudaMeter:
-    """The memory of a CUDA device as torch's allocator and the driver see it. Waits for nothing."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-
-    def allocated(self) -> int:
-        """By tensors, now."""
-        return torch.cuda.memory_allocated(self._device)
-
-    def peak(self) -> int:
-        """By tensors, at most since someone last reset it."""
-        return torch.cuda.max_memory_allocated(self._device)
-
-    def room(self) -> int:
-        """What the driver and the allocator have left: more cannot be had while others hold the rest."""
-        return self._room_and_total()[0]
-
-    def free(self) -> int:
-        """`room`, less a reserve."""
-        room, total = self._room_and_total()
-        return room - int(total * _RESERVE)
-
-    def _room_and_total(self) -> tuple[int, int]:
-        unused = torch.cuda.memory_reserved(self._device) - self.allocated()
-        free, total = torch.cuda.mem_get_info(self._device)
-        return free + unused, total
-
-
-def meter_of(device: torch.device) -> Meter | None:
-    """None for a device whose memory is not counted: every layer is checkpointed there."""
-    return CudaMeter(device) if device.type == "cuda" else None
-
-
-def room_of(device: torch.device) -> int | None:
-    """Bytes that tensors could still take on a device at most; None where memory is not counted."""
-    return CudaMeter(device).room() if device.type == "cuda" else None
+    KEEP = "it keeps what its backward needs"
+    RUN_AGAIN = "it keeps its input and runs again"
+    LEAN = "its input moves to the host, and it runs again with its experts in tiles, where its batch is long enough"
 
 
 class Planner:
@@ -76,27 +32,51 @@ class Planner:
 
     Args:
         meter_of: the meter of a device.
+        lean_from: tokens from which the lean way spares anything.
     """
 
-    def __init__(self, meter_of: Callable[[torch.device], Meter | None] = meter_of) -> None:
+    def __init__(self, meter_of: Callable[[torch.device], Meter | None] = meter_of, lean_from: int = 0) -> None:
         self._meter_of = meter_of
+        self._lean_from = lean_from
+        self._layers: dict[int, tuple[nn.Module, int]] = {}
         self._parts: dict[torch.device, _Part | None] = {}
 
-    def keeps(self, layer: int, tokens: int, device: torch.device) -> bool:
-        """Whether a layer that runs on so many tokens on a device keeps what its backward needs."""
+    def layer(self, number: int, layer: nn.Module, width: int) -> "LayerPlan":
+        """The plan of one layer, in place of what was said of it before.
+
+        Args:
+            number: of the layer.
+            layer: the module.
+            width: numbers a token that its second run and its backward hold at once, by an estimate.
+        """
+        self._layers[number] = layer, width
+        return LayerPlan(self, number, layer)
+
+    def way(self, number: int, x: Tensor, device: torch.device) -> Way:
+        """Of a layer that runs on `x`, `(…, tokens, D)`, on a device. Asked once a step and layer, in forward."""
         part = self._part(device)
-        return part is not None and part.keeps(layer, tokens)
+        if part is None:
+            return Way.RUN_AGAIN
+        if part.begins_with(number):
+            tokens = _tokens(x)
+            part.begin(tokens, self._estimate(x, device), may_be_lean=tokens >= self._lean_from)
+        return part.way(number)
 
     @contextmanager
-    def running_again(self, layer: int, tokens: int, device: torch.device) -> Iterator[None]:
-        """Around the second run of a checkpointed layer."""
+    def running_again(self, number: int, x: Tensor, device: torch.device) -> Iterator[None]:
+        """Around the second run of a layer whose way that is."""
         part = self._part(device)
         before = 0 if part is None else part.meter.allocated()
         try:
             yield
         finally:  # the checkpoint that is not reentrant leaves by an exception once it has what it needs
             if part is not None:
-                part.note(layer, part.meter.allocated() - before, tokens)
+                part.note(number, part.meter.allocated() - before, _tokens(x))
+
+    def _estimate(self, x: Tensor, device: torch.device) -> int:
+        """The bytes of all inputs on a device, and of one layer's second run: what a lean step spares, at most."""
+        widths = [width for layer, width in self._layers.values() if _device(layer, x) == device]
+        return x.nbytes * len(widths) + _tokens(x) * max(widths, default=0) * x.itemsize
 
     def _part(self, device: torch.device) -> "_Part | None":
         if device not in self._parts:
@@ -118,22 +98,41 @@ class LayerPlan(NamedTuple):
     number: int
     layer: nn.Module
 
-    def keeps(self, x: Tensor) -> bool:
-        """See `Planner.keeps`."""
-        return self.planner.keeps(self.number, _tokens(x), self._device(x))
+    def way(self, x: Tensor) -> Way:
+        """See `Planner.way`."""
+        return self.planner.way(self.number, x, _device(self.layer, x))
 
     def running_again(self, x: Tensor) -> AbstractContextManager[None]:
         """See `Planner.running_again`."""
-        return self.planner.running_again(self.number, _tokens(x), self._device(x))
+        return self.planner.running_again(self.number, x, _device(self.layer, x))
 
-    def _device(self, x: Tensor) -> torch.device:
-        """Where it computes: `x` may lie where the layer before did, and be moved by a hook of Accelerate."""
-        weight = next(self.layer.parameters(), None)
-        return x.device if weight is None or weight.is_meta else weight.device  # meta: loaded when it runs
+
+def _device(layer: nn.Module, x: Tensor) -> torch.device:
+    """Where a layer computes: `x` may lie where the layer before did, and be moved by a hook of Accelerate."""
+    weight = next(layer.parameters(), None)
+    return x.device if weight is None or weight.is_meta else weight.device  # meta: loaded when it runs
 
 
 def _tokens(x: Tensor) -> int:
     return x.shape[:-1].numel()
+
+
+class _Step(NamedTuple):
+    """A step that is measured, as it began.
+
+    Args:
+        is_lean: whether its layers are.
+        tokens: of its batch.
+        estimate: of what a lean step spares at most, in bytes.
+        allocated: the bytes that lay there.
+        peak: the most so far.
+    """
+
+    is_lean: bool
+    tokens: int
+    estimate: int
+    allocated: int
+    peak: int
 
 
 class _Part:
@@ -144,29 +143,53 @@ class _Part:
         self._bytes: dict[int, float] = {}  # a layer keeps for a token
         self._rise = 0  # the most that a fully checkpointed step took beyond what lay there at its start
         self._most_tokens = 0  # of a fully checkpointed step
-        self._started: int | None = None  # with how many bytes one started, while it runs
+        self._need = Need()
+        self._step: _Step | None = None
+        self._is_lean = False
         self._kept: frozenset[int] = frozenset()
         self._last = -1
 
-    def keeps(self, layer: int, tokens: int) -> bool:
-        if layer <= self._last or self._last < 0:
-            self._begin(tokens)
+    def begins_with(self, layer: int) -> bool:
+        """Whether a layer is the first of a step."""
+        return layer <= self._last or self._last < 0
+
+    def begin(self, tokens: int, estimate: int, *, may_be_lean: bool) -> None:
+        """Plan a step of so many tokens."""
+        self._end()
+        free, need = self.meter.free(), self._need.of(tokens)
+        self._is_lean = may_be_lean and (estimate if need is None else need) > free
+        is_new = tokens > self._most_tokens or not self._bytes
+        self._kept = frozenset()
+        if self._is_lean or is_new:
+            self._step = _Step(self._is_lean, tokens, estimate, self.meter.allocated(), self.meter.peak())
+        else:
+            self._kept = frozenset(self._fitting(tokens, free - self._rise))
+        if not self._is_lean:
+            self._most_tokens = max(tokens, self._most_tokens)
+
+    def way(self, layer: int) -> Way:
+        """Of a layer of the step that runs."""
         self._last = layer
-        return layer in self._kept
+        if self._is_lean:
+            return Way.LEAN
+        return Way.KEEP if layer in self._kept else Way.RUN_AGAIN
 
     def note(self, layer: int, num_bytes: int, tokens: int) -> None:
+        """What the second run of a layer has allocated."""
         self._bytes[layer] = max(num_bytes / tokens, self._bytes.get(layer, 0.0))
 
-    def _begin(self, tokens: int) -> None:
-        if self._started is not None:
-            self._rise = max(self._rise, self.meter.peak() - self._started)
-            self._started = None
-        if tokens > self._most_tokens or not self._bytes:
-            self._most_tokens = max(tokens, self._most_tokens)
-            self._started = self.meter.allocated()
-            self._kept = frozenset()
-        else:
-            self._kept = frozenset(self._fitting(tokens, self.meter.free() - self._rise))
+    def _end(self) -> None:
+        """Learn from the step before, if it was measured."""
+        if (step := self._step) is None:
+            return
+        self._step = None
+        peak = self.meter.peak()
+        rise = peak - step.allocated
+        if not step.is_lean:
+            self._rise = max(self._rise, rise)
+        # where an earlier step took more, this one's own peak is not known
+        least = 0 if peak == step.peak else rise
+        self._need.learn(step.tokens, least, rise + (step.estimate if step.is_lean else 0))
 
     def _fitting(self, tokens: int, room: float) -> Iterator[int]:
         """The last layers whose bytes for so many tokens fit into `room`."""

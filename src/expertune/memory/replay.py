@@ -10,25 +10,41 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Any, TypeAlias, TypeVar, cast
+from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from expertune.memory.leave_out import LeaveOut
-from expertune.memory.planner import LayerPlan
+from expertune.memory.planner import LayerPlan, Way
+from expertune.memory.token_tiles import TokenTiles
 
 _Made = TypeVar("_Made")
 Moving: TypeAlias = Callable[[Tensor], AbstractContextManager[None]]
 
 
-class Tape:
-    """The choices of one run of one checkpointed layer, and what was made of them."""
+class LayerMemory(NamedTuple):
+    """By what one layer spares memory.
 
-    def __init__(self, leave_out: LeaveOut) -> None:
+    Args:
+        plan: says in which way it runs; None for the lean one in every step.
+        moving: in the lean way around the checkpointed call, given its input: moves what is saved of it.
+        tiles: in the lean way those into which its experts cut a long batch.
+    """
+
+    plan: LayerPlan | None = None
+    moving: Moving | None = None
+    tiles: TokenTiles | None = None
+
+
+class Tape:
+    """The choices of one run of one checkpointed layer, what was made of them, and the tiles that both runs walk."""
+
+    def __init__(self, leave_out: LeaveOut, tiles: TokenTiles | None = None) -> None:
         self.is_recorded = False
         self.leave_out = leave_out
+        self.tiles = tiles
         self._is_reentrant = False
         self._indices: list[Tensor] = []
         self._cursor = 0
@@ -96,18 +112,16 @@ class RoutingReplay:
         self,
         checkpoint: Callable[..., Any],
         host: Callable[..., Any] | None = None,
-        plan: LayerPlan | None = None,
-        moving: Moving | None = None,
+        memory: LayerMemory | None = None,
     ) -> "ReplayingCheckpoint":
         """A checkpoint function, with a tape around each run of a layer and its second one.
 
         Args:
             checkpoint: as torch's.
             host: the one it stands in for.
-            plan: says whether the layer is checkpointed at all.
-            moving: around the checkpointed call, given its input: moves what is saved of it.
+            memory: by what the layer spares more, or whether it is checkpointed at all; None for neither.
         """
-        return ReplayingCheckpoint(self, checkpoint, host or checkpoint, plan, moving)
+        return ReplayingCheckpoint(self, checkpoint, host or checkpoint, memory or LayerMemory())
 
     @contextmanager
     def using(self, tape: Tape) -> Iterator[None]:
@@ -149,17 +163,11 @@ class ReplayingCheckpoint:
     """Calls as `torch.utils.checkpoint.checkpoint` does, with one tape shared by a layer's first run and its reruns."""
 
     def __init__(
-        self,
-        replay: RoutingReplay,
-        checkpoint: Callable[..., Any],
-        host: Callable[..., Any],
-        plan: LayerPlan | None,
-        moving: Moving | None,
+        self, replay: RoutingReplay, checkpoint: Callable[..., Any], host: Callable[..., Any], memory: LayerMemory
     ) -> None:
         self.checkpoint = checkpoint
         self.host = host
-        self._plan = plan
-        self._moving = moving
+        self._memory = memory
         self._replay = replay
         self._leave_out = LeaveOut()
 
@@ -167,26 +175,29 @@ class ReplayingCheckpoint:
         """Run `function` under the host's checkpoint, or without one if that is the plan."""
         if torch.compiler.is_compiling():  # the compiler decides itself what runs again, and traces no tape
             return self.checkpoint(function, *args, **kwargs)
-        if self._keeps(args):
+        way = self._way(args)
+        if way is Way.KEEP:
             return function(*args, **kwargs)
-        tape = Tape(self._leave_out)
+        tape = Tape(self._leave_out, self._memory.tiles if way is Way.LEAN else None)
         keywords: dict[str, Any] = {}
         if isinstance(function, partial):  # hosts bind a layer's keywords this way; the checkpoint may look at them
             function, keywords = partial(function.func, *function.args), function.keywords
 
         def run(*run_args: Any, **run_kwargs: Any) -> Any:
-            with self._replay.using(tape), self._running_again(tape, run_args):
+            is_noted = way is Way.RUN_AGAIN and tape.is_recorded
+            with self._replay.using(tape), self._running_again(run_args) if is_noted else nullcontext():
                 return tape.run(function, *run_args, **run_kwargs)
 
-        with nullcontext() if self._moving is None or not args else self._moving(args[0]):
+        with self._moving(args) if way is Way.LEAN else nullcontext():
             return self.checkpoint(partial(run, **keywords), *args, **kwargs)
 
-    def _keeps(self, args: tuple[Any, ...]) -> bool:
-        if self._plan is None or not args or not torch.is_grad_enabled():
-            return False
-        return self._plan.keeps(args[0])
+    def _way(self, args: tuple[Any, ...]) -> Way:
+        if self._memory.plan is None:
+            return Way.LEAN
+        return self._memory.plan.way(args[0]) if args and torch.is_grad_enabled() else Way.RUN_AGAIN
 
-    def _running_again(self, tape: Tape, args: tuple[Any, ...]) -> AbstractContextManager[None]:
-        if self._plan is None or not args or not tape.is_recorded:
-            return nullcontext()
-        return self._plan.running_again(args[0])
+    def _running_again(self, args: tuple[Any, ...]) -> AbstractContextManager[None]:
+        return nullcontext() if self._memory.plan is None or not args else self._memory.plan.running_again(args[0])
+
+    def _moving(self, args: tuple[Any, ...]) -> AbstractContextManager[None]:
+        return nullcontext() if self._memory.moving is None or not args else self._memory.moving(args[0])

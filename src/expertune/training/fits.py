@@ -14,7 +14,6 @@ from expertune.training.recipe import Recipe
 
 GIB = 2**30
 _LENGTH_MULTIPLE = 256
-_LEANER = {"fast": ("auto", "lean"), "auto": ("lean",), "lean": ()}
 
 
 def check_fits(recipe: Recipe, model: ModelBytes, lengths: Sequence[int], room: int) -> None:
@@ -119,8 +118,8 @@ def _changes(recipe: Recipe, lengths: Iterable[int]) -> Iterator[dict[str, Any]]
 def _changes_of_activations(recipe: Recipe, lengths: Iterable[int]) -> Iterator[dict[str, Any]]:
     rows, num_summed = recipe.per_device_train_batch_size, recipe.gradient_accumulation_steps
     alone = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": rows * num_summed} if rows > 1 else {}
-    leanest = {} if recipe.memory == "lean" else {"memory": "lean"}
-    yield from ({"memory": leaner} for leaner in _LEANER[recipe.memory])
+    leanest = {"memory": "auto"} if recipe.memory == "fast" else {}  # "auto" turns lean where it must
+    yield leanest
     yield alone
     yield leanest | alone
     longest = max(min(length, recipe.max_length or length) for length in lengths)

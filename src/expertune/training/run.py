@@ -25,7 +25,7 @@ import expertune
 from expertune.hosts.sizes import model_bytes
 from expertune.hosts.transformers import num_positions
 from expertune.hosts.trl import GradientProof
-from expertune.memory.planner import room_of
+from expertune.memory.meter import room_of
 from expertune.training.callbacks import FiniteGradients, PeriodicSave, Recorder, Trainer
 from expertune.training.data import Rows, read_data, to_dataset
 from expertune.training.fits import check_fits
@@ -115,7 +115,7 @@ def run(recipe: Recipe, console: Console | None = None) -> RunResult:
             display.console.print(expertune.trained(model))
         with display.stage("tokenising"):
             trainer, sets = _make_trainer(recipe, arguments, model, tokenizer, (train_rows, eval_rows))
-        _say_supervision(display, sets, recipe, next(model.parameters()).dtype)
+        _say_supervision(display, sets, recipe)
         _check_fits(recipe, model, trainer)
         if recipe.optim != OptimizerNames.ADAMW_8BIT and any(
             p.requires_grad and p.dtype == torch.bfloat16 for p in model.parameters()

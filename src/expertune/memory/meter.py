@@ -1,0 +1,62 @@
+"""How much memory of a device is taken, and how much is left."""
+
+from typing import Protocol
+
+import torch
+
+_RESERVE = 1 / 16  # of a card's memory: what the allocator cannot use, and what other libraries take
+
+
+class Meter(Protocol):
+    """The memory of a device, in bytes."""
+
+    def allocated(self) -> int:
+        """By tensors, now."""
+        ...
+
+    def peak(self) -> int:
+        """By tensors, at most so far."""
+        ...
+
+    def free(self) -> int:
+        """What more tensors could take now, less a reserve."""
+        ...
+
+
+class CudaMeter:
+    """The memory of a CUDA device as torch's allocator and the driver see it. Waits for nothing."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def allocated(self) -> int:
+        """By tensors, now."""
+        return torch.cuda.memory_allocated(self._device)
+
+    def peak(self) -> int:
+        """By tensors, at most since someone last reset it."""
+        return torch.cuda.max_memory_allocated(self._device)
+
+    def room(self) -> int:
+        """What the driver and the allocator have left: more cannot be had while others hold the rest."""
+        return self._room_and_total()[0]
+
+    def free(self) -> int:
+        """`room`, less a reserve."""
+        room, total = self._room_and_total()
+        return room - int(total * _RESERVE)
+
+    def _room_and_total(self) -> tuple[int, int]:
+        unused = torch.cuda.memory_reserved(self._device) - self.allocated()
+        free, total = torch.cuda.mem_get_info(self._device)
+        return free + unused, total
+
+
+def meter_of(device: torch.device) -> Meter | None:
+    """None for a device whose memory is not counted: every layer is checkpointed there."""
+    return CudaMeter(device) if device.type == "cuda" else None
+
+
+def room_of(device: torch.device) -> int | None:
+    """Bytes that tensors could still take on a device at most; None where memory is not counted."""
+    return CudaMeter(device).room() if device.type == "cuda" else None
