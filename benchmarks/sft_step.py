@@ -22,6 +22,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+import step_report
 from provenance import provenance
 from sft_worker import PEERS, work
 from shapes import SHAPES, write_model
@@ -40,39 +41,13 @@ def write_tokenizer(folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=words, **names).save_pretrained(folder)
 
 
-def plot(results: dict[str, list[dict[str, Any]]], path: Path, title: str) -> None:
-    """Milliseconds and peak memory over the context, a line a peer."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4.5))
-    for axes, key, label in zip(figure.subplots(1, 2), ("ms", "peak_gib"), ("ms a step", "peak GiB"), strict=True):
-        for peer, rows in results.items():
-            points = [(row["context"], row[key]) for row in rows if row.get(key) is not None]
-            axes.plot(*zip(*points, strict=True) if points else ((), ()), marker="o", label=peer)
-        axes.set(xscale="log", xlabel="tokens", ylabel=label)
-        axes.grid(True, which="both", alpha=0.3)
-        axes.legend()
-    figure.suptitle(title)
-    figure.savefig(path, dpi=120, bbox_inches="tight")
-
-
-def show(results: dict[str, list[dict[str, Any]]], console: Console) -> None:
-    """A table: milliseconds, what others take of ours, peak memory."""
-    ours = {row["context"]: row["ms"] for row in results.get("expertune", []) if "context" in row}
-    contexts = sorted({row["context"] for rows in results.values() for row in rows if "context" in row})
-    table = Table("peer", *(f"{context:,}" for context in contexts), title="ms a step (of expertune's) / peak GiB")
-    for peer, rows in results.items():
-        by_context = {row["context"]: row for row in rows if "context" in row}
-        cells = []
-        for context in contexts:
-            row = by_context.get(context, {})
-            if row.get("ms") is None:
-                cells.append("out of memory" if row else "did not run")
-                continue
-            ratio = f" ({row['ms'] / ours[context]:.2f}x)" if ours.get(context) else ""
-            cells.append(f"{row['ms']:.0f}{ratio} / {row.get('peak_gib', '?')}")
-        table.add_row(peer, *cells)
-    console.print(table)
+def show(report: dict[str, Any], console: Console) -> None:
+    """Print the tables."""
+    for table in step_report.tables(report):
+        shown = Table(*table.header)
+        for row in table.rows:
+            shown.add_row(*row)
+        console.print(shown)
 
 
 def main() -> None:
@@ -114,8 +89,8 @@ def main() -> None:
     settings = {key: getattr(args, key) for key in ("shape", "layers", "rank", "memory", "adam", "steps")}
     report = {"provenance": provenance(*_PACKAGES), "command": " ".join(sys.argv), **settings, "peers": results}
     (args.output / "sft_step.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
-    plot(results, args.output / "sft_step.png", f"SFT step, {args.shape} shape, {args.layers} layers, r={args.rank}")
-    show(results, console)
+    step_report.plot(report, args.output / "sft_step.png")
+    show(report, console)
     console.print(f"wrote {args.output}/sft_step.json and sft_step.png")
 
 
