@@ -6,14 +6,16 @@ switch that replay on for the router.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import torch
 from peft.tuners.lora.layer import ParamWrapper
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -91,7 +93,7 @@ def attach(
         for name, module in transformers.named_experts(model)
     ]
     peft.check(model, {id(module): plan for module, plan in plans})
-    ours = [each for each in _checkpointed(model) if each._gradient_checkpointing_func.checkpoint is checkpoint_layer]
+    ours = [each for each in _checkpointed(model) if each._gradient_checkpointing_func.checkpoint is _checkpoint_layer]
     if (before := attached(model)) is not None:
         state.planner, state.offload = before.planner, before.offload
     detach(model)
@@ -253,7 +255,17 @@ def _checkpoint(layer: Any, state: Attached) -> None:
     plan = None if state.planner is None else LayerPlan(state.planner, state.layers.index(layer), layer)
     moving = None if state.offload is None else partial(state.offload.moving, stays=layer is state.layers[-1])
     host = layer._gradient_checkpointing_func
-    layer._gradient_checkpointing_func = state.replay.wrap(checkpoint_layer, host=host, plan=plan, moving=moving)
+    layer._gradient_checkpointing_func = state.replay.wrap(_checkpoint_layer, host=host, plan=plan, moving=moving)
+
+
+def _checkpoint_layer(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """As `checkpoint_layer`, and right for what Transformers collects on the way, such as logits for a balance loss.
+
+    It leaves the layer beside its outputs, where torch's reentrant way carries no gradient.
+    """
+    if not torch.compiler.is_compiling() and graphs.is_collecting():
+        return checkpoint(partial(function, **kwargs), *args, use_reentrant=False)
+    return checkpoint_layer(function, *args, **kwargs)
 
 
 def _replay(layer: Any, state: Attached) -> None:
