@@ -12,46 +12,21 @@ import json
 import statistics
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 from matplotlib.figure import Figure
 from peft import LoraConfig, get_peft_model
-from provenance import provenance
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 import expertune
 from expertune.backends import PREFERRED
+from provenance import provenance
+from shapes import SHAPES, expert_targets, model_config
 
-_SMALL = {"vocab_size": 256, "num_attention_heads": 8, "head_dim": 64, "num_key_value_heads": 4}
-SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
-    "tiny": ("qwen3_moe", {"hidden_size": 64, "moe_intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 2}),
-    "qwen3": (
-        "qwen3_moe",
-        {"hidden_size": 2048, "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8},
-    ),
-    "gptoss": (
-        "gpt_oss",
-        {"hidden_size": 2880, "intermediate_size": 2880, "num_local_experts": 32, "num_experts_per_tok": 4},
-    ),
-    "glm": (
-        "glm4_moe_lite",
-        {
-            "hidden_size": 2048,
-            "moe_intermediate_size": 1536,
-            "intermediate_size": 2048,
-            "n_routed_experts": 64,
-            "n_shared_experts": 1,
-            "num_experts_per_tok": 4,
-            "routed_scaling_factor": 1.8,
-            "mlp_layer_types": ["dense", "sparse"],
-        },
-    ),
-}
 STOCK = "transformers + peft"
 _AGREES = 0.03  # bf16 rounding of a block, relative to the norm; a wrong expert or scale is off by more than a third
 
@@ -60,13 +35,12 @@ class Block:
     """The MoE block of a model's last layer, with LoRA, as one variant after another runs it."""
 
     def __init__(self, shape: str, rank: int, skew: float, device: torch.device) -> None:
-        model_type, widths = SHAPES[shape]
         torch.manual_seed(0)
-        config = AutoConfig.for_model(model_type, **_SMALL | widths, num_hidden_layers=2)
+        config = model_config(shape, layers=2, vocab_size=256)  # the head is not measured
         self.width = config.hidden_size
         with device:
             model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).requires_grad_(False)
-        targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+        targets = [f"mlp.experts.{name}" for name in expert_targets(shape)]
         self.model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_parameters=targets))
         self.block = next(m for name, m in self.model.named_modules() if name.endswith("layers.1.mlp"))
         self.factors = [p for p in self.block.parameters() if p.requires_grad]
@@ -176,7 +150,8 @@ def main() -> None:
     """Measure, show, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     on_gpu = torch.cuda.is_available()
-    parser.add_argument("--shape", choices=SHAPES, default="qwen3" if on_gpu else "tiny")
+    shapes = [shape for shape in SHAPES if expert_targets(shape)]
+    parser.add_argument("--shape", choices=shapes, default="qwen3" if on_gpu else "tiny")
     parser.add_argument("--tokens", default="1024,4096,16384" if on_gpu else "64,256,1024")
     parser.add_argument("--rank", type=int, default=64 if on_gpu else 8)
     parser.add_argument("--skew", type=float, default=0.0, help="0 is uniform routing")

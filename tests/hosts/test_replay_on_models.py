@@ -99,6 +99,18 @@ def test_gradients_are_those_without(
     assert len(walks) == 2 * num_layers, "a layer has forgotten what it may leave out"
 
 
+@pytest.mark.parametrize("name", [name for name in WAYS if name != "host's, reentrant"])  # there the host loses it
+def test_a_balance_loss_has_its_gradient(checkpoint: Checkpoint, name: str) -> None:
+    """It is computed from the routers' logits, which Transformers collects on the way through the layers."""
+    folder = checkpoint("qwen3_moe", router_aux_loss_coef=10.0)
+    plain, checkpointed = stock(folder, lora()), stock(folder, lora())
+    WAYS[name](checkpointed)
+    collecting = batch() | {"output_router_logits": True}
+    truth = run(plain, collecting)
+    for _ in range(2):
+        assert_equal_within(run(checkpointed, collecting), truth, 1e-12)
+
+
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 def test_two_passes_before_one_backward(checkpoint: Checkpoint, way: Any) -> None:
     """As preference losses do: each pass has its own routing to replay, whatever the order of recomputation."""

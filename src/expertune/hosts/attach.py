@@ -6,14 +6,16 @@ switch that replay on for the router.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import torch
 from peft.tuners.lora.layer import ParamWrapper
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -249,7 +251,7 @@ def _checkpointed(model: nn.Module) -> list[Any]:
 def is_checkpoint_ours(layer: Any) -> bool:
     """Whether a layer runs again by our checkpoint function, not by one of the host's, replayed or not."""
     function = layer._gradient_checkpointing_func
-    return isinstance(function, ReplayingCheckpoint) and function.checkpoint is checkpoint_layer
+    return isinstance(function, ReplayingCheckpoint) and function.checkpoint is _checkpoint_layer
 
 
 def _checkpoint(layer: Any, model: PreTrainedModel, state: Attached) -> None:
@@ -262,7 +264,17 @@ def _checkpoint(layer: Any, model: PreTrainedModel, state: Attached) -> None:
         tiles=state.memory.tiles,
     )
     host = layer._gradient_checkpointing_func
-    layer._gradient_checkpointing_func = state.replay.wrap(checkpoint_layer, host=host, memory=memory)
+    layer._gradient_checkpointing_func = state.replay.wrap(_checkpoint_layer, host=host, memory=memory)
+
+
+def _checkpoint_layer(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """As `checkpoint_layer`, and right for what Transformers collects on the way, such as logits for a balance loss.
+
+    It leaves the layer beside its outputs, where torch's reentrant way carries no gradient.
+    """
+    if not torch.compiler.is_compiling() and graphs.is_collecting():
+        return checkpoint(partial(function, **kwargs), *args, use_reentrant=False)
+    return checkpoint_layer(function, *args, **kwargs)
 
 
 def _replay(layer: Any, state: Attached) -> None:

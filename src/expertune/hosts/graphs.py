@@ -122,6 +122,11 @@ def status(recorder: Recorder) -> str:
     return f"CUDA graphs: {whole} of {len(layers)} layers{parts_alone}, {kinds} kinds of calls{refused}"
 
 
+def is_collecting() -> bool:
+    """Whether Transformers collects something from the model that runs now."""
+    return bool(_collected())
+
+
 def _collected() -> dict[str, list[Any]]:
     """What Transformers collects from the model that runs now, by its name."""
     collected = output_capturing._active_collector.get() or {}

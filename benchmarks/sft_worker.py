@@ -1,0 +1,187 @@
+"""What the process of one peer does in `sft_step.py`: load the model as the peer says, take steps, time them."""
+
+import argparse
+import gc
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+from parts import sum_by_part
+from shapes import SHAPES, attention_targets, expert_targets, longest_context
+
+PEERS = ("transformers", "expertune", "unsloth")
+
+
+def work(peer: str, args: argparse.Namespace) -> None:
+    """Print a line of JSON a context and, if asked for, one with the longest that trains."""
+    contexts = [int(context) for context in args.contexts.split(",")]
+    limit = longest_context(args.shape)
+    model = load(peer, args, limit if args.longest else max(contexts))
+    import torch
+
+    def trained(context: int, steps: int) -> dict[str, Any] | None:
+        try:
+            return train(peer, model, args, context, steps)
+        except torch.OutOfMemoryError:
+            return None
+        finally:
+            model.zero_grad(set_to_none=True)
+            gc.collect()
+            torch.cuda.empty_cache()
+
+    fits = 0
+    for context in contexts:
+        row = trained(context, args.steps)
+        fits = max(fits, context) if row else fits
+        print(json.dumps({"context": context} | (row or {"ms": None})), flush=True)
+    if args.longest:
+        found = longest(lambda context: trained(context, 2) is not None, fits, limit)
+        print(json.dumps({"longest": found}), flush=True)
+
+
+def longest(trains: Callable[[int], bool], fits: int, limit: int, grain: int = 1024) -> int:
+    """The most tokens, in whole grains beyond `fits`, that train; found within a sixteenth or a grain.
+
+    Args:
+        trains: whether a context trains.
+        fits: a context that does, or 0.
+        limit: the most tokens that are tried.
+        grain: tokens.
+    """
+    good, bad = fits // grain, limit // grain + 1  # in grains
+    while bad - good > max(1, good // 16):
+        middle = min(max(2 * good, 1), (good + bad) // 2)
+        good, bad = (middle, bad) if trains(middle * grain) else (good, middle)
+    return max(fits, good * grain)
+
+
+def load(peer: str, args: argparse.Namespace, max_seq_length: int) -> Any:
+    """The model with LoRA, as the peer's documentation says."""
+    targets, experts = attention_targets(args.shape), expert_targets(args.shape)
+    lora = {"r": args.rank, "lora_alpha": 2 * args.rank}
+    if peer == "unsloth":
+        from unsloth import FastLanguageModel  # it must be imported before Transformers
+
+        model, _ = FastLanguageModel.from_pretrained(
+            model_name=args.folder, max_seq_length=max_seq_length, load_in_4bit=False, dtype=None, local_files_only=True
+        )
+        settings = {"use_gradient_checkpointing": "unsloth", "lora_dropout": 0, "bias": "none"}
+        return FastLanguageModel.get_peft_model(model, **lora, target_modules=targets + experts, **settings)
+    if peer == "expertune":
+        import expertune
+
+        model, _ = expertune.load(args.folder, max_seq_length=max_seq_length, memory=args.memory)
+        return expertune.add_lora(model, **lora, target_modules=targets + experts)
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    device = {"": 0} if torch.cuda.is_available() else None
+    faster = {"experts_implementation": "grouped_mm"} if experts else {}
+    model = AutoModelForCausalLM.from_pretrained(args.folder, device_map=device, dtype=torch.bfloat16, **faster)
+    parameters = [f"mlp.experts.{name}" for name in experts]
+    config = LoraConfig(**lora, target_modules=targets, target_parameters=parameters, task_type="CAUSAL_LM")
+    return get_peft_model(model, config)
+
+
+def train(peer: str, model: Any, args: argparse.Namespace, context: int, steps: int) -> dict[str, Any]:
+    """Some steps at one context length."""
+    import torch
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+    from trl import SFTConfig, SFTTrainer
+
+    on_gpu = torch.cuda.is_available()
+    vocab = SHAPES[args.shape][1]["vocab_size"]
+    ids = torch.randint(4, vocab, (steps, context), generator=torch.Generator().manual_seed(context)).tolist()
+    data = Dataset.from_dict({"input_ids": ids, "attention_mask": [[1] * context] * steps, "labels": ids})
+    clock = _clock(steps)
+    config = SFTConfig(
+        output_dir=tempfile.mkdtemp(),
+        max_length=context,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=1,  # said, because Unsloth's own default is 2
+        warmup_steps=0,
+        max_steps=steps,
+        learning_rate=1e-4,
+        logging_steps=1,
+        bf16=on_gpu,
+        use_cpu=not on_gpu,
+        optim="adamw_8bit" if on_gpu else "adamw_torch",
+        gradient_checkpointing=peer == "transformers",
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        lr_scheduler_type="constant",
+    )
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    tokenizer = AutoTokenizer.from_pretrained(args.folder)
+    ours = {}
+    if peer == "expertune" and on_gpu and args.adam == "expertune":
+        from expertune import AdamW8bit
+
+        ours["optimizer_cls_and_kwargs"] = (AdamW8bit, {"lr": config.learning_rate})
+    trainer = SFTTrainer(
+        model=model, args=config, train_dataset=data, processing_class=tokenizer, callbacks=[clock], **ours
+    )
+    trainer.train()
+    spans = clock.spans
+    counted = spans[4:-1] or spans[-1:]  # of ours, the fourth step records graphs
+    ms = statistics.median(counted)
+    row = {
+        "ms": round(ms, 1),
+        "ms_min": round(min(counted), 1),
+        "first_step_ms": round(spans[0], 1),
+        "tokens_per_s": round(1000 * context / ms),
+        "loss": [round(log["loss"], 4) for log in trainer.state.log_history if "loss" in log],
+    }
+    if on_gpu:
+        row["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+        row["reserved_gib"] = round(torch.cuda.max_memory_reserved() / 2**30, 2)
+        row["part_ms"] = _by_part(clock.profiler)
+    return row
+
+
+def _clock(steps: int) -> Any:
+    """Takes the time of each step, and profiles the last."""
+    import torch
+    from transformers import TrainerCallback
+
+    class Clock(TrainerCallback):
+        def __init__(self) -> None:
+            self.spans: list[float] = []
+            self.profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            _synchronize()
+            if len(self.spans) == steps - 1 and torch.cuda.is_available():
+                self.profiler.start()
+            self.start = time.perf_counter()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            _synchronize()
+            self.spans.append(1000 * (time.perf_counter() - self.start))
+            if len(self.spans) == steps and torch.cuda.is_available():
+                self.profiler.stop()
+
+    return Clock()
+
+
+def _synchronize() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _by_part(profiler: Any) -> dict[str, float]:
+    """Milliseconds of the GPU, by part."""
+    from torch.autograd import DeviceType
+
+    events = [e for e in profiler.key_averages() if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
+    return sum_by_part([(event.key, event.self_device_time_total / 1000) for event in events])

@@ -1,0 +1,115 @@
+"""The shapes that are measured: models of the real widths, with random weights, and what LoRA is put on."""
+
+from pathlib import Path
+from typing import Any
+
+_QWEN3 = {
+    "vocab_size": 151936,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+    "max_position_embeddings": 262144,
+}
+_TINY = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "moe_intermediate_size": 32,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+}
+_GPT_OSS = {
+    "vocab_size": 201088,
+    "hidden_size": 2880,
+    "intermediate_size": 2880,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "num_local_experts": 32,
+    "num_experts_per_tok": 4,
+    "sliding_window": 128,
+    "max_position_embeddings": 131072,
+}
+_GLM = {
+    "vocab_size": 154880,
+    "hidden_size": 2048,
+    "intermediate_size": 10240,
+    "moe_intermediate_size": 1536,
+    "num_attention_heads": 20,
+    "num_key_value_heads": 20,
+    "n_routed_experts": 64,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 4,
+    "q_lora_rank": 768,
+    "kv_lora_rank": 512,
+    "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 192,
+    "v_head_dim": 256,
+    "routed_scaling_factor": 1.8,
+    "norm_topk_prob": True,
+    "max_position_embeddings": 202752,
+}
+_GEMMA3 = {
+    "vocab_size": 262208,
+    "hidden_size": 3840,
+    "intermediate_size": 15360,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 256,
+    "sliding_window": 1024,
+    "max_position_embeddings": 131072,
+}
+# name: the model type of Transformers, and its widths
+SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "tiny": ("qwen3_moe", _QWEN3 | _TINY),
+    "qwen3": ("qwen3_moe", _QWEN3),  # Qwen3-30B-A3B
+    "gptoss": ("gpt_oss", _GPT_OSS),  # gpt-oss-20b
+    "glm": ("glm4_moe_lite", _GLM),  # GLM-4.7-Flash
+    "gemma3": ("gemma3_text", _GEMMA3),  # Gemma-3-12B, dense: what its attention alone is worth
+}
+_QKVO = ("q_proj", "k_proj", "v_proj", "o_proj")
+_MLA = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
+_SPECIAL = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2, "tie_word_embeddings": False}
+
+
+def attention_targets(shape: str) -> list[str]:
+    """The attention's linears that take LoRA."""
+    return list(_MLA if shape == "glm" else _QKVO)
+
+
+def expert_targets(shape: str) -> list[str]:
+    """The experts' projections that take LoRA; none of a dense model."""
+    return [] if shape == "gemma3" else ["gate_up_proj", "down_proj"]
+
+
+def longest_context(shape: str) -> int:
+    """Tokens that the model's positions reach."""
+    return int(SHAPES[shape][1]["max_position_embeddings"])
+
+
+def model_config(shape: str, layers: int, **overrides: Any) -> Any:
+    """Transformers' config of the shape with this many layers."""
+    from transformers import AutoConfig  # here, not above: a peer may want to be imported before it
+
+    model_type, widths = SHAPES[shape]
+    return AutoConfig.for_model(model_type, **widths | _SPECIAL | overrides, num_hidden_layers=layers)
+
+
+def write_model(shape: str, layers: int, folder: Path, seed: int = 0) -> None:
+    """A checkpoint of the shape with random weights in bfloat16."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = AutoModelForCausalLM.from_config(model_config(shape, layers), dtype=torch.bfloat16)
+    model.save_pretrained(folder, max_shard_size="4GB")

@@ -1,0 +1,32 @@
+"""Kernels are counted to the part of a step that runs them."""
+
+import pytest
+
+from parts import PARTS, part_of, sum_by_part
+
+NAMES = {
+    "void kOptimizerStatic8bit2StateBlockwise<float, 0, 256, 1>(f": "optimizer",
+    "_adamw_8bit_kernel": "optimizer",
+    "void at::native::(anonymous namespace)::multi_tensor_apply_kernel<": "optimizer",
+    "cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_26": "attention",
+    "void pytorch_flash::flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel": "attention",
+    "_linear_kernel": "experts",
+    "_forward_kernel": "experts",
+    "_repack_kernel": "experts",
+    "_ZN7cutlass13device_kernelIN2at4cuda6detail25enable_3x_kernel_for_sm9xINS_4gemm": "experts",
+    "nvjet_sm90_tst_192x208_64x4_1x2_h_bz_coopB_TNT": "dense products",
+    "_norm_kernel": "the rest",
+    "_norm_backward_kernel": "the rest",
+    "_rotary_kernel": "the rest",
+    "Memcpy DtoD (Device -> Device)": "the rest",
+}
+
+
+@pytest.mark.parametrize(("kernel", "part"), NAMES.items())
+def test_a_kernel_has_its_part(kernel: str, part: str) -> None:
+    assert part_of(kernel) == part
+
+
+def test_milliseconds_are_added_up() -> None:
+    kernels = [("_linear_kernel", 1.25), ("_combine_kernel", 0.5), ("_norm_kernel", 0.25)]
+    assert sum_by_part(kernels) == dict.fromkeys(PARTS, 0) | {"experts": 1.75, "the rest": 0.25}
