@@ -134,14 +134,44 @@ def test_explain_says_what_a_step_keeps_computes_again_and_moves(checkpoint: Che
     model = expertune.optimize(load_tiny(checkpoint("qwen3_moe")), memory=memory)
     assert str(expertune.explain(model)).splitlines()[-1] == SAID[memory]
     assert str(expertune.explain(expertune.optimize(model))).splitlines()[-1] == SAID[memory]
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.gradient_checkpointing_enable({"use_reentrant": False})  # which our setting takes the place of
     for _ in range(2):
-        assert "by gradient checkpointing that was turned on elsewhere" in str(expertune.explain(model))
+        assert str(expertune.explain(model)).splitlines()[-1] == SAID[memory]
         run(model, batch())
     model.gradient_checkpointing_disable()
     off = f"memory {memory}: no layer runs again in backward"
     assert str(expertune.explain(model)).splitlines()[-1].startswith(off)
 
 
-def test_explain_says_nothing_of_memory_where_nobody_has_set_it(checkpoint: Checkpoint) -> None:
-    assert "memory" not in str(expertune.explain(expertune.optimize(load_tiny(checkpoint("qwen3_moe")))))
+def test_explain_where_nobody_has_set_it(checkpoint: Checkpoint) -> None:
+    model = expertune.optimize(load_tiny(checkpoint("qwen3_moe")))
+    assert "memory" not in str(expertune.explain(model))
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    for _ in range(2):
+        assert "by gradient checkpointing that was turned on elsewhere" in str(expertune.explain(model))
+        run(model, batch())
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "gemma3_text"])
+@pytest.mark.parametrize("when", ["before the first step", "between steps"])
+def test_what_was_set_takes_the_place_of_a_trainers_gradient_checkpointing(
+    checkpoint: Checkpoint, family: str, when: str
+) -> None:
+    """TRL turns it on by default; then a plain `SFTTrainer` would run every layer again, whatever `load` was told."""
+    keeping, plain = (expertune.optimize(load_tiny(checkpoint(family)), memory=m) for m in ("fast", None))
+    leanly, lane = load_tiny(checkpoint(family)), Lane()
+    lean(leanly, lane)
+    for model in (keeping, leanly):
+        if when == "between steps":
+            run(model, batch())
+            lane.bytes_moved.clear()
+        model.gradient_checkpointing_enable({"use_reentrant": True})
+    for _ in range(2):
+        truth = run(plain, batch())
+        assert_equal_within(run(keeping, batch()), truth, 1e-12)
+        assert_equal_within(run(leanly, batch()), truth, 1e-12)
+        assert not keeping.is_gradient_checkpointing
+        assert lane.bytes_moved
+        lane.bytes_moved.clear()
+    expertune.restore(leanly)
+    assert leanly.model.layers[0]._gradient_checkpointing_func.keywords == {"use_reentrant": True}

@@ -51,6 +51,7 @@ CHECKPOINTING: dict[str, tuple[str | None, dict[str, Any]]] = {
         {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
     ),
     "both": ("auto", {"gradient_checkpointing": True}),
+    "ours keeps": ("fast", {"gradient_checkpointing": True}),
 }
 
 
@@ -70,7 +71,7 @@ def test_the_loss_curve_is_stock_pefts(
     trainer.add_callback(GradientProof())
     trainer.train()
     assert trainer.losses == pytest.approx(stock_curve("qwen3_moe"), rel=1e-5)
-    passes = 2 if memory or settings else 1
+    passes = 1 if memory == "fast" or not (memory or settings) else 2
     assert walks == [backend] * (passes * 2 * NUM_STEPS)
 
 

@@ -6,7 +6,7 @@ switch that replay on for the router.
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -92,7 +92,6 @@ def attach(
     peft.check(model, {id(module): plan for module, plan in plans})
     found_norms, found_rotaries = norms.find(model), rotary.find(model)
     taken = [each for each in decoders(model) if attention.is_ours(each) or attention.why_not(each) is None]
-    ours = [layer for layer in _checkpointed(model) if is_checkpoint_ours(layer)]
     if (before := attached(model)) is not None:
         state.memory = before.memory
     detach(model)
@@ -116,8 +115,8 @@ def attach(
         state.handles.append(block.register_forward_hook(partial(_after_block, state.replay), always_call=True))
     for decoder in decoders(model):
         state.handles.append(decoder.register_forward_pre_hook(partial(_before_decoder, model, state)))
-    for layer in ours:
-        _checkpoint(layer, model, state)
+    if state.memory is not None:
+        _spare([layer for layer in state.layers if layer.gradient_checkpointing], model, state)
     state.recorder = Recorder(graphs.TransformersHost(state.replay)) if uses_graphs else None
     model._expertune = state
     parameters.bind(model)
@@ -248,12 +247,6 @@ def _checkpointed(model: nn.Module) -> list[Any]:
     ]
 
 
-def is_checkpoint_ours(layer: Any) -> bool:
-    """Whether a layer runs again by our checkpoint function, not by one of the host's, replayed or not."""
-    function = layer._gradient_checkpointing_func
-    return isinstance(function, ReplayingCheckpoint) and function.checkpoint is _checkpoint_layer
-
-
 def _checkpoint(layer: Any, model: PreTrainedModel, state: Attached) -> None:
     """Give a layer our own checkpoint function, with what the setting of memory adds to it."""
     assert state.memory is not None
@@ -302,16 +295,26 @@ def _after_block(replay: RoutingReplay, _block: nn.Module, _args: Any, _output: 
 
 
 def _before_decoder(model: PreTrainedModel, state: Attached, _decoder: nn.Module, _args: Any) -> None:
-    """Take in what changed since the last batch: new adapters, a trainer's own forward or gradient checkpointing."""
+    """Take in what changed since the last batch: new adapters, a trainer's own forward or gradient checkpointing.
+
+    Trainers turn that on by default (TRL does). Where `memory` was set, it says what runs again; elsewhere theirs does.
+    """
     trl_head.bind(model)
+    theirs = [layer for layer in state.layers if layer.gradient_checkpointing and not _is_replayed(layer)]
+    if state.memory is not None:
+        _spare(theirs, model, state)
     if not state.blocks:
         return
     if state.adapters != _adapters_of(model) or any(_is_unbound(c) for b in state.blocks for c in b.children()):
         bind_all(model)
         state.adapters = _adapters_of(model)
-    for layer in state.layers:
-        if layer.gradient_checkpointing and not isinstance(layer._gradient_checkpointing_func, ReplayingCheckpoint):
+    if state.memory is None:
+        for layer in theirs:
             _replay(layer, state)
+
+
+def _is_replayed(layer: Any) -> bool:
+    return isinstance(layer._gradient_checkpointing_func, ReplayingCheckpoint)
 
 
 def _is_unbound(module: nn.Module) -> bool:
@@ -338,12 +341,19 @@ def set_memory(model: PreTrainedModel, state: Attached, memory: str) -> None:
         transformers.plan_of(module).tiles = state.memory.tiles if state.memory.planner is None else None
     if not model.supports_gradient_checkpointing:
         return
-    # renamed in transformers 5.2x; the old names warn there and end with version 6
-    if memory == "fast":
+    if memory != "fast":
+        # renamed in transformers 5.2x; the old names warn there and end with version 6
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    _spare(state.layers, model, state)
+
+
+def _spare(layers: Sequence[Any], model: PreTrainedModel, state: Attached) -> None:
+    """Let layers with gradient checkpointing on run again as the setting of memory says, if at all."""
+    assert state.memory is not None
+    if layers and state.memory.name == "fast":
         disable = getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable
         disable()
         return
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
-    for layer in state.layers:
+    for layer in layers:
         _checkpoint(layer, model, state)

@@ -6,7 +6,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from expertune.hosts import attention, graphs, trl_head
-from expertune.hosts.attach import Attached, attached, blocks, decoders, is_checkpoint_ours
+from expertune.hosts.attach import Attached, attached, blocks, decoders
 from expertune.hosts.peft import experts_in, wrappers_of
 from expertune.hosts.transformers import first_name, has_norm, plan_of
 
@@ -103,10 +103,11 @@ def _attention(decoder: PreTrainedModel) -> str:
 
 def _memory(state: Attached) -> str | None:
     run_again = [layer for layer in state.layers if layer.gradient_checkpointing]
-    if not all(map(is_checkpoint_ours, run_again)):
-        return "of a step: every layer runs again in backward, by gradient checkpointing that was turned on elsewhere"
     if state.memory is None:
-        return None
+        elsewhere = (
+            "of a step: every layer runs again in backward, by gradient checkpointing that was turned on elsewhere"
+        )
+        return elsewhere if run_again else None
     if not run_again and state.memory.name != "fast":
         return f"{state.memory.name}: no layer runs again in backward, because gradient checkpointing is off"
     return str(state.memory)
