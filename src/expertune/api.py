@@ -38,7 +38,7 @@ def load(
     load_in_4bit: bool = False,
     dtype: torch.dtype | str | None = None,
     backend: str | None = None,
-    memory: str = "auto",
+    memory: str | None = "auto",
     full_finetuning: bool = False,
     **from_pretrained: Any,
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
@@ -54,6 +54,7 @@ def load(
         memory: "lean" checkpoints every layer, with the routing replayed, moves long inputs of layers to the host and
             walks long batches in tiles; "auto" checkpoints only those layers whose activations the card has no room
             for (found in the first step), and is lean in steps that would not fit even so; "fast" checkpoints none.
+            It takes the place of a trainer's `gradient_checkpointing`; None leaves that to the trainer.
         full_finetuning: train all base weights. Otherwise they are frozen, until `add_lora` adds what is trained.
         from_pretrained: more arguments for `AutoModelForCausalLM.from_pretrained` (`revision`, `trust_remote_code`, …).
             With `attn_implementation` the attention stays the host's.
@@ -161,7 +162,7 @@ def optimize(
     Args:
         model: a Transformers or PEFT model. Adapters that are attached later are taken in too.
         backend: as for `load`.
-        memory: as for `load`; None leaves gradient checkpointing as it is.
+        memory: as for `load`; None leaves what was set before, and gradient checkpointing as it is.
         attention: "auto" runs it through ours where the host would form all scores (sinks, sliding windows); "host"
             leaves it as it is.
         graphs: whether attention and dense layers with adapters may be replayed as CUDA graphs, once calls on the same
