@@ -14,6 +14,8 @@ from transformers import PreTrainedTokenizerFast
 
 import expertune
 from tests.conftest import Checkpoint
+from tests.families.found import family
+from tests.families.tiny import tiny_model
 from tests.hosts.adapters import lora, several_adapters, stock
 from tests.hosts.models import SHARED, batch, load_tiny, save_tiny, tokenizer
 from tests.hosts.passes import assert_equal_within, run
@@ -60,6 +62,23 @@ def test_load_an_adapter(folder: Path, tmp_path: Path) -> None:
     assert isinstance(model, PeftModel)
     assert tokenizer("<7>")["input_ids"] == [7]
     assert_equal_within(run(model.train(), batch()), run(theirs, batch()), 1e-12)
+
+
+def test_load_a_model_that_also_sees(tmp_path: Path) -> None:
+    """Its own auto class is another one."""
+    model = tiny_model(family("qwen3_vl_moe"))
+    model.save_pretrained(tmp_path)
+    tokenizer(SHARED["vocab_size"]).save_pretrained(tmp_path)
+    loaded, _ = expertune.load(str(tmp_path), attn_implementation="eager")
+    assert type(loaded) is type(model)
+    assert "4 layers with experts" in str(expertune.explain(loaded))
+
+
+def test_load_reads_config_and_tokenizer_from_where_the_weights_are(folder: Path, tmp_path: Path) -> None:
+    folder.rename(tmp_path / "moved")
+    model, read = expertune.load(str(tmp_path), subfolder="moved", local_files_only=True)
+    assert model.config.model_type == "qwen3_moe"
+    assert read("<7>")["input_ids"] == [7]
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from expertune.api import add_lora, explain, load, optimize, restore, trained
+    from expertune.hosts.trl import GradientProof
     from expertune.optim.adamw_8bit import AdamW8bit
 
-__all__ = ["AdamW8bit", "add_lora", "explain", "load", "optimize", "restore", "trained"]
+__all__ = ["AdamW8bit", "GradientProof", "add_lora", "explain", "load", "optimize", "restore", "trained"]
 __version__ = "0.1.0"
+
+_ELSEWHERE = {"AdamW8bit": "expertune.optim.adamw_8bit", "GradientProof": "expertune.hosts.trl"}
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'expertune' has no attribute {name!r}")
-    module = "expertune.optim.adamw_8bit" if name == "AdamW8bit" else "expertune.api"
-    return getattr(importlib.import_module(module), name)
+    return getattr(importlib.import_module(_ELSEWHERE.get(name, "expertune.api")), name)

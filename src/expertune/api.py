@@ -15,10 +15,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from rich.console import Console
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from expertune.backends import PREFERRED
 from expertune.hosts import attach, peft, report
+from expertune.hosts.classes import auto_class
 from expertune.hosts.coverage import Coverage, coverage
 from expertune.hosts.targets import Targets, resolve
 from expertune.hosts.transformers import num_positions
@@ -26,6 +27,17 @@ from expertune.hosts.transformers import num_positions
 _BACKEND_VARIABLE = "EXPERTUNE_MOE_BACKEND"
 # Fields of LoraConfig by which PEFT chooses among modules, but not among parameters.
 _SELECTING = ("layers_to_transform", "layers_pattern", "exclude_modules", "layer_replication")
+# What `from_pretrained` of models, configs and tokenizers all take.
+_OF_THE_HUB = (
+    "revision",
+    "trust_remote_code",
+    "token",
+    "subfolder",
+    "cache_dir",
+    "local_files_only",
+    "force_download",
+    "proxies",
+)
 _MEMORY = ("auto", "fast", "lean")
 _ATTENTION = ("auto", "host")
 _Model = TypeVar("_Model", bound=nn.Module)
@@ -56,8 +68,9 @@ def load(
             for (found in the first step), and is lean in steps that would not fit even so; "fast" checkpoints none.
             It takes the place of a trainer's `gradient_checkpointing`; None leaves that to the trainer.
         full_finetuning: train all base weights. Otherwise they are frozen, until `add_lora` adds what is trained.
-        from_pretrained: more arguments for `AutoModelForCausalLM.from_pretrained` (`revision`, `trust_remote_code`, …).
-            With `attn_implementation` the attention stays the host's.
+        from_pretrained: more arguments for `from_pretrained` of the model, and of config and tokenizer where they take
+            them (`revision`, `subfolder`, `local_files_only`, …). With `attn_implementation` the attention stays the
+            host's.
 
     Raises:
         ValueError: a setting is unknown or cannot be honoured for this model, or nothing of it would run better (see
@@ -72,14 +85,14 @@ def load(
     saved, base = _adapter_and_base(name_or_path)
     if saved is not None and full_finetuning:
         raise ValueError(f"{name_or_path} is an adapter; full_finetuning=True needs a whole model. Merge it first.")
-    shared = {key: from_pretrained[key] for key in ("revision", "trust_remote_code", "token") if key in from_pretrained}
+    shared = {key: from_pretrained[key] for key in _OF_THE_HUB if key in from_pretrained}
     config = AutoConfig.from_pretrained(base, **shared)
     _check_length(max_seq_length, config)
     if "attn_implementation" in from_pretrained:
         _check_attention(from_pretrained["attn_implementation"], config, shared.get("trust_remote_code"))
     if torch.cuda.is_available():
         from_pretrained.setdefault("device_map", {"": torch.cuda.current_device()})
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype or "auto", **from_pretrained)
+    model = auto_class(config).from_pretrained(base, dtype=dtype or "auto", **from_pretrained)
     if saved is not None:
         peft.check_saved(saved, model)
     tokenizer = AutoTokenizer.from_pretrained(base, **shared)
@@ -165,8 +178,8 @@ def optimize(
         memory: as for `load`; None leaves what was set before, and gradient checkpointing as it is.
         attention: "auto" runs it through ours where the host would form all scores (sinks, sliding windows); "host"
             leaves it as it is.
-        graphs: whether attention and dense layers with adapters may be replayed as CUDA graphs, once calls on the same
-            number of tokens, of at most 4,096, have come twice.
+        graphs: whether layers with adapters, or parts of them, may be replayed as CUDA graphs, once calls of the same
+            shapes, on at most 4,096 tokens, have come twice.
 
     Raises:
         ValueError: a layer, an adapter or a setting cannot be honoured, or the model has neither experts nor attention
@@ -247,7 +260,7 @@ def _check_length(max_seq_length: int | None, config: Any) -> None:
 def _check_attention(asked: Any, config: Any, trust_remote_code: bool | None) -> None:
     """Refuse an attention that the host cannot run here. It says so when it builds the model, here without memory."""
     with torch.device("meta"):
-        make = partial(AutoModelForCausalLM.from_config, trust_remote_code=trust_remote_code)
+        make = partial(auto_class(config).from_config, trust_remote_code=trust_remote_code)
         try:
             make(copy.deepcopy(config), attn_implementation=asked)  # which it writes into the config
         except (ImportError, ValueError) as error:
@@ -262,7 +275,7 @@ def _check_lora_settings(targets: Targets, r: int, settings: dict[str, Any]) -> 
     """Refuse before PEFT changes the model what PEFT cannot do on parameters."""
     if r < 1:
         raise ValueError(f"r must be at least 1, got {r}.")
-    if selecting := [key for key in _SELECTING if settings.get(key)]:
+    if selecting := [key for key in _SELECTING if settings.get(key) is not None]:
         raise ValueError(
             f"{', '.join(selecting)} would not reach the experts, so add_lora does not take it. Name what to train in "
             "target_modules by dotted endings of its path, such as 'layers.0.self_attn.q_proj'."

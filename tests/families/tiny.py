@@ -33,6 +33,7 @@ SIZES: dict[str, Any] = {
     "n_routed_experts": 8,
     "moe_num_experts": 8,
     "num_experts_per_tok": 2,
+    "num_experts_per_token": 2,
     "top_k_experts": 2,
     "moe_topk": 2,
     "moe_k": 2,

@@ -147,6 +147,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "DoRA": ({"use_dora": True}, "use_dora=True cannot be used on experts"),
     "LoRA bias": ({"lora_bias": True}, "lora_bias=True cannot be used on experts"),
     "layers_to_transform": ({"layers_to_transform": [1]}, r"layers_to_transform.*layers\.0\.self_attn"),
+    "the first layer": ({"layers_to_transform": 0}, "layers_to_transform"),
     "exclude_modules": ({"exclude_modules": ["o_proj"]}, "exclude_modules"),
     "rank zero": ({"r": 0}, "r must be at least 1, got 0"),
     "parameter that is not there": ({"target_parameters": ["mlp.experts.w1"]}, r"mlp\.experts\.w1.*match nothing"),

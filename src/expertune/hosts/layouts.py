@@ -4,8 +4,9 @@ made, and the flags of its own classes say how they lie."""
 from dataclasses import dataclass
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
+from expertune.hosts.classes import auto_class, top_k_of
 from expertune.hosts.transformers import layout_of, named_experts
 from expertune.shapes import ExpertsLayout
 
@@ -35,11 +36,12 @@ def outline(name_or_path: str) -> ExpertsOutline:
     """
     config = AutoConfig.from_pretrained(name_or_path)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = auto_class(config).from_config(config)
     layouts = tuple(dict.fromkeys(layout_of(module) for _, module in named_experts(model)))
     if not layouts:
         raise ValueError(f"{name_or_path} ({config.model_type}) has no experts.")
-    top_k = getattr(config.get_text_config(), "num_experts_per_tok", None)
-    if not isinstance(top_k, int):
-        raise ValueError(f"the config of {name_or_path} ({config.model_type}) has no num_experts_per_tok.")
+    if (top_k := top_k_of(config)) is None:
+        raise ValueError(
+            f"the config of {name_or_path} ({config.model_type}) does not say how many experts a token takes."
+        )
     return ExpertsOutline(layouts=layouts, top_k=top_k)

@@ -12,6 +12,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from expertune.hosts import attention, peft, transformers
 from expertune.hosts.attach import blocks, decoders
+from expertune.hosts.classes import top_k_of
 from expertune.memory.needs import LayerBytes, ModelBytes
 
 _ROW_BYTES = 14  # three words of the routing, and the router's weight in 16 bits or more
@@ -62,13 +63,13 @@ def _layer_bytes(text: PreTrainedModel) -> Iterator[LayerBytes]:
     """Each layer from the first one that is trained: those before it keep nothing."""
     config = text.config.get_text_config()
     width = getattr(config, "hidden_size", 0)  # a config without these names makes the bound lower, not wrong
-    top_k = getattr(config, "num_experts_per_tok", None)
+    top_k = top_k_of(config) or 1
     has_gradient = False
     for layer in _layers(text):
         is_trained = any(p.requires_grad for p in layer.parameters())
         if has_gradient or is_trained:
             itemsize = min((p.element_size() for p in layer.parameters() if p.is_floating_point()), default=0)
-            kept = [_kept(e, top_k if isinstance(top_k, int) else 1, has_gradient) for e in _experts(layer)]
+            kept = [_kept(e, top_k, has_gradient) for e in _experts(layer)]
             yield LayerBytes(input=itemsize * width, kept=min(kept, default=0))
         has_gradient = has_gradient or is_trained
 

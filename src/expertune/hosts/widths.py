@@ -4,6 +4,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedConfig
 
+from expertune.hosts.classes import top_k_of
 from expertune.hosts.transformers import is_experts, layout_of
 
 
@@ -17,7 +18,7 @@ def width_of(layer: nn.Module, config: PreTrainedConfig) -> int:
         layer: with its experts, if it has any.
         config: of the model. Where it does not say how many experts a token takes, all are counted.
     """
-    top_k = getattr(config.get_text_config(), "num_experts_per_tok", None)
+    top_k = top_k_of(config)
     tuners = [module for module in layer.modules() if isinstance(module, BaseTunerLayer)]
     held = [getattr(tuner, name, None) for tuner in tuners for name in tuner.adapter_layer_names]
     factors = {inner for each in held if isinstance(each, nn.Module) for inner in each.modules()}
