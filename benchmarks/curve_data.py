@@ -18,20 +18,28 @@ def read_rows(path: Path | None, number: int) -> list[dict[str, Any]]:
     """The first rows of a JSON-lines file, or the demo's sentences with their translations.
 
     Args:
-        path: of a file whose rows have `prompt` and `completion`, or `messages`. None: the demo's.
+        path: of a file whose rows have `prompt` and `completion`, `question` and `answer` (GSM8K), or `messages`.
+            None: the demo's.
         number: of rows, at most.
 
     Raises:
-        ValueError: a row has neither.
+        ValueError: a row has none of them.
     """
     if path is None:
         pairs = translating(Questions(seed=0).train(number))
         return [{"prompt": question, "completion": f" {answer}"} for question, answer in pairs]
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()[:number]]
-    for line, row in enumerate(rows, start=1):
-        if not ({"prompt", "completion"} <= row.keys() or "messages" in row):
-            raise ValueError(f"{path}, line {line}: expected prompt and completion, or messages, got {sorted(row)}")
-    return rows
+    return [_row(row, f"{path}, line {line}") for line, row in enumerate(rows, start=1)]
+
+
+def _row(row: dict[str, Any], where: str) -> dict[str, Any]:
+    if {"question", "answer"} <= row.keys():
+        return {"prompt": row["question"], "completion": f"\n{row['answer']}"}
+    if not ({"prompt", "completion"} <= row.keys() or "messages" in row):
+        raise ValueError(
+            f"{where}: expected prompt and completion, question and answer, or messages, got {sorted(row)}"
+        )
+    return row
 
 
 def train_tokenizer(rows: list[dict[str, Any]], vocabulary: int) -> PreTrainedTokenizerFast:

@@ -182,7 +182,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--seeds", default="0,1,2,3,4,5,6,7")
     parser.add_argument("--variants", default=",".join(VARIANTS), help=f"the first must be {REFERENCE}")
-    parser.add_argument("--data", type=Path, help="JSON lines with prompt and completion, or messages")
+    parser.add_argument(
+        "--data", type=Path, help="JSON lines with prompt and completion, question and answer, or messages"
+    )
     parser.add_argument("--rows", type=int, default=1024, help="of the data, at most")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--context", type=int, default=256, help="tokens of a packed row, and at most of a row")
