@@ -100,15 +100,32 @@ def test_gradients_are_those_without(
 
 
 @pytest.mark.parametrize("name", [name for name in WAYS if name != "host's, reentrant"])  # there the host loses it
-def test_a_balance_loss_has_its_gradient(checkpoint: Checkpoint, name: str) -> None:
+def test_a_balance_loss_has_its_gradient(checkpoint: Checkpoint, walks: list[str], name: str) -> None:
     """It is computed from the routers' logits, which Transformers collects on the way through the layers."""
     folder = checkpoint("qwen3_moe", router_aux_loss_coef=10.0)
-    plain, checkpointed = stock(folder, lora()), stock(folder, lora())
+    plain, checkpointed = stock(folder, lora()), stock(folder, lora())  # the truth is stock's own
     WAYS[name](checkpointed)
     collecting = batch() | {"output_router_logits": True}
     truth = run(plain, collecting)
     for _ in range(2):
+        walks.clear()
         assert_equal_within(run(checkpointed, collecting), truth, 1e-12)
+        assert len(walks) == 2 * checkpointed.config.num_hidden_layers
+
+
+@pytest.mark.parametrize("name", [name for name in WAYS if name != "host's, reentrant"])
+def test_a_loss_on_what_is_collected_has_its_gradient(checkpoint: Checkpoint, name: str) -> None:
+    """The outputs of each layer once, in order."""
+    truth: dict[str, Tensor] = {}
+    for way in (expertune.optimize, WAYS[name]):
+        model: Any = stock(checkpoint("qwen3_moe"), lora())
+        way(model)
+        states = model(**batch(), output_hidden_states=True, output_router_logits=True).hidden_states
+        assert len(states) == 1 + model.config.num_hidden_layers
+        sum(number * state.square().mean() for number, state in enumerate(states)).backward()
+        grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+        assert_equal_within(grads, truth or grads, 1e-12)
+        truth = grads
 
 
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)

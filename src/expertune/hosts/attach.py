@@ -6,24 +6,22 @@ switch that replay on for the router.
 """
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import torch
 from peft.tuners.lora.layer import ParamWrapper
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from expertune.graphs.piece import Recorder
 from expertune.hosts import attention, forwards, graphs, llama4, norms, parameters, peft, rotary, transformers, trl_head
+from expertune.hosts.collected import checkpoint_collecting
 from expertune.hosts.widths import width_of
-from expertune.memory.checkpoint import checkpoint_layer
 from expertune.memory.policy import Policy, policy_of
 from expertune.memory.replay import LayerMemory, ReplayingCheckpoint, RoutingReplay
 
@@ -257,17 +255,7 @@ def _checkpoint(layer: Any, model: PreTrainedModel, state: Attached) -> None:
         tiles=state.memory.tiles,
     )
     host = layer._gradient_checkpointing_func
-    layer._gradient_checkpointing_func = state.replay.wrap(_checkpoint_layer, host=host, memory=memory)
-
-
-def _checkpoint_layer(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """As `checkpoint_layer`, and right for what Transformers collects on the way, such as logits for a balance loss.
-
-    It leaves the layer beside its outputs, where torch's reentrant way carries no gradient.
-    """
-    if not torch.compiler.is_compiling() and graphs.is_collecting():
-        return checkpoint(partial(function, **kwargs), *args, use_reentrant=False)
-    return checkpoint_layer(function, *args, **kwargs)
+    layer._gradient_checkpointing_func = state.replay.wrap(checkpoint_collecting, host=host, memory=memory)
 
 
 def _replay(layer: Any, state: Attached) -> None:

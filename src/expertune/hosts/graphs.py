@@ -4,7 +4,7 @@ At short context the many small operations of a layer take longer to submit than
 """
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import output_capturing
 
 from expertune.graphs.piece import Piece, Recorder
-from expertune.hosts import attention, forwards, rotary
+from expertune.hosts import attention, collected, forwards, rotary
 from expertune.hosts.transformers import is_experts
 from expertune.memory.replay import RoutingReplay
 
@@ -49,27 +49,19 @@ class TransformersHost:
             kwargs.get("attention_mask"), kwargs.get("position_ids")
         ):
             return None
-        return str(implementation), tuple(_collected())
+        return str(implementation), collected.names()
 
     def is_observer(self, hook: Callable[..., Any]) -> bool:
         """Whether it is Transformers', or our own around a block, which serves checkpointed layers alone."""
         return getattr(getattr(hook, "func", hook), "__module__", None) in _OBSERVERS
 
-    @contextmanager
-    def catching(self) -> Iterator[dict[str, list[Any]]]:
+    def catching(self) -> AbstractContextManager[dict[str, list[Any]]]:
         """Lists in place of those that the hooks append to."""
-        caught: dict[str, list[Any]] = {key: [] for key in _collected()}
-        token = output_capturing._active_collector.set(caught)
-        try:
-            yield caught
-        finally:
-            output_capturing._active_collector.reset(token)
+        return collected.catching(collected.names())
 
     def deliver(self, caught: dict[str, list[Any]]) -> None:
         """Append to those lists."""
-        collected = _collected()
-        for key, values in caught.items():
-            collected[key].extend(values)
+        collected.deliver(caught)
 
 
 def bind(layers: Sequence[nn.Module], recorder: Recorder) -> None:
@@ -120,14 +112,3 @@ def status(recorder: Recorder) -> str:
     parts_alone = f" and {len(recorded) - whole} parts of layers" if len(recorded) > whole else ""
     refused = "".join(f"; {kind.__name__} cannot be: {reason}" for kind, reason in recorder.refused.items())
     return f"CUDA graphs: {whole} of {len(layers)} layers{parts_alone}, {kinds} kinds of calls{refused}"
-
-
-def is_collecting() -> bool:
-    """Whether Transformers collects something from the model that runs now."""
-    return bool(_collected())
-
-
-def _collected() -> dict[str, list[Any]]:
-    """What Transformers collects from the model that runs now, by its name."""
-    collected = output_capturing._active_collector.get() or {}
-    return {name: values for name, values in collected.items() if isinstance(values, list)}
