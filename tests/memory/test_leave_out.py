@@ -1,6 +1,7 @@
 """The experts' output is left out of a recomputation only where nothing after the experts is saved."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +24,24 @@ class _Experts(torch.autograd.Function):
         return 3 * dout, None
 
 
+class _Keeping(torch.autograd.Function):
+    """Squares its input, which it keeps on its context without saving it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.x = x.detach()
+        return x * x
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> Any:
+        return 2 * ctx.x * dout
+
+
+def _keeping(out: Tensor) -> Tensor:
+    kept: Tensor = _Keeping.apply(out)  # type: ignore[no-untyped-call]
+    return kept
+
+
 class _Layer(nn.Module):
     """Dropout, experts, and what comes after them."""
 
@@ -38,7 +57,7 @@ class _Layer(nn.Module):
         dropped = F.dropout(x, 0.5)
         self.left_out.append(tape.leave_out.is_on)
         out: Tensor = _Experts.apply(dropped, tape.leave_out.is_on)  # type: ignore[no-untyped-call]
-        tape.leave_out.begin()
+        tape.leave_out.begin(out)
         return x + self.after(out)
 
 
@@ -56,8 +75,9 @@ def _grad(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         (lambda out: 2 * out.view(3, 2, 2).flatten(1), [[False, True], [False, True]]),
         (lambda out: out.square(), [[False, True, False], [False, False]]),
         (lambda out: (out + 1).tanh(), [[False, True, False], [False, False]]),
+        (_keeping, [[False, True, False], [False, False]]),
     ],
-    ids=["nothing saved", "the output saved", "what was made of it saved"],
+    ids=["nothing saved", "the output saved", "what was made of it saved", "the output kept by a custom function"],
 )
 def test_gradients_and_runs(after: Callable[[Tensor], Tensor], runs: list[list[bool]]) -> None:
     torch.manual_seed(0)

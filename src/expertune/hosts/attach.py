@@ -22,6 +22,7 @@ from expertune.graphs.piece import Recorder
 from expertune.hosts import attention, forwards, graphs, llama4, norms, parameters, peft, rotary, transformers, trl_head
 from expertune.hosts.collected import checkpoint_collecting
 from expertune.hosts.widths import width_of
+from expertune.memory.leave_out import LeaveOut
 from expertune.memory.policy import Policy, policy_of
 from expertune.memory.replay import LayerMemory, ReplayingCheckpoint, RoutingReplay
 
@@ -255,12 +256,22 @@ def _checkpoint(layer: Any, model: PreTrainedModel, state: Attached) -> None:
         tiles=state.memory.tiles,
     )
     host = layer._gradient_checkpointing_func
-    layer._gradient_checkpointing_func = state.replay.wrap(checkpoint_collecting, host=host, memory=memory)
+    layer._gradient_checkpointing_func = state.replay.wrap(
+        checkpoint_collecting, host, memory, LeaveOut(partial(_is_watched, layer))
+    )
 
 
 def _replay(layer: Any, state: Attached) -> None:
     """Replay the routing under the host's checkpoint function, and keep that for `detach`."""
-    layer._gradient_checkpointing_func = state.replay.wrap(layer._gradient_checkpointing_func)
+    layer._gradient_checkpointing_func = state.replay.wrap(
+        layer._gradient_checkpointing_func, leave_out=LeaveOut(partial(_is_watched, layer))
+    )
+
+
+def _is_watched(layer: nn.Module) -> bool:
+    """Whether hooks lie on a layer or in it that are neither ours nor Transformers'."""
+    hooks = (hooks for m in layer.modules() for hooks in (m._forward_hooks, m._forward_pre_hooks) if hooks)
+    return not all(graphs.is_observer(hook) for each in hooks for hook in each.values())
 
 
 def decoders(model: PreTrainedModel) -> list[PreTrainedModel]:

@@ -52,8 +52,8 @@ class TransformersHost:
         return str(implementation), collected.names()
 
     def is_observer(self, hook: Callable[..., Any]) -> bool:
-        """Whether it is Transformers', or our own around a block, which serves checkpointed layers alone."""
-        return getattr(getattr(hook, "func", hook), "__module__", None) in _OBSERVERS
+        """See `is_observer`."""
+        return is_observer(hook)
 
     def catching(self) -> AbstractContextManager[dict[str, list[Any]]]:
         """Lists in place of those that the hooks append to."""
@@ -62,6 +62,11 @@ class TransformersHost:
     def deliver(self, caught: dict[str, list[Any]]) -> None:
         """Append to those lists."""
         collected.deliver(caught)
+
+
+def is_observer(hook: Callable[..., Any]) -> bool:
+    """Whether a hook is Transformers', or our own around a block, which serves checkpointed layers alone."""
+    return getattr(getattr(hook, "func", hook), "__module__", None) in _OBSERVERS
 
 
 def bind(layers: Sequence[nn.Module], recorder: Recorder) -> None:

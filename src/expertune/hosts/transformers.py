@@ -306,7 +306,7 @@ def _walk(
         rows = choose_rows() if tape is None else tape.once(choose_rows)
         out_TD = experts(x_TD, rows, weight_TK, pair, step, leaves_out=leaves_out)
     if is_last and tape is not None:
-        tape.leave_out.begin()
+        tape.leave_out.begin(out_TD)
     return out_TD
 
 

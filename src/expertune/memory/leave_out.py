@@ -3,17 +3,22 @@
 A checkpointed layer is run again for what its backward saved. The last thing that most MoE layers do is to add the
 experts' output to the residual, and an addition saves nothing: so down and combine, a sixth of the experts' work under
 checkpointing, need not be done again. Nothing is assumed about a host: whoever saves a tensor after the experts is
-caught at it, the layer is run once more in full, and from then on always.
+caught at it, the layer is run once more in full, and from then on always. So it is where a custom function of autograd
+comes after the experts, which may keep what it reads without saving it. A layer that somebody looks into by hooks is
+run in full as long as they are there.
 
 Only under the reentrant checkpoint. The other stops by itself once all that was saved is there, and counts what is.
 """
 
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import Node
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 
@@ -22,25 +27,34 @@ class _OutputNeededError(Exception):
 
 
 class LeaveOut:
-    """What one layer has shown so far. One object a layer, kept from step to step."""
+    """What one layer has shown so far. One object a layer, kept from step to step.
 
-    def __init__(self) -> None:
-        self._is_right = True
+    Args:
+        is_watched: whether somebody looks into the layer, who is not to see zeros.
+    """
+
+    def __init__(self, is_watched: Callable[[], bool] = lambda: False) -> None:
+        self._is_watched = is_watched
+        self._is_right: bool | None = None  # not known before the first time
         self._guard: ExitStack | None = None
+        self._left_out: list[Node] = []
 
     def rerun(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run the layer again, without its experts' output as long as that is right."""
-        if self._is_right:
+        if self._is_right is not False and not self._is_watched():
             cpu_state, device_states = torch.get_rng_state(), get_device_states(*args)
             try:
                 with ExitStack() as self._guard:
-                    return function(*args, **kwargs)
+                    out = function(*args, **kwargs)
+                    self._check(out)
+                    return out
             except _OutputNeededError:
                 self._is_right = False
                 torch.set_rng_state(cpu_state)
                 set_device_states(*device_states)
             finally:
                 self._guard = None
+                self._left_out.clear()
         return function(*args, **kwargs)
 
     @property
@@ -48,10 +62,42 @@ class LeaveOut:
         """Whether the experts of this run shall yield zeros."""
         return self._guard is not None
 
-    def begin(self) -> None:
-        """The experts have yielded zeros: from here to the end of the layer, nothing may be saved."""
+    def begin(self, out_TD: Tensor) -> None:
+        """The experts have yielded zeros, `out_TD`: from here to the end of the layer, nothing may be saved."""
         if self._guard is not None:
             self._guard.enter_context(torch.autograd.graph.saved_tensors_hooks(_refuse, _refuse))
+            if out_TD.grad_fn is not None:
+                self._left_out.append(out_TD.grad_fn)
+
+    def _check(self, out: Any) -> None:
+        if self._is_right is None:
+            outputs = out if isinstance(out, tuple | list) else (out,)
+            ends = [each.grad_fn for each in outputs if isinstance(each, Tensor) and each.grad_fn is not None]
+            if any(isinstance(node, BackwardCFunction) for node in _between(self._left_out, ends)):
+                raise _OutputNeededError
+            self._is_right = True
+
+
+def _between(starts: Iterable[Node], ends: Iterable[Node]) -> set[Node]:
+    """The nodes by which `ends` were made of `starts`."""
+    readers: dict[Node, list[Node]] = defaultdict(list)
+    seen = set(ends)
+    to_visit = list(seen)
+    while to_visit:
+        node = to_visit.pop()
+        for made_of, _ in node.next_functions:
+            if made_of is not None:
+                readers[made_of].append(node)
+                if made_of not in seen:
+                    seen.add(made_of)
+                    to_visit.append(made_of)
+    found: set[Node] = set()
+    to_visit = list(starts)
+    while to_visit:
+        new = set(readers[to_visit.pop()]) - found
+        found |= new
+        to_visit.extend(new)
+    return found
 
 
 def _refuse(_saved: Tensor) -> Tensor:

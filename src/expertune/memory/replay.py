@@ -113,6 +113,7 @@ class RoutingReplay:
         checkpoint: Callable[..., Any],
         host: Callable[..., Any] | None = None,
         memory: LayerMemory | None = None,
+        leave_out: LeaveOut | None = None,
     ) -> "ReplayingCheckpoint":
         """A checkpoint function, with a tape around each run of a layer and its second one.
 
@@ -120,8 +121,11 @@ class RoutingReplay:
             checkpoint: as torch's.
             host: the one it stands in for.
             memory: by what the layer spares more, or whether it is checkpointed at all; None for neither.
+            leave_out: of the layer.
         """
-        return ReplayingCheckpoint(self, checkpoint, host or checkpoint, memory or LayerMemory())
+        return ReplayingCheckpoint(
+            self, checkpoint, host or checkpoint, memory or LayerMemory(), leave_out or LeaveOut()
+        )
 
     @contextmanager
     def using(self, tape: Tape) -> Iterator[None]:
@@ -163,13 +167,18 @@ class ReplayingCheckpoint:
     """Calls as `torch.utils.checkpoint.checkpoint` does, with one tape shared by a layer's first run and its reruns."""
 
     def __init__(
-        self, replay: RoutingReplay, checkpoint: Callable[..., Any], host: Callable[..., Any], memory: LayerMemory
+        self,
+        replay: RoutingReplay,
+        checkpoint: Callable[..., Any],
+        host: Callable[..., Any],
+        memory: LayerMemory,
+        leave_out: LeaveOut,
     ) -> None:
         self.checkpoint = checkpoint
         self.host = host
         self._memory = memory
         self._replay = replay
-        self._leave_out = LeaveOut()
+        self._leave_out = leave_out
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run `function` under the host's checkpoint, or without one if that is the plan."""
