@@ -89,6 +89,23 @@ def test_router_logits_and_their_loss_are_the_hosts(checkpoint: Checkpoint) -> N
     assert capture.replays > 3 * 2 * 2
 
 
+def test_explain_says_that_no_more_are_made(checkpoint: Checkpoint) -> None:
+    """Once their memory was given back three times, for steps that needed it."""
+    ours, _, _ = both(checkpoint("qwen3_moe"))
+    recorder = attached(ours.get_base_model()).recorder  # type: ignore[union-attr]
+    assert recorder is not None
+    ids = torch.randint(3, 60, (2, 9))
+    for _ in range(3):
+        assert "no more are made" not in str(expertune.explain(ours))
+        for _ in range(3):
+            step(ours, ids)
+        assert "2 of 2 layers" in str(expertune.explain(ours))
+        recorder.release()
+    for _ in range(4):
+        step(ours, ids)
+    assert "CUDA graphs: 0 of 2 layers, 0 kinds of calls; no more are made" in str(expertune.explain(ours))
+
+
 def test_hidden_states_and_attentions_are_collected(checkpoint: Checkpoint) -> None:
     ours, stock, capture = both(checkpoint("qwen3_moe"))
     for seed in range(5):

@@ -92,10 +92,6 @@ class Steps(Protocol):
         """`h_NG`, as `linear` gives it, and its gate's `a_NF`."""
         ...
 
-    def gate_forward(self, gate: Gate, h_NG: Tensor) -> Tensor:
-        """`a_NF`."""
-        ...
-
     def gate_backward(
         self,
         gate: Gate,

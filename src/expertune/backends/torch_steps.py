@@ -83,9 +83,6 @@ class TorchSteps:
         h_NG = self.linear(x_NI, w_EIO, routing, low_rank=low_rank, bias_EO=bias_EO)
         return h_NG, gate.forward(h_NG)
 
-    def gate_forward(self, gate: Gate, h_NG: Tensor) -> Tensor:
-        return gate.forward(h_NG)
-
     def gate_backward(
         self,
         gate: Gate,
