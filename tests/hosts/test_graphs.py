@@ -75,6 +75,18 @@ def test_every_step_is_the_same(checkpoint: Checkpoint, family: str) -> None:
     assert "CUDA graphs: 2 of 2 layers, 1 kinds of calls" in str(expertune.explain(ours))
 
 
+def test_a_trainers_gradient_checkpointing_does_not_keep_a_layer_from_being_recorded(checkpoint: Checkpoint) -> None:
+    """TRL turns it on by default, and lets inputs require gradients for it."""
+    ours, stock, capture = both(checkpoint("qwen3_moe"), memory="fast")
+    for model in (ours, stock):
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    for seed in range(5):
+        ids = tokens(seed)
+        torch.testing.assert_close(step(ours, ids), step(stock, ids))
+    assert capture.replays == 3 * 2 * 2
+
+
 def test_router_logits_and_their_loss_are_the_hosts(checkpoint: Checkpoint) -> None:
     """The routers' logits leave a recording as outputs with gradient, and only where they are asked for."""
     ours, stock, capture = both(checkpoint("qwen3_moe"))
