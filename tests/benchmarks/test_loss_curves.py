@@ -33,12 +33,12 @@ def test_three_steps(tmp_path: Path) -> None:
     assert (tmp_path / "loss_curves.png").is_file()
 
 
-def test_rows_are_prompts_or_messages(tmp_path: Path) -> None:
+def test_rows_are_prompts_questions_or_messages(tmp_path: Path) -> None:
     data = tmp_path / "rows.jsonl"
-    data.write_text('{"prompt": "a", "completion": "b"}\n{"question": "c"}\n')
-    assert read_rows(data, 1) == [{"prompt": "a", "completion": "b"}]
-    with pytest.raises(ValueError, match=r"line 2: expected prompt and completion, or messages, got \['question'\]"):
-        read_rows(data, 2)
+    data.write_text('{"prompt": "a", "completion": "b"}\n{"question": "c", "answer": "d"}\n{"question": "e"}\n')
+    assert read_rows(data, 2) == [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "\nd"}]
+    with pytest.raises(ValueError, match=r"line 3: expected prompt and completion, .*, got \['question'\]"):
+        read_rows(data, 3)
 
 
 def test_the_tokenizer_is_small_and_loses_nothing() -> None:
