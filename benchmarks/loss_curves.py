@@ -16,7 +16,6 @@ provenance and `loss_curves.png`.
 import argparse
 import gc
 import json
-import os
 import sys
 import tempfile
 from dataclasses import asdict, dataclass
@@ -202,7 +201,6 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     """Train, compare, show, write."""
     args, console = arguments(), Console()
-    os.environ["HF_HUB_OFFLINE"] = "1"
     rows = read_rows(args.data, args.rows)
     with tempfile.TemporaryDirectory() as folder:
         curves = measure(args, rows, Path(folder), console)

@@ -34,9 +34,9 @@ class Card:
 CARDS = {
     # An H200: a plain bfloat16 product of 8,192³ random numbers over nearly a second (the first 15 ms read 777, then
     # the card's power limit tells), and a plain copy.
-    "H200": Card(tflops=680, tb_s=4.24),
+    "NVIDIA H200": Card(tflops=680, tb_s=4.24),
     # An H100 (SXM, 80 GB): a plain copy; its products are taken to be the H200's, which has the same chip.
-    "H100": Card(tflops=680, tb_s=3.0),
+    "H100 80GB HBM3": Card(tflops=680, tb_s=3.0),
 }
 
 
@@ -179,7 +179,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--contexts", default="1024,4096,16384")
     parser.add_argument("--rank", type=int, default=64)
-    parser.add_argument("--card", choices=CARDS, default="H200")
+    parser.add_argument("--card", choices=CARDS, default="NVIDIA H200")
     args = parser.parse_args()
     contexts = [int(context) for context in args.contexts.split(",")]
     model = dimensions(args.shape, args.layers)

@@ -19,6 +19,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -67,6 +68,8 @@ def main() -> None:
     parser.add_argument("--folder", help="of the model, to keep it for the next time")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.steps < 6 and torch.cuda.is_available():
+        parser.error("--steps must be at least 6 on a GPU: four warm up, and the last one is profiled")
     os.environ |= {"HF_HUB_OFFLINE": "1", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
     if args.worker:
         peer, _, memory = args.worker.partition(":")

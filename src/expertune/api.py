@@ -1,13 +1,11 @@
 """The verbs: `load`, `add_lora`, `optimize`, `restore`, `explain`."""
 
 import copy
-import json
 import os
 import warnings
 from collections.abc import Sequence
 from functools import partial
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -82,7 +80,7 @@ def load(
             "next to nothing on this model. Load without it."
         )
     requested = _requested(backend, memory)
-    saved, base = _adapter_and_base(name_or_path)
+    saved, base = peft.adapter_and_base(name_or_path)
     if saved is not None and full_finetuning:
         raise ValueError(f"{name_or_path} is an adapter; full_finetuning=True needs a whole model. Merge it first.")
     shared = {key: from_pretrained[key] for key in _OF_THE_HUB if key in from_pretrained}
@@ -211,21 +209,6 @@ def explain(model: nn.Module) -> report.Explanation:
 def trained(model: nn.Module) -> Coverage:
     """What the model trains, by part: the table that `add_lora` prints."""
     return coverage(model)
-
-
-def _adapter_and_base(name_or_path: str) -> tuple[dict[str, Any] | None, str]:
-    """The saved config of an adapter, None for a whole model, and the hub id or folder of the base model."""
-    adapter = Path(name_or_path) / "adapter_config.json"
-    if not adapter.is_file():
-        return None, name_or_path
-    saved = json.loads(adapter.read_text(encoding="utf-8"))
-    base = saved.get("base_model_name_or_path")
-    if not base:
-        raise ValueError(
-            f"{name_or_path} does not say which model it was trained on: write its hub id or folder as "
-            "base_model_name_or_path into adapter_config.json."
-        )
-    return saved, base
 
 
 def _requested(backend: str | None, memory: str | None) -> str:

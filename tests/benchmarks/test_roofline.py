@@ -106,4 +106,6 @@ def test_every_shape_has_a_roofline(shape: str) -> None:
 
 def test_a_card_is_found_by_its_full_name() -> None:
     assert card_of("NVIDIA H100 80GB HBM3") == Card(tflops=680, tb_s=3.0)
-    assert card_of("NVIDIA A100-SXM4-80GB") is None
+    assert card_of("NVIDIA H200") == Card(tflops=680, tb_s=4.24)
+    for other in ("NVIDIA A100-SXM4-80GB", "NVIDIA GH200 480GB", "NVIDIA H100 PCIe"):
+        assert card_of(other) is None

@@ -60,7 +60,7 @@ def test_the_tables_say_what_was_measured() -> None:
 def test_parts_stand_against_their_roofline() -> None:
     table = tables(report())[-1]
     assert table.header == ["expertune: GPU ms / roofline ms (ratio)", "1,024", "4,096"]
-    roof = roofline_ms(step(dimensions("qwen3", 12), 4096, 64), CARDS["H100"])
+    roof = roofline_ms(step(dimensions("qwen3", 12), 4096, 64), CARDS["H100 80GB HBM3"])
     for part, line in zip(PARTS, table.rows, strict=False):
         assert line[0] == part
         assert line[2] == f"16.0 / {roof[part]:.1f} ({16 / roof[part]:.1f}x)"

@@ -83,6 +83,24 @@ def test_a_model_without_experts(desk: Desk, make_base: Callable[..., Path]) -> 
     assert not (desk.folder / "out").exists()
 
 
+def test_weights_that_this_run_reads_are_not_overwritten(desk: Desk) -> None:
+    """As told when memory ran out: "the weights in out/checkpoint-1 stand; to go on from them, set …"."""
+    assert desk.train("r=4", "save_steps=1").exit_code == 0
+    checkpoint = desk.folder / "out" / "checkpoint-1"
+    again = {"model_name_or_path": str(checkpoint), "overwrite_output_dir": True}
+    desk.refuses("this run reads model_name_or_path", "Choose another output_dir", **again)
+    assert (checkpoint / "adapter_config.json").is_file()
+
+
+def test_a_recipe_may_have_an_equals_sign_in_its_path(desk: Desk) -> None:
+    path = desk.folder / "lr=1" / "recipe.yaml"
+    path.parent.mkdir()
+    path.write_text(yaml.safe_dump(desk.recipe))
+    result = CliRunner().invoke(app, ["train", str(path), "max_steps=0"])
+    assert "max_steps" in result.output
+    assert "unknown key" not in result.output
+
+
 def test_unknown_key(desk: Desk) -> None:
     desk.refuses("unknown key 'learning_rat'", "did you mean 'learning_rate'?", learning_rat=3)
 

@@ -3,7 +3,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import Dataset
 
+from expertune.training import files
 from expertune.training.data import Rows, read_data, to_dataset
 from expertune.training.errors import UserError
 from expertune.training.recipe_file import make_recipe
@@ -44,6 +46,33 @@ def test_evaluates_on_other_data(write_rows: Callable[..., Path]) -> None:
     train, held_out = read(write_rows(TEXTS), eval_dataset_name=str(write_rows(TEXTS[:3], "test.jsonl")))
     assert held_out is not None
     assert (len(train), len(held_out)) == (20, 3)
+
+
+def test_settings_of_the_hub_are_for_data_of_the_hub(
+    write_rows: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside which a file may stand."""
+
+    def load(_name: str, config: str | None, *, split: str) -> Any:
+        return Dataset.from_list([{"text": f"{config} {split}"}])
+
+    monkeypatch.setattr(files, "load_dataset", load)
+    path = write_rows(TEXTS)
+    train, held_out = read(path, eval_dataset_name="owner/data", dataset_config="main")
+    assert held_out is not None
+    assert (len(train), held_out.values) == (20, ({"text": "main test"},))
+    train, held_out = read(Path("owner/data"), eval_dataset_name=str(path), dataset_config="main")
+    assert held_out is not None
+    assert (train.values, len(held_out)) == (({"text": "main train"},), 20)
+    with pytest.raises(UserError, match="dataset_config='main' is for hub data sets"):
+        read(path, eval_dataset_name=str(path), dataset_config="main")
+
+
+def test_tools_that_the_first_row_has_not_are_kept() -> None:
+    messages = [{"role": "assistant", "content": "a"}]
+    both = ({"messages": messages}, {"messages": messages, "tools": "[]"})
+    dataset = to_dataset(Rows(shape="messages", values=both, where=("1", "2")), make_tokenizer(CHAT))
+    assert dataset["tools"][:] == [None, "[]"]
 
 
 def test_evaluates_on_the_same_shape_only(write_rows: Callable[..., Path]) -> None:

@@ -1,3 +1,4 @@
+import csv
 import json
 import re
 from collections.abc import Callable
@@ -9,7 +10,7 @@ import pyarrow.csv
 import pyarrow.parquet
 import pytest
 from datasets import Dataset
-from datasets.exceptions import DatasetNotFoundError
+from datasets.exceptions import DataFilesNotFoundError, DatasetGenerationError, DatasetNotFoundError
 
 from expertune.training import files
 from expertune.training.errors import UserError
@@ -55,6 +56,7 @@ BROKEN: dict[str, tuple[str, bytes, str]] = {
     "csv quotes": ("d.csv", b'text\n"a\n', r"d.csv, line \d is not CSV"),
     "csv not utf-8": ("d.csv", b"text\n\xff\n", r"d.csv is not utf-8"),
     "parquet": ("d.parquet", b"no", r"d.parquet is not Parquet"),
+    "too deep": ("d.jsonl", b"[" * 100_000, "d.jsonl, line 1 is nested too deeply"),
     "suffix": ("d.txt", b"text", r"none of the files that can be read: .jsonl, .json, .parquet, .csv"),
 }
 
@@ -64,6 +66,13 @@ def test_names_what_is_broken(name: str, content: bytes, words: str, tmp_path: P
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=words):
         read(tmp_path / name)
+
+
+def test_reads_long_cells_of_csv(tmp_path: Path) -> None:
+    (tmp_path / "d.csv").write_text(f"text\n{'a' * 200_000}\n")
+    limit = csv.field_size_limit()
+    assert len(read(tmp_path / "d.csv")[0][1]["text"]) == 200_000
+    assert csv.field_size_limit() == limit
 
 
 @pytest.mark.parametrize("name", ["missing.jsonl", "./missing", "/missing", "a/b/c"])
@@ -90,3 +99,13 @@ def test_reads_from_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     assert read("owner/data", config="main") == [("owner/data, train, row 1", {"text": "main train"})]
     with pytest.raises(UserError, match=r"there is no file or folder 'owner/other'.*Check the name"):
         read("owner/other")
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, DataFilesNotFoundError, DatasetGenerationError])
+def test_data_of_the_hub_that_cannot_be_read_is_told(kind: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*_: Any, **__: Any) -> Any:
+        raise kind("Dataset scripts are no longer supported")
+
+    monkeypatch.setattr(files, "load_dataset", load)
+    with pytest.raises(UserError, match="cannot be had: Dataset scripts are no longer supported Check"):
+        read("owner/data")

@@ -149,6 +149,8 @@ def test_the_nearest_setting_is_told_and_fits(room_gib: float, fields: dict[str,
 
 def test_where_no_setting_helps_that_is_told() -> None:
     assert "Lower r, train fewer target_modules, or take a smaller model" in refusal(1)
+    assert "Set finetuning_type=lora, or take" in refusal(1, finetuning_type="full")
+    assert "Set finetuning_type=lora, set dtype=bfloat16, or" in refusal(1, finetuning_type="full", dtype="float32")
 
 
 @pytest.mark.parametrize("fields", [{"max_length": None}, {"max_length": 100}, {"packing": True}])

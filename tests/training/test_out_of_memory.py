@@ -1,6 +1,7 @@
 """Out of memory in a run: what is told, and that nothing that was written is lost."""
 
 import json
+import re
 from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
@@ -66,7 +67,8 @@ def test_step_peak_parts_settings_and_checkpoint_are_told(
         "out of GPU memory in step 3. At the peak 2048.00 GiB were held: base weights 0.23, trained weights 0.64, "
         "gradients 0.64, optimizer state 1.28, activations and the rest 2045.20. What helps here, the best first: "
         "memory=lean; per_device_train_batch_size=1 gradient_accumulation_steps=2; optim=adamw_8bit. "
-        f"The weights in {checkpoint} stand; to go on from them, set model_name_or_path={checkpoint}."
+        f"The weights in {checkpoint} stand; to go on from them, set model_name_or_path={checkpoint} and another "
+        "output_dir."
     )
 
 
@@ -141,9 +143,17 @@ def test_lean_is_left_out_where_it_would_do_nothing() -> None:
 
 
 def test_the_rank_of_an_adapter_that_is_trained_further_stays(tmp_path: Path) -> None:
-    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "m"}')
     recipe = recipe_of(model_name_or_path=str(tmp_path))
     assert "r=8" not in settings(recipe, held(weights=10), 4000, can_be_lean=True)
+
+
+def test_adapters_that_do_not_fit_are_told(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    def add_lora(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(expertune, "add_lora", add_lora)
+    assert re.search(r"adapters do not fit .* Lower r, set autocast_adapter_dtype=false, or", failed(make()))
 
 
 def test_weights_that_do_not_fit_are_told(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,6 +37,16 @@ def test_lists_what_it_wrote(tmp_path: Path) -> None:
     assert (state["status"], set(state["wrote"])) == ("finished", WRITTEN)
 
 
+@pytest.mark.parametrize("reads", ["adapter", "adapter/sub", ".", "metrics.jsonl"])
+def test_never_replaces_what_this_run_reads(reads: str, tmp_path: Path) -> None:
+    run(tmp_path)
+    with pytest.raises(UserError, match=r"this run reads model_name_or_path=.*Choose another output_dir"):
+        OutputFolder(tmp_path, overwrite=True, reads={"model_name_or_path": str(tmp_path / reads)})
+    assert files(tmp_path) == WRITTEN
+    elsewhere = {"model_name_or_path": "owner/model", "dataset_name": str(tmp_path.parent), "chat_template_path": None}
+    OutputFolder(tmp_path, overwrite=True, reads=elsewhere)
+
+
 def test_looking_writes_nothing(tmp_path: Path) -> None:
     OutputFolder(tmp_path / "out", overwrite=True)
     assert not (tmp_path / "out").exists()

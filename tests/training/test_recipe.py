@@ -16,6 +16,8 @@ def test_every_field_is_documented() -> None:
 CONTRADICTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "lora in full": ({"finetuning_type": "full", "r": 16}, "r belong to LoRA"),
     "two evaluations": ({"eval_size": 10, "eval_dataset_name": "x.jsonl"}, "eval_size and eval_dataset_name"),
+    "endless": ({"learning_rate": float("inf")}, "finite"),
+    "endless rows": ({"eval_size": float("inf")}, "finite"),
     "half a row": ({"eval_size": 1.5}, "whole number of rows"),
     "no evaluation": ({"eval_steps": 10}, "nothing to evaluate on"),
     "split of nothing": ({"dataset_test_split": "test"}, "without eval_dataset_name"),

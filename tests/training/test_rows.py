@@ -46,6 +46,20 @@ KEPT: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     ),
     "messages": ("messages", {"messages": TALK, "id": 1}, {"messages": TALK}),
     "tools": ("messages", {"messages": TALK, "tools": "[]"}, {"messages": TALK, "tools": "[]"}),
+    "tools of lists": (
+        "prompt_completion",
+        {"prompt": TALK[:2], "completion": TALK[2:], "tools": "[]"},
+        {"prompt": TALK[:2], "completion": TALK[2:], "tools": "[]"},
+    ),
+    "tools and system of sharegpt": (
+        "sharegpt",
+        {
+            "system": "s",
+            "tools": "[]",
+            "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}],
+        },
+        {"messages": TALK, "tools": "[]"},
+    ),
     "alpaca": (
         "alpaca",
         {"instruction": "i", "output": "o", "input": None},
@@ -65,6 +79,11 @@ def test_keeps_what_the_shape_needs(shape: str, row: dict[str, Any], expected: d
 
 
 WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
+    "two systems": (
+        "sharegpt",
+        {"system": "s", "conversations": [{"from": "system", "value": "t"}, {"from": "gpt", "value": "a"}]},
+        "both field 'system' and the first turn are the system's",
+    ),
     "no answer": ("prompt_completion", {"prompt": "a"}, "field 'completion' is missing"),
     "null answer": ("alpaca", {"instruction": "a", "output": None}, "field 'output' is missing"),
     "empty answer": ("prompt_completion", {"prompt": "a", "completion": " "}, "field 'completion' is empty"),

@@ -1,5 +1,6 @@
 """`expertune train`: a run from a recipe, or the demo."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -16,7 +17,7 @@ def train(
 ) -> None:
     """Fine-tune a model as a recipe says. Paths in the recipe are relative to the working directory."""
     values = list(overrides or [])
-    if recipe is not None and "=" in recipe:
+    if recipe is not None and "=" in recipe and not Path(recipe).is_file():
         values.insert(0, recipe)
         recipe = None
     if wrong := [value for value in values if "=" not in value]:

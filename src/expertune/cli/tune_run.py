@@ -25,7 +25,7 @@ from expertune.kernels.tuning.lookup import TUNED, Key
 from expertune.kernels.tuning.search import Timer, Trial, best, median_us, search
 from expertune.kernels.tuning.tables import candidates
 from expertune.shapes import ExpertsLayout, LoraFactors, Problem
-from expertune.training.errors import UserError
+from expertune.training.errors import UserError, one_paragraph
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +94,7 @@ def request_for(model: str | Sequence[int], *, rank: int, tokens: Sequence[int],
                 ),
             )
     except (ValueError, OSError) as error:
-        raise UserError(f"model {model!r}: {' '.join(str(error).split())}") from error
+        raise UserError(f"model {model!r}: {one_paragraph(error)}") from error
     if any(top_k > layout.num_experts for layout in layouts):
         raise UserError(f"a token cannot take {top_k} of {layouts[0].num_experts} experts.")
     return Request(layouts=layouts, top_k=top_k, rank=rank, tokens=tuple(tokens), dtype=getattr(torch, dtype))

@@ -8,8 +8,10 @@ The plain linears beside the experts keep PEFT's equation, in two operations an 
 step of short context such small operations take longer to submit than to run.
 """
 
+import json
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -140,6 +142,25 @@ def _check(wrapper: ParamWrapper, base: nn.Module, plan: ExpertsPlan) -> None:
                 f"{expected}, the layout of PEFT 0.19.1 and later. Train it again, or convert it with the PEFT that "
                 "wrote it."
             )
+
+
+def adapter_and_base(name_or_path: str) -> tuple[dict[str, Any] | None, str]:
+    """The saved config of an adapter, None for a whole model, and the hub id or folder of the base model.
+
+    Raises:
+        ValueError: the config does not say which that is.
+    """
+    adapter = Path(name_or_path) / "adapter_config.json"
+    if not adapter.is_file():
+        return None, name_or_path
+    saved = json.loads(adapter.read_text(encoding="utf-8"))
+    base = saved.get("base_model_name_or_path")
+    if not base:
+        raise ValueError(
+            f"{name_or_path} does not say which model it was trained on: write its hub id or folder as "
+            "base_model_name_or_path into adapter_config.json."
+        )
+    return saved, base
 
 
 def check_saved(saved: Mapping[str, Any], model: nn.Module) -> None:

@@ -3,13 +3,14 @@
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa  # type: ignore[import-untyped]
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from expertune.training.errors import UserError
+from expertune.training.errors import UserError, one_paragraph
 from expertune.training.files import Row, read_rows
 from expertune.training.recipe import Recipe
 from expertune.training.rows import COLUMNS, alpaca_to_prompt, detect, make_row
@@ -39,11 +40,16 @@ def read_data(recipe: Recipe) -> tuple[Rows, Rows | None]:
     Raises:
         UserError: the data is not there, has no shape that is known, or a row is wrong.
     """
-    config = recipe.dataset_config
-    rows = read_rows(recipe.dataset_name, split=recipe.dataset_train_split, default_split="train", config=config)
+    rows = read_rows(
+        recipe.dataset_name,
+        split=recipe.dataset_train_split,
+        default_split="train",
+        config=_config(recipe, recipe.dataset_name),
+    )
     train = _checked(recipe.dataset_name, rows, recipe)
     if (name := recipe.eval_dataset_name) is not None:
-        rows = read_rows(name, split=recipe.dataset_test_split, default_split="test", config=config)
+        split, config = recipe.dataset_test_split, _config(recipe, name)
+        rows = read_rows(name, split=split, default_split="test", config=config)
         held_out = _checked(name, rows, recipe)
         if _kind(held_out) != _kind(train):
             raise UserError(
@@ -54,6 +60,13 @@ def read_data(recipe: Recipe) -> tuple[Rows, Rows | None]:
     if recipe.eval_size:
         return _split(train, recipe)
     return train, None
+
+
+def _config(recipe: Recipe, name: str) -> str | None:
+    """`dataset_config` for one of the recipe's data sets: not for a file where the other one is of the hub."""
+    names = [each for each in (recipe.dataset_name, recipe.eval_dataset_name) if each is not None]
+    is_for_another = Path(name).exists() and not all(Path(each).exists() for each in names)
+    return None if is_for_another else recipe.dataset_config
 
 
 def to_dataset(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> Dataset:
@@ -78,10 +91,12 @@ def to_dataset(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> Dataset:
             "model's tokenizer_config.json."
         )
     try:
-        return Dataset.from_list(values)
+        # not from_list, which takes the columns of the first row alone
+        columns = dict.fromkeys(column for row in values for column in row)
+        return Dataset.from_dict({column: [row.get(column) for row in values] for column in columns})
     except pa.ArrowException as error:
         raise UserError(
-            f"the rows cannot be laid into one table: {' '.join(str(error).split())}. Give every row the same types; "
+            f"the rows cannot be laid into one table: {one_paragraph(error)}. Give every row the same types; "
             "tools may be a JSON string."
         ) from error
 

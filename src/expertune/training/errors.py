@@ -6,3 +6,8 @@ class UserError(ValueError):
 
     The command line prints it without a traceback; anything else that is raised is a bug and keeps its traceback.
     """
+
+
+def one_paragraph(error: Exception) -> str:
+    """What an error of somebody else's says, on one line."""
+    return " ".join(str(error).split())

@@ -14,9 +14,11 @@ from typing import Any
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from datasets import load_dataset
-from datasets.exceptions import DatasetNotFoundError
+from datasets.exceptions import DatasetsError
 
-from expertune.training.errors import UserError
+from expertune.training.errors import UserError, one_paragraph
+
+_LONGEST_CELL = 2**31 - 1  # of a CSV file; Python's own limit is 131,072 characters
 
 Row = tuple[str, dict[str, Any]]
 """Where a row came from, in words, and its values by column name."""
@@ -88,6 +90,8 @@ def _json(where: str, text: bytes) -> Any:
         return json.loads(text.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise UserError(f"{where} is not utf-8: {error}. Save the file as utf-8.") from error
+    except RecursionError as error:
+        raise UserError(f"{where} is nested too deeply to be read. Mend or remove it.") from error
     except json.JSONDecodeError as error:
         is_lines = error.msg == "Extra data"
         hint = "It looks like one object a line: name the file .jsonl." if is_lines else "Mend or remove it."
@@ -103,6 +107,7 @@ def _object(where: str, row: Any) -> dict[str, Any]:
 
 
 def _read_csv(file: Path) -> Iterator[Row]:
+    limit = csv.field_size_limit(_LONGEST_CELL)
     with file.open(encoding="utf-8-sig", newline="") as lines:
         reader = csv.DictReader(lines, strict=True)
         try:
@@ -117,6 +122,8 @@ def _read_csv(file: Path) -> Iterator[Row]:
             raise UserError(f"{file}, line {reader.line_num} is not CSV: {error}. Mend or remove it.") from error
         except UnicodeDecodeError as error:
             raise UserError(f"{file} is not utf-8: {error}. Save it as utf-8.") from error
+        finally:
+            csv.field_size_limit(limit)
 
 
 def _read_parquet(file: Path) -> Iterator[Row]:
@@ -133,11 +140,10 @@ def _read_parquet(file: Path) -> Iterator[Row]:
 def _read_hub(name: str, split: str, config: str | None) -> Iterator[Row]:
     try:
         rows = load_dataset(name, config, split=split)
-    except (DatasetNotFoundError, ValueError, ConnectionError) as error:
-        reason = " ".join(str(error).split())
+    except (DatasetsError, ValueError, ConnectionError, RuntimeError) as error:  # of all kinds, by what is wrong
         raise UserError(
             f"there is no file or folder {name!r} in {Path.cwd()}, and as a data set of the hub it cannot be had: "
-            f"{reason} Check the name, dataset_config and the split ({split!r})."
+            f"{one_paragraph(error)} Check the name, dataset_config and the split ({split!r})."
         ) from error
     for number, row in enumerate(rows, start=1):
         yield f"{name}, {split}, row {number}", row

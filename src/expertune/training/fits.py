@@ -5,18 +5,22 @@ out of memory later.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
 
 from expertune.memory.needs import Batches, ModelBytes, Needs, least_needs
 from expertune.training.errors import UserError
+from expertune.training.metrics import GIB
 from expertune.training.recipe import Recipe
 
-GIB = 2**30
-_LENGTH_MULTIPLE = 256
+LENGTH_MULTIPLE = 256  # of lengths that are advised
+Lengths: TypeAlias = Sequence[int] | NDArray[np.integer[Any]]
 
 
-def check_fits(recipe: Recipe, model: ModelBytes, lengths: Sequence[int], room: int) -> None:
+def check_fits(recipe: Recipe, model: ModelBytes, lengths: Lengths, room: int) -> None:
     """Refuse a run whose steps need more than there is.
 
     Args:
@@ -29,7 +33,7 @@ def check_fits(recipe: Recipe, model: ModelBytes, lengths: Sequence[int], room: 
         UserError: says what is needed by part, what there is, and the nearest setting that needs no more.
     """
     budget = room + model.base + model.trained
-    lengths = sorted(lengths)  # once: settings are tried by the dozen
+    lengths = np.sort(np.asarray(lengths))  # once: settings are tried by the hundred
 
     def fits(change: dict[str, Any]) -> bool:
         return needs(recipe.model_copy(update=change), model, lengths).total <= budget
@@ -40,11 +44,11 @@ def check_fits(recipe: Recipe, model: ModelBytes, lengths: Sequence[int], room: 
     change = next(filter(fits, _changes(recipe, lengths)), None)
     raise UserError(
         f"a step of this run takes at least {in_gib(needed.total)} GiB ({parts_in_gib(needed.parts())}), but the card "
-        f"has {in_gib(budget)} GiB for it. {_advice(change)}"
+        f"has {in_gib(budget)} GiB for it. {_advice(recipe, change)}"
     )
 
 
-def needs(recipe: Recipe, model: ModelBytes, lengths: Sequence[int]) -> Needs:
+def needs(recipe: Recipe, model: ModelBytes, lengths: Lengths) -> Needs:
     """What a run takes at least.
 
     Args:
@@ -52,12 +56,12 @@ def needs(recipe: Recipe, model: ModelBytes, lengths: Sequence[int]) -> Needs:
         model: the bytes of its model.
         lengths: tokens of each row, before `max_length` cuts them.
     """
-    cut = [min(length, recipe.max_length or length) for length in lengths]
+    cut = np.asarray(lengths) if recipe.max_length is None else np.minimum(lengths, recipe.max_length)
     optimizer = _optimizer_bytes(recipe.optim, model)
     return least_needs(model, optimizer=optimizer, memory=recipe.memory, batches=batches(recipe, cut))
 
 
-def batches(recipe: Recipe, lengths: Sequence[int]) -> Batches:
+def batches(recipe: Recipe, lengths: Lengths) -> Batches:
     """The largest micro batch that a run surely meets, whatever order its rows come in.
 
     Rows are drawn without repetition until all were seen. Of rows that are drawn, at worst the shortest, the longest
@@ -67,7 +71,7 @@ def batches(recipe: Recipe, lengths: Sequence[int]) -> Batches:
         recipe: the run.
         lengths: tokens of each row.
     """
-    ascending = sorted(lengths)
+    ascending = np.sort(np.asarray(lengths))
     num_summed = recipe.gradient_accumulation_steps
     rows = min(recipe.per_device_train_batch_size, len(lengths))
     per_epoch = len(lengths) // rows
@@ -81,11 +85,11 @@ def batches(recipe: Recipe, lengths: Sequence[int]) -> Batches:
 
     def largest(num_batches: int) -> int:
         shortest = ascending[: num_batches * rows]
-        if not shortest:
+        if not len(shortest):
             return 0
         if recipe.packing:  # laid end to end; the largest batch has no less than the mean
-            return max(shortest[-1], sum(shortest) // num_batches)
-        return rows * shortest[-1]  # padded to the longest
+            return int(max(shortest[-1], shortest.sum() // num_batches))
+        return rows * int(shortest[-1])  # padded to the longest
 
     return Batches(tokens=largest(drawn), tokens_later=largest(later), sums_gradients=num_summed > 1)
 
@@ -107,7 +111,7 @@ def _optimizer_bytes(optim: str, model: ModelBytes) -> int:
     return 2 * model.num_gradients if optim == "adamw_8bit" else 0
 
 
-def _changes(recipe: Recipe, lengths: Iterable[int]) -> Iterator[dict[str, Any]]:
+def _changes(recipe: Recipe, lengths: Lengths) -> Iterator[dict[str, Any]]:
     """What to change, the nearest first; another optimizer only where nothing else is enough."""
     nearest = list(_changes_of_activations(recipe, lengths))
     yield from nearest
@@ -115,23 +119,26 @@ def _changes(recipe: Recipe, lengths: Iterable[int]) -> Iterator[dict[str, Any]]
         yield from ({"optim": "adamw_8bit"} | change for change in ({}, *nearest))
 
 
-def _changes_of_activations(recipe: Recipe, lengths: Iterable[int]) -> Iterator[dict[str, Any]]:
+def _changes_of_activations(recipe: Recipe, lengths: Lengths) -> Iterator[dict[str, Any]]:
     rows, num_summed = recipe.per_device_train_batch_size, recipe.gradient_accumulation_steps
     alone = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": rows * num_summed} if rows > 1 else {}
     leanest = {"memory": "auto"} if recipe.memory == "fast" else {}  # "auto" turns lean where it must
     yield leanest
     yield alone
     yield leanest | alone
-    longest = max(min(length, recipe.max_length or length) for length in lengths)
-    for length in range((longest - 1) // _LENGTH_MULTIPLE * _LENGTH_MULTIPLE, 0, -_LENGTH_MULTIPLE):
+    longest = min(max(lengths), recipe.max_length or max(lengths))
+    for length in range((longest - 1) // LENGTH_MULTIPLE * LENGTH_MULTIPLE, 0, -LENGTH_MULTIPLE):
         yield leanest | alone | {"max_length": length}
 
 
-def _advice(change: dict[str, Any] | None) -> str:
+def _advice(recipe: Recipe, change: dict[str, Any] | None) -> str:
     if change is None:
+        is_full = recipe.finetuning_type == "full"
+        smaller = "Set finetuning_type=lora" if is_full else "Lower r, train fewer target_modules"
+        halved = ", set dtype=bfloat16" if recipe.dtype == "float32" else ""
         return (
             "No memory, batch or length makes it fit: the weights, their gradients and the optimizer's state are too "
-            "much. Lower r, train fewer target_modules, or take a smaller model or a larger card."
+            f"much. {smaller}{halved}, or take a smaller model or a larger card."
         )
     settings = " ".join(f"{name}={value}" for name, value in change.items())
     return f"The nearest setting that may fit: {settings}."

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-_GIB = 2**30
+GIB = 2**30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,13 +46,13 @@ def append_json(path: Path, record: Record) -> None:
 def peak_gib() -> float | None:
     """The most memory held so far in GiB: of the GPU, or of the process; None where the system does not tell."""
     if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / _GIB
+        return torch.cuda.max_memory_allocated() / GIB
     if sys.platform == "win32":
         return None
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / _GIB if sys.platform == "darwin" else peak * 1024 / _GIB  # macOS counts bytes, Linux KiB
+    return peak / GIB if sys.platform == "darwin" else peak * 1024 / GIB  # macOS counts bytes, Linux KiB
 
 
 def plot_losses(path: Path, records: Sequence[Record]) -> None:

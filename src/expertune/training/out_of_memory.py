@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from expertune.hosts.peft import adapter_and_base
 from expertune.training.callbacks import Trainer
 from expertune.training.errors import UserError
-from expertune.training.fits import GIB, in_gib, parts_in_gib
-from expertune.training.metrics import peak_gib
+from expertune.training.fits import LENGTH_MULTIPLE, in_gib, parts_in_gib
+from expertune.training.metrics import GIB, peak_gib
 from expertune.training.recipe import Recipe
 from expertune.training.setup import without_adapters
 
 _NUM_SETTINGS = 3
-_LENGTH_MULTIPLE = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,15 +92,16 @@ def settings(recipe: Recipe, held: Held, longest: int, *, can_be_lean: bool) -> 
         longest: tokens of the longest row.
         can_be_lean: whether layers are run again under memory=lean; none is in an evaluation.
     """
+    is_new = adapter_and_base(recipe.model_name_or_path)[0] is None
     rows, num_summed = recipe.per_device_train_batch_size, recipe.gradient_accumulation_steps
     of_activations = {
         "memory=lean": recipe.memory != "lean" and can_be_lean,
         f"per_device_train_batch_size=1 gradient_accumulation_steps={rows * num_summed}": rows > 1,
-        f"max_length={_half(longest)}": longest > _LENGTH_MULTIPLE,
+        f"max_length={_half(longest)}": longest > LENGTH_MULTIPLE,
     }
     of_weights = {
         "optim=adamw_8bit": recipe.optim.startswith("adamw_torch"),
-        f"r={recipe.r // 2}": recipe.finetuning_type == "lora" and recipe.r > 1 and not _is_adapter(recipe),
+        f"r={recipe.r // 2}": recipe.finetuning_type == "lora" and recipe.r > 1 and is_new,
         "finetuning_type=lora": recipe.finetuning_type == "full",
         "dtype=bfloat16": recipe.dtype == "float32",
     }
@@ -112,11 +113,7 @@ def settings(recipe: Recipe, held: Held, longest: int, *, can_be_lean: bool) -> 
 
 
 def _half(length: int) -> int:
-    return max(length // 2 // _LENGTH_MULTIPLE, 1) * _LENGTH_MULTIPLE
-
-
-def _is_adapter(recipe: Recipe) -> bool:
-    return (Path(recipe.model_name_or_path) / "adapter_config.json").is_file()
+    return max(length // 2 // LENGTH_MULTIPLE, 1) * LENGTH_MULTIPLE
 
 
 def _held(trainer: Trainer) -> Held:
@@ -140,4 +137,7 @@ def _num_bytes(tensors: Iterable[Tensor]) -> int:
 def _saved(saves: Sequence[Path]) -> str:
     if not saves:
         return "No weights were saved yet; save_steps saves them on the way."
-    return f"The weights in {saves[-1]} stand; to go on from them, set model_name_or_path={saves[-1]}."
+    return (
+        f"The weights in {saves[-1]} stand; to go on from them, set model_name_or_path={saves[-1]} and another "
+        "output_dir."
+    )

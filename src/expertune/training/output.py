@@ -6,7 +6,7 @@ Folders of weights are written beside their place and renamed: a killed run leav
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,16 @@ class OutputFolder:
     Args:
         path: of the folder.
         overwrite: replace what an earlier run wrote there.
+        reads: what this run reads, by the name of the setting; names that are no paths do no harm.
 
     Raises:
-        UserError: the folder holds an earlier run and `overwrite` is false, or it holds files of somebody else.
+        UserError: the folder holds an earlier run and `overwrite` is false, it holds files of somebody else, or this
+            run reads what would be replaced.
     """
 
-    def __init__(self, path: str | Path, *, overwrite: bool) -> None:
+    def __init__(self, path: str | Path, *, overwrite: bool, reads: Mapping[str, str | None] | None = None) -> None:
         self.path = Path(path)
+        self._reads = {name: Path(read) for name, read in (reads or {}).items() if read is not None}
         self._wrote: list[str] = []
         self._started = ""
         self._earlier = self._check(overwrite=overwrite)
@@ -93,6 +96,12 @@ class OutputFolder:
                 f"output_dir {str(self.path)!r} holds {kind} of {state['started']}. Choose another folder, or set "
                 "overwrite_output_dir=true to replace it."
             )
+        for name, read in self._reads.items():
+            if read.exists() and read.resolve().is_relative_to(self.path.resolve()):
+                raise UserError(
+                    f"output_dir {str(self.path)!r} is not overwritten: this run reads {name}={str(read)!r}, which the "
+                    "earlier run wrote there. Choose another output_dir."
+                )
         earlier: list[str] = state["wrote"]
         folders = {name.partition("/")[0] for name in earlier if "/" in name}
         there = (file for folder in folders for file in (self.path / folder).rglob("*") if file.is_file())

@@ -35,7 +35,7 @@ def _number(value: Any) -> Any:
     return value
 
 
-_Float = Annotated[float, BeforeValidator(_number)]
+_Float = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 
 
 class Recipe(BaseModel):
@@ -52,7 +52,8 @@ class Recipe(BaseModel):
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Only for models whose code you have read."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the base weights; "auto" takes the checkpoint's. Adapters are float32."""
+    """Of the base weights; "auto" takes the checkpoint's. Adapters are float32,
+    unless autocast_adapter_dtype is false."""
     load_in_4bit: bool = False
     """Hold the base weights in 4 bits."""
     moe_backend: str | None = None

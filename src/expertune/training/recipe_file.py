@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from expertune.training.errors import UserError
+from expertune.training.errors import UserError, one_paragraph
 from expertune.training.recipe import Recipe
 
 # A run writes it into the recipe that it leaves, so that one must be readable here; it sets nothing.
@@ -34,7 +34,7 @@ def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recip
         try:
             values[key.strip()] = yaml.safe_load(value)
         except yaml.YAMLError as error:
-            raise UserError(f"the value of {key.strip()!r} is not YAML: {_one_line(error)}.") from error
+            raise UserError(f"the value of {key.strip()!r} is not YAML: {one_paragraph(error)}.") from error
     return make_recipe(values, source=str(path) if path is not None else "the command line")
 
 
@@ -66,9 +66,9 @@ def _read(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise UserError(f"there is no recipe {str(path)!r} in {Path.cwd()}. Check the path.") from error
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"the recipe {str(path)!r} cannot be read: {_one_line(error)}.") from error
+        raise UserError(f"the recipe {str(path)!r} cannot be read: {one_paragraph(error)}.") from error
     except yaml.YAMLError as error:
-        raise UserError(f"the recipe {str(path)!r} is not YAML: {_one_line(error)}. Mend that line.") from error
+        raise UserError(f"the recipe {str(path)!r} is not YAML: {one_paragraph(error)}. Mend that line.") from error
     if not isinstance(values, dict):
         raise UserError(
             f"the recipe {str(path)!r} holds {_kind(values)}, expected lines of `key: value`, such as "
@@ -98,7 +98,3 @@ def _lower(message: str) -> str:
 
 def _kind(value: Any) -> str:
     return "nothing" if value is None else f"a {type(value).__name__}"
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -4,9 +4,12 @@
 |-------------------|---------------------------------------|--------------------------------------------------|
 | text              | text                                  | itself; the loss is on every token               |
 | prompt_completion | prompt, completion: strings, messages | itself; the loss is on the completion            |
-| messages          | messages: [{role, content}, …]        | itself; the loss is on what the assistant says   |
+| messages          | messages: [{role, content}, …]; tools | itself; the loss is on what the assistant says   |
 | alpaca            | instruction, output; input            | prompt and completion, through the chat template |
-| sharegpt          | conversations: [{from, value}, …]     | messages                                         |
+| sharegpt          | conversations: [{from, value}, …];    | messages                                         |
+|                   | system, tools                         |                                                  |
+
+Prompt and completion that are messages may have tools, too.
 """
 
 from collections.abc import Callable, Collection
@@ -98,12 +101,12 @@ def _prompt_completion(where: str, row: dict[str, Any]) -> dict[str, Any]:
     return {
         "prompt": _messages(where, "prompt", row, must_answer=False),
         "completion": _messages(where, "completion", row, must_answer=True),
+        **_tools(row),
     }
 
 
 def _chat(where: str, row: dict[str, Any]) -> dict[str, Any]:
-    tools = {"tools": row["tools"]} if row.get("tools") is not None else {}
-    return {"messages": _messages(where, "messages", row, must_answer=True), **tools}
+    return {"messages": _messages(where, "messages", row, must_answer=True), **_tools(row)}
 
 
 def _alpaca(where: str, row: dict[str, Any]) -> dict[str, Any]:
@@ -131,7 +134,16 @@ def _sharegpt(where: str, row: dict[str, Any]) -> dict[str, Any]:
             )
         content = _string(where, "value", turn, path=f"{field}.value")
         messages.append({"role": _SPEAKERS[speaker], "content": content})
-    return {"messages": _messages(where, "messages", {"messages": messages}, must_answer=True)}
+    if row.get("system"):
+        if messages[0]["role"] == "system":
+            raise UserError(f"{where}: both field 'system' and the first turn are the system's. {_MEND}")
+        messages.insert(0, {"role": "system", "content": _string(where, "system", row)})
+    return {"messages": _messages(where, "messages", {"messages": messages}, must_answer=True), **_tools(row)}
+
+
+def _tools(row: dict[str, Any]) -> dict[str, Any]:
+    """The tools that a conversation may call, where the row has any."""
+    return {"tools": row["tools"]} if row.get("tools") else {}
 
 
 _CHECKS: dict[str, Callable[[str, dict[str, Any]], dict[str, Any]]] = {

@@ -22,12 +22,14 @@ from transformers.training_args import OptimizerNames
 from trl import pack_dataset
 
 import expertune
+from expertune.hosts.peft import adapter_and_base
 from expertune.hosts.sizes import model_bytes
 from expertune.hosts.transformers import num_positions
 from expertune.hosts.trl import GradientProof
 from expertune.memory.meter import room_of
 from expertune.training.callbacks import FiniteGradients, PeriodicSave, Recorder, Trainer
 from expertune.training.data import Rows, read_data, to_dataset
+from expertune.training.errors import UserError, one_paragraph
 from expertune.training.fits import check_fits
 from expertune.training.metrics import Record, plot_losses
 from expertune.training.out_of_memory import told_out_of_memory
@@ -93,7 +95,7 @@ def run(recipe: Recipe, console: Console | None = None) -> RunResult:
             no longer a number.
         RuntimeError: an adapter received no gradient in the first step.
     """
-    folder = OutputFolder(recipe.output_dir, overwrite=recipe.overwrite_output_dir)
+    folder = OutputFolder(recipe.output_dir, overwrite=recipe.overwrite_output_dir, reads=_reads(recipe))
     transformers.set_seed(recipe.seed)
     with Display(console or Console()) as display, _bars_of_hosts(shown=False), warnings.catch_warnings():
         # names that the hosts changed among themselves; a user of a recipe can do nothing about them
@@ -128,6 +130,17 @@ def run(recipe: Recipe, console: Console | None = None) -> RunResult:
         folder.finish()
         display.say(f"wrote {result.weights}, and recipe.yaml, metrics.jsonl and loss.png beside it", style="green")
         return result
+
+
+def _reads(recipe: Recipe) -> dict[str, str | None]:
+    """What a run reads, by the name of the setting."""
+    names = ("model_name_or_path", "chat_template_path", "dataset_name", "eval_dataset_name")
+    reads: dict[str, str | None] = {name: getattr(recipe, name) for name in names}
+    try:
+        _, base = adapter_and_base(recipe.model_name_or_path)
+    except ValueError as error:
+        raise UserError(f"model_name_or_path {recipe.model_name_or_path!r}: {one_paragraph(error)}") from error
+    return reads | {"base_model_name_or_path": base}
 
 
 def _make_trainer(
@@ -210,7 +223,7 @@ def _train(recipe: Recipe, trainer: Trainer, folder: OutputFolder, recorder: Rec
 
 
 def _save(trainer: Trainer, path: Path) -> None:
-    """Write the weights and the tokenizer, with the config as it was loaded."""
+    """Write the weights and the tokenizer, with a config that generates."""
     config = trainer.model.config.get_text_config()
     # TRL sets it for the balance loss; a saved model with it does not generate
     asked = getattr(config, "output_router_logits", None)

@@ -16,7 +16,7 @@ from trl import SFTConfig
 import expertune
 from expertune.backends import PREFERRED
 from expertune.optim.adamw_8bit import AdamW8bit
-from expertune.training.errors import UserError
+from expertune.training.errors import UserError, one_paragraph
 from expertune.training.recipe import LORA_FIELDS, Recipe
 
 
@@ -126,7 +126,7 @@ def add_adapters(model: nn.Module, recipe: Recipe) -> nn.Module:
     """The model with the recipe's adapters; one that was loaded from an adapter keeps that one.
 
     Raises:
-        UserError: a target matches nothing, or a setting cannot be honoured.
+        UserError: a target matches nothing, a setting cannot be honoured, or they do not fit the GPU.
     """
     if isinstance(model, PeftModel):
         if changed := [field for field in LORA_FIELDS if getattr(recipe, field) != _default(field)]:
@@ -139,16 +139,17 @@ def add_adapters(model: nn.Module, recipe: Recipe) -> nn.Module:
         return expertune.add_lora(model, **{field: getattr(recipe, field) for field in LORA_FIELDS})
     except ValueError as error:
         raise UserError(one_paragraph(error)) from error
+    except torch.OutOfMemoryError as error:
+        smaller = ", set autocast_adapter_dtype=false" if recipe.autocast_adapter_dtype else ""
+        raise UserError(
+            f"the adapters do not fit the GPU beside the weights. {one_paragraph(error)} Lower r{smaller}, or train "
+            "fewer target_modules."
+        ) from error
 
 
 def without_adapters(model: nn.Module) -> Any:
     """The Transformers model inside PEFT's, if it is in one."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
-def one_paragraph(error: Exception) -> str:
-    """What an error says, on one line."""
-    return " ".join(str(error).split())
 
 
 def _arguments(recipe: Recipe, *, has_eval: bool) -> SFTConfig:
