@@ -1,12 +1,14 @@
 """The data of `loss_curves.py`: rows of text, and a small tokenizer trained on them."""
 
 import json
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from expertune.training import files
 from expertune.training.demo.questions import Questions, translating
 
 _SPECIAL = {"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>"}  # ids 0, 1, 2, as the shapes have them
@@ -15,10 +17,10 @@ _CHAT = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token +
 
 
 def read_rows(path: Path | None, number: int) -> list[dict[str, Any]]:
-    """The first rows of a JSON-lines file, or the demo's sentences with their translations.
+    """The first rows of a file, or the demo's sentences with their translations.
 
     Args:
-        path: of a file whose rows have `prompt` and `completion`, `question` and `answer` (GSM8K), or `messages`.
+        path: of a file that `expertune train` reads, whose rows have `prompt` and `completion`, `question` and `answer` (GSM8K), or `messages`.
             None: the demo's.
         number: of rows, at most.
 
@@ -28,8 +30,8 @@ def read_rows(path: Path | None, number: int) -> list[dict[str, Any]]:
     if path is None:
         pairs = translating(Questions(seed=0).train(number))
         return [{"prompt": question, "completion": f" {answer}"} for question, answer in pairs]
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()[:number]]
-    return [_row(row, f"{path}, line {line}") for line, row in enumerate(rows, start=1)]
+    rows = files.read_rows(str(path), split=None, default_split="train", config=None)
+    return [_row(row, where) for where, row in islice(rows, number)]
 
 
 def _row(row: dict[str, Any], where: str) -> dict[str, Any]:
