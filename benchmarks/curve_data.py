@@ -20,8 +20,8 @@ def read_rows(path: Path | None, number: int) -> list[dict[str, Any]]:
     """The first rows of a file, or the demo's sentences with their translations.
 
     Args:
-        path: of a file that `expertune train` reads, whose rows have `prompt` and `completion`, `question` and `answer` (GSM8K), or `messages`.
-            None: the demo's.
+        path: of a file that `expertune train` reads, whose rows have `prompt` and `completion`, `question` and
+            `answer` (GSM8K), or `messages`. None: the demo's.
         number: of rows, at most.
 
     Raises:

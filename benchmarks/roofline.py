@@ -1,6 +1,6 @@
 """The roofline of each part of a LoRA step: its time on a card, from its FLOPs and bytes alone.
 
-    python benchmarks/roofline.py [--shape qwen3] [--layers 12] [--contexts 1024,4096] [--rank 64] [--card "NVIDIA H200"]
+    python benchmarks/roofline.py [--shape qwen3] [--layers 12] [--contexts 1024,4096] [--rank 64] [--card CARD]
 
 A step is forward and backward of one sequence and the optimizer, with frozen bfloat16 weights and float32 factors on
 the attention and on all experts; nothing is computed twice but the scores of the attention in its backward. Each
