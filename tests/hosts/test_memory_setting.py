@@ -143,6 +143,12 @@ def test_explain_says_what_a_step_keeps_computes_again_and_moves(checkpoint: Che
     assert str(expertune.explain(model)).splitlines()[-1].startswith(off)
 
 
+def test_explain_says_nothing_of_experts_where_there_are_none(checkpoint: Checkpoint) -> None:
+    model = expertune.optimize(load_tiny(checkpoint("gemma3_text")), memory="lean")
+    said = "memory lean: every layer runs again in backward; inputs of layers move to the host from 8,192 tokens on"
+    assert str(expertune.explain(model)).splitlines()[-1] == said
+
+
 def test_explain_where_nobody_has_set_it(checkpoint: Checkpoint) -> None:
     model = expertune.optimize(load_tiny(checkpoint("qwen3_moe")))
     assert "memory" not in str(expertune.explain(model))

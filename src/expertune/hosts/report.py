@@ -110,7 +110,7 @@ def _memory(state: Attached) -> str | None:
         return elsewhere if run_again else None
     if not run_again and state.memory.name != "fast":
         return f"{state.memory.name}: no layer runs again in backward, because gradient checkpointing is off"
-    return str(state.memory)
+    return state.memory.in_words(has_experts=bool(state.blocks))
 
 
 def _kernels(model: nn.Module) -> str:

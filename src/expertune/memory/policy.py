@@ -23,22 +23,23 @@ class Policy:
     offload: Offload | None = None
     tiles: TokenTiles | None = None
 
-    def __str__(self) -> str:
-        """What it does, in words."""
+    def in_words(self, *, has_experts: bool) -> str:
+        """What it does in a model with experts or without."""
         if self.planner is not None:
             room = "layers that the card has no room for run again in backward; where it has none even so"
-            return f"{self.name}: {room}, {self._lean_ways()}"
-        if self.offload is None or self.tiles is None:
+            return f"{self.name}: {room}, {self._lean_ways(has_experts=has_experts)}"
+        if self.offload is None:
             return f"{self.name}: no layer runs again in backward"
-        return f"{self.name}: every layer runs again in backward; {self._lean_ways()}"
+        return f"{self.name}: every layer runs again in backward; {self._lean_ways(has_experts=has_experts)}"
 
-    def _lean_ways(self) -> str:
+    def _lean_ways(self, *, has_experts: bool) -> str:
         assert self.offload is not None
         assert self.tiles is not None
-        return (
-            f"inputs of layers move to the host from {self.offload.least_tokens:,} tokens on, and experts walk tiles "
-            f"of tokens from {2 * self.tiles.least_tokens:,} tokens and {2 * self.tiles.least_rows:,} rows an expert on"
-        )
+        inputs = f"inputs of layers move to the host from {self.offload.least_tokens:,} tokens on"
+        if not has_experts:
+            return inputs
+        tokens, rows = 2 * self.tiles.least_tokens, 2 * self.tiles.least_rows
+        return f"{inputs}, and experts walk tiles of tokens from {tokens:,} tokens and {rows:,} rows an expert on"
 
 
 def policy_of(memory: str) -> Policy:
