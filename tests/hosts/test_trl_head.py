@@ -97,7 +97,7 @@ def test_it_is_undone_and_leaves_the_signature(checkpoint: Checkpoint, tmp_path:
     trainer.train()
     assert "loss: TRL's" in str(expertune.explain(model))
     assert inspect.signature(inner.forward) == inspect.signature(trls)
-    ids = torch.randint(3, SHARED["vocab_size"], (1, 5))
+    ids = torch.randint(3, SHARED["vocab_size"], (1, 5)).to(inner.device)
     assert inner.generate(ids, max_new_tokens=2, do_sample=False).shape == (1, 7)
     expertune.restore(model)
     assert inner.forward == trls

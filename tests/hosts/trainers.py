@@ -38,7 +38,7 @@ def sft_trainer(model: nn.Module, folder: Path, num_steps: int, **settings: Any)
         "learning_rate": 2e-3,
         "lr_scheduler_type": "constant",
         "bf16": False,
-        "use_cpu": True,
+        "use_cpu": not torch.cuda.is_available(),  # TRL 1.16 launches Triton on tensors of the CPU there
         "gradient_checkpointing": False,
         "report_to": "none",
         "save_strategy": "no",
