@@ -1,5 +1,6 @@
 """TRL's forward with our log-probabilities: the same losses and metrics as with its own, and undone with the rest."""
 
+import dataclasses
 import inspect
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,11 @@ import torch
 import trl
 from packaging.version import Version
 from torch import Tensor, nn
-from trl import SFTTrainer
+from trl import SFTConfig, SFTTrainer
 
 import expertune
 from expertune.hosts import trl_head
-from expertune.loss import log_probs
+from expertune.loss import load_balancing, log_probs
 from tests.conftest import Checkpoint
 from tests.hosts.adapters import lora, stock
 from tests.hosts.models import DENSE, SHARED, load_tiny
@@ -24,6 +25,7 @@ pytestmark = pytest.mark.skipif(
 )
 CONFIG = lora(init_lora_weights=True, target_modules=["q_proj", "o_proj"])
 NUM_STEPS = 6
+HAS_COEF = "router_aux_loss_coef" in {each.name for each in dataclasses.fields(SFTConfig)}
 
 
 @pytest.fixture
@@ -39,6 +41,20 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return seen
 
 
+@pytest.fixture
+def balances(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The layers of each call of our balance loss."""
+    seen: list[int] = []
+
+    def spy(gate_logits: tuple[Tensor, ...], *args: Any) -> Any:
+        seen.append(len(gate_logits))
+        return balance(gate_logits, *args)
+
+    balance = load_balancing.load_balancing_loss_func
+    monkeypatch.setattr(load_balancing, "load_balancing_loss_func", spy)
+    return seen
+
+
 def logs(trainer: SFTTrainer, *keys: str) -> dict[str, list[float]]:
     return {key: [log[key] for log in trainer.state.log_history if key in log] for key in keys}
 
@@ -46,9 +62,16 @@ def logs(trainer: SFTTrainer, *keys: str) -> dict[str, list[float]]:
 @pytest.mark.parametrize("settings", [{}, {"loss_type": "dft"}, {"per_device_train_batch_size": 1}], ids=str)
 @pytest.mark.parametrize("family", ["qwen3_moe", "gemma3_text"])
 def test_losses_and_metrics_are_trls(
-    checkpoint: Checkpoint, tmp_path: Path, calls: list[int], family: str, settings: dict[str, Any]
+    checkpoint: Checkpoint,
+    tmp_path: Path,
+    calls: list[int],
+    balances: list[int],
+    family: str,
+    settings: dict[str, Any],
 ) -> None:
     """With experts and without; Gemma caps its logits here."""
+    has_balance = family not in DENSE
+    settings = settings | ({"router_aux_loss_coef": 0.5} if has_balance and HAS_COEF else {})
     overrides = {"final_logit_softcapping": 2.0} if family in DENSE else {}
     trainers = []
     for is_ours in (False, True):
@@ -58,6 +81,7 @@ def test_losses_and_metrics_are_trls(
         trainer = sft_trainer(model, tmp_path, NUM_STEPS, logging_steps=1, **settings)
         trainer.train()
         assert len(calls) == (NUM_STEPS - 1 if is_ours else 0)  # from the second step on
+        assert len(balances) == (len(calls) if has_balance and HAS_COEF else 0)
         trainers.append(trainer)
     theirs, ours = (logs(trainer, "loss", "grad_norm", "entropy", "mean_token_accuracy") for trainer in trainers)
     for key, values in theirs.items():

@@ -1,8 +1,10 @@
-"""The head of a model that TRL trains: log-probabilities of labels by ours, where the head is frozen.
+"""The loss of a model that TRL trains: log-probabilities of labels by ours, where the head is frozen, and the balance
+loss of its routers.
 
 From 1.15 on, TRL gives a model a forward of its own (`add_fused_lm_head`), which calls an autograd function on hidden
-states and head. That forward runs as it is, with ours under that name: on this model alone. TRL makes it when a trainer
-is made, and we look for it before each batch, so a trainer's first step runs TRL's.
+states and head, and imports the balance loss from a host's module. That forward runs as it is, with ours under these
+names: on this model alone. TRL makes it when a trainer is made, and we look for it before each batch, so a trainer's
+first step runs TRL's.
 """
 
 from collections.abc import Callable
@@ -13,10 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from expertune.hosts.twins import twin
+from expertune.loss import load_balancing
 from expertune.loss.log_probs import Head, label_log_probs
 
 _NAME = "_ChunkedLogProbFunction"  # of TRL's autograd function, in the module of its forward
 _OURS = {"log_probs", "entropy", "is_top1"}
+_IMPORTS = {"transformers.models.mixtral.modeling_mixtral": load_balancing.__name__}  # where it finds the balance loss
 
 
 class _LogProbs:
@@ -62,7 +66,7 @@ def bind(model: nn.Module) -> None:
         return
     host = forward.__globals__.get(_NAME)
     if host is not None and not isinstance(host, _LogProbs):  # None: TRL found no Triton
-        model.forward = MethodType(twin(forward, {_NAME: _LogProbs(host, forward)}), model)
+        model.forward = MethodType(twin(forward, {_NAME: _LogProbs(host, forward)}, _IMPORTS), model)
 
 
 def unbind(model: nn.Module) -> None:

@@ -8,14 +8,17 @@ from types import FunctionType
 from typing import Any
 
 
-def twin(function: FunctionType, names: dict[str, Any]) -> FunctionType:
+def twin(function: FunctionType, names: dict[str, Any], imports: dict[str, str] | None = None) -> FunctionType:
     """A copy of a function that finds `names` before those of its module.
 
     Args:
         function: global names of its code are looked up when it runs, in its module as it was when it was copied.
         names: what its code is to find under which global name.
+        imports: of the modules that its own import statements name, those that it is to import from.
     """
+    imports = imports or {}
     code, globals_ = function.__code__, function.__globals__ | names
+    code = code.replace(co_names=tuple(imports.get(name, name) for name in code.co_names))
     copied = FunctionType(code, globals_, function.__name__, function.__defaults__, function.__closure__)
     copied.__kwdefaults__ = function.__kwdefaults__
     copied.__dict__.update(function.__dict__)  # `__wrapped__`, by which a signature is told

@@ -1,0 +1,91 @@
+"""The balance loss of routers (Switch Transformer, Fedus et al. 2021), of all layers at once.
+
+loss = E · Σ_e f_e · P_e      f_e: how many of a row's top k go to expert e, P_e: its probability; both a mean over rows
+
+The counts carry no gradient, so that of the logits is the softmax's, with one weight an expert: nothing but the logits
+is kept for backward. The host walks layer by layer, a dozen launches each, forward and backward.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+NUM_ELEMENTS = 2**25  # of logits whose probabilities are there at once, 128 MiB in float32
+
+
+def load_balancing_loss_func(
+    gate_logits: tuple[Tensor, ...] | None,
+    num_experts: int | None = None,
+    top_k: int = 2,
+    attention_mask: Tensor | None = None,
+) -> Tensor | int:
+    """As Transformers' function of this name, whose arguments these are; probabilities in float32 or wider.
+
+    Args:
+        gate_logits: of each layer `(N, E)`, N = batch · sequence; None or not a tuple where a model has none.
+        num_experts: E.
+        top_k: experts a token.
+        attention_mask: `(batch, sequence)`, 0 where a token is padding; None where none is.
+
+    Returns:
+        A scalar on the device of the first layer's logits; 0 without logits.
+    """
+    if gate_logits is None or not isinstance(gate_logits, tuple):
+        return 0
+    device = gate_logits[0].device
+    mask_N = None if attention_mask is None else attention_mask.reshape(-1).to(device)
+    logits = [each_NE.to(device) for each_NE in gate_logits]
+    return _Balance.apply(top_k, num_experts, mask_N, *logits)  # type: ignore[no-untyped-call,no-any-return]
+
+
+class _Balance(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, top_k: int, num_experts: int, mask_N: Tensor | None, *logits: Tensor) -> Tensor:
+        wide = _wide(logits[0].dtype)
+        count_E, probability_E = (logits[0].new_zeros(num_experts, dtype=wide) for _ in range(2))
+        for group in _groups(logits):
+            p_ME = torch.cat(group).softmax(-1, dtype=wide)
+            weight_M = _weights(mask_N, group, wide)
+            chosen_Mk = p_ME.topk(top_k, dim=-1).indices
+            count_E.scatter_add_(0, chosen_Mk.flatten(), weight_M.unsqueeze(1).expand_as(chosen_Mk).flatten())
+            probability_E += p_ME.mul_(weight_M.unsqueeze(1)).sum(0)
+        num_rows = sum(map(len, logits)) if mask_N is None else mask_N.sum(dtype=wide) * len(logits)
+        count_E *= num_experts / num_rows**2
+        ctx.save_for_backward(count_E, mask_N, *logits)
+        return (count_E * probability_E).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        count_E, mask_N, *logits = ctx.saved_tensors
+        dp_E = count_E * dloss
+        dlogits: list[Tensor] = []
+        for group in _groups(logits):
+            p_ME = torch.cat(group).softmax(-1, dtype=count_E.dtype)
+            d_ME = p_ME * dp_E
+            d_ME.addcmul_(p_ME, d_ME.sum(-1, keepdim=True), value=-1)
+            if mask_N is not None:
+                d_ME *= _weights(mask_N, group, p_ME.dtype).unsqueeze(1)
+            dlogits += d_ME.to(group[0].dtype).split([len(each) for each in group])
+        return None, None, None, *dlogits
+
+
+def _groups(logits: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """As many layers at a time as probabilities may be there at once, at least one."""
+    size = max(1, NUM_ELEMENTS // max(1, logits[0].numel()))
+    for start in range(0, len(logits), size):
+        yield list(logits[start : start + size])
+
+
+def _weights(mask_N: Tensor | None, group: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """Of each row of a group, what it counts."""
+    if mask_N is None:
+        return group[0].new_ones(sum(map(len, group)), dtype=dtype)
+    return mask_N.to(dtype).repeat(len(group))
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
