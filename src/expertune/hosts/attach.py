@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from expertune.graphs.piece import Recorder
-from expertune.hosts import attention, forwards, graphs, llama4, norms, parameters, peft, rotary, transformers, trl_head
+from expertune.hosts import attention, forwards, graphs, llama4, norms, peft, rotary, transformers, trl_head, walks
 from expertune.hosts.collected import checkpoint_collecting
 from expertune.hosts.widths import width_of
 from expertune.memory.leave_out import LeaveOut
@@ -118,7 +118,7 @@ def attach(
         _spare([layer for layer in state.layers if layer.gradient_checkpointing], model, state)
     state.recorder = Recorder(graphs.TransformersHost(state.replay)) if uses_graphs else None
     model._expertune = state
-    parameters.bind(model)
+    walks.bind(model)
     bind_all(model)
     state.adapters = _adapters_of(model)
     return state
@@ -135,7 +135,7 @@ def detach(model: PreTrainedModel) -> None:
     if state.recorder is not None:
         graphs.unbind(state.recorder)
     rotary.unbind(state.rotaries)
-    parameters.unbind(model)
+    walks.unbind(model)
     trl_head.unbind(model)
     for decoder, had in state.attentions:
         attention.give_back(decoder, had)
