@@ -2,12 +2,14 @@
 
     python benchmarks/sft_step.py [--shape tiny|qwen3|gptoss|glm] [--layers 12] [--contexts 1024,4096]
                                   [--peers transformers,expertune,unsloth] [--rank 64] [--memory auto] [--longest]
+                                  [--adapter-dtype float32|bfloat16]
 
 A random-weight model of the real shape is written once and read by every peer as its own documentation says. LoRA on
 the attention and on all experts, batch 1, bf16, the router frozen, checkpointing as a peer does it. 8-bit AdamW:
-bitsandbytes', and for expertune its own unless `--adam bitsandbytes` says otherwise. The median of the steps after the
-fourth counts; the last is profiled, and its GPU time split by part. With `--longest` the longest context that trains is
-found by bisection. Writes `runs/bench/sft_step.json` with its provenance and `sft_step.png`.
+bitsandbytes', and for expertune its own unless `--adam bitsandbytes` says otherwise. A peer may name how it runs:
+`expertune:lean` its memory, `transformers:eager` its experts (Transformers' loop over them). The median of the steps
+after the fourth counts; the last is profiled, and its GPU time split by part. With `--longest` the longest context that
+trains is found by bisection. Writes `runs/bench/sft_step.json` with its provenance and `sft_step.png`.
 """
 
 import argparse
@@ -28,6 +30,8 @@ from provenance import provenance
 from sft_worker import PEERS, work
 from shapes import SHAPES, write_model
 
+_CHOICES = "expertune:MEMORY, transformers:EXPERTS"
+_SETTINGS = ("shape", "layers", "rank", "memory", "adapter_dtype", "adam", "steps")
 _PACKAGES = ("torch", "triton", "transformers", "peft", "trl", "bitsandbytes", "unsloth")
 
 
@@ -57,9 +61,10 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="tiny")
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--contexts", default="1024,4096")
-    parser.add_argument("--peers", default="transformers,expertune", help=f"of {', '.join(PEERS)}, expertune:MEMORY")
+    parser.add_argument("--peers", default="transformers,expertune", help=f"of {', '.join(PEERS)}, {_CHOICES}")
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--memory", default="auto", help="of expertune, where its name does not say")
+    parser.add_argument("--adapter-dtype", choices=("float32", "bfloat16"), default="float32", help="of expertune's")
     parser.add_argument("--adam", choices=("expertune", "bitsandbytes"), default="expertune", help="of expertune")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--longest", action="store_true", help="find the longest context, too")
@@ -72,12 +77,13 @@ def main() -> None:
         parser.error("--steps must be at least 6 on a GPU: four warm up, and the last one is profiled")
     os.environ |= {"HF_HUB_OFFLINE": "1", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
     if args.worker:
-        peer, _, memory = args.worker.partition(":")
-        args.memory = memory or args.memory
+        peer, _, choice = args.worker.partition(":")
+        args.memory = choice if peer == "expertune" and choice else args.memory
+        args.experts = choice or "grouped_mm"
         work(peer, args)
         return
     if unknown := [peer for peer in args.peers.split(",") if peer.partition(":")[0] not in PEERS]:
-        parser.error(f"unknown peers {unknown}; choose among {list(PEERS)}, or expertune:lean and the like")
+        parser.error(f"unknown peers {unknown}; choose among {list(PEERS)}, {_CHOICES}")
     console, results = Console(), {}
     with tempfile.TemporaryDirectory() as made:
         folder = Path(args.folder or made)
@@ -89,7 +95,7 @@ def main() -> None:
             with console.status(f"{peer}: {args.contexts} tokens, {args.steps} steps each"):
                 results[peer] = run_peer(peer, folder, args.timeout, console)
     args.output.mkdir(parents=True, exist_ok=True)
-    settings = {key: getattr(args, key) for key in ("shape", "layers", "rank", "memory", "adam", "steps")}
+    settings = {key: getattr(args, key) for key in _SETTINGS}
     report = {"provenance": provenance(*_PACKAGES), "command": " ".join(sys.argv), **settings, "peers": results}
     (args.output / "sft_step.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
     step_report.plot(report, args.output / "sft_step.png")

@@ -74,13 +74,14 @@ def load(peer: str, args: argparse.Namespace, max_seq_length: int) -> Any:
         import expertune
 
         model, _ = expertune.load(args.folder, max_seq_length=max_seq_length, memory=args.memory)
-        return expertune.add_lora(model, **lora, target_modules=targets + experts)
+        how = {"autocast_adapter_dtype": args.adapter_dtype == "float32"}
+        return expertune.add_lora(model, **lora, target_modules=targets + experts, **how)
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
     device = {"": 0} if torch.cuda.is_available() else None
-    faster = {"experts_implementation": "grouped_mm"} if experts else {}
+    faster = {"experts_implementation": args.experts} if experts else {}
     model = AutoModelForCausalLM.from_pretrained(args.folder, device_map=device, dtype=torch.bfloat16, **faster)
     parameters = [f"mlp.experts.{name}" for name in experts]
     config = LoraConfig(**lora, target_modules=targets, target_parameters=parameters, task_type="CAUSAL_LM")

@@ -1,9 +1,9 @@
 """Write what `sft_step.py` measured into a document: tables, the parts of a step against the roofline, and plots.
 
-    python benchmarks/step_report.py benchmarks/results/FILE.json docs/benchmarks.md
+    python benchmarks/step_report.py benchmarks/results/FILE.json docs/benchmarks.md [NAME]
 
-The section stands between two lines of the document, `<!-- sft_step SHAPE: begin -->` and the same with `end`, and is
-replaced as a whole; the plots go to `plots/` beside the document.
+The section stands between two lines of the document, `<!-- sft_step NAME: begin -->` and the same with `end`, and is
+replaced as a whole; the plots go to `plots/` beside the document. The name is the shape's, where no other is given.
 """
 
 import json
@@ -199,8 +199,9 @@ def section(report: dict[str, Any], raw: str, plots: list[str]) -> str:
     pieces = [
         f"### {title(report)}",
         f"{machine}, {day}, commit {commit}; {versions}. {report['steps']} steps a context, batch 1, bf16; expertune "
-        f'with `memory="{report["memory"]}"` where its name says no other, and {report["adam"]}\'s 8-bit AdamW; the '
-        f"others with gradient checkpointing and bitsandbytes'. [Raw]({raw})",
+        f'with `memory="{report["memory"]}"` where its name says no other, adapters in '
+        f"{report.get('adapter_dtype', 'float32')}, and {report['adam']}'s 8-bit AdamW; the others with gradient "
+        f"checkpointing and bitsandbytes'. [Raw]({raw})",
         *([remark] if remark else []),
         *(table.markdown() for table in tables(report)),
         *_about_the_roofline(report),
@@ -220,13 +221,13 @@ def _about_the_roofline(report: dict[str, Any]) -> list[str]:
     ]
 
 
-def replaced(document: str, shape: str, text: str) -> str:
-    """The document with this text between the two lines of this shape.
+def replaced(document: str, name: str, text: str) -> str:
+    """The document with this text between the two lines of this name.
 
     Raises:
         ValueError: the lines are not there, once each and in order.
     """
-    begin, end = (f"<!-- sft_step {shape}: {word} -->" for word in ("begin", "end"))
+    begin, end = (f"<!-- sft_step {name}: {word} -->" for word in ("begin", "end"))
     before, found_begin, rest = document.partition(begin)
     _, found_end, after = rest.partition(end)
     if not (found_begin and found_end) or begin in after or end in after:
@@ -234,20 +235,21 @@ def replaced(document: str, shape: str, text: str) -> str:
     return f"{before}{begin}\n{text}\n{end}{after}"
 
 
-def write(results: Path, document: Path) -> None:
-    """Put the section and the plots of a results file into a document."""
+def write(results: Path, document: Path, name: str | None = None) -> None:
+    """Put the section and the plots of a results file into a document, under this name or its shape's."""
     report = json.loads(results.read_text(encoding="utf-8"))
+    name = name or report["shape"]
     folder = document.parent / "plots"
     folder.mkdir(exist_ok=True)
-    lines, parts = folder / f"sft-step-{report['shape']}.png", folder / f"sft-step-{report['shape']}-parts.png"
+    lines, parts = folder / f"sft-step-{name}.png", folder / f"sft-step-{name}-parts.png"
     plot(report, lines)
     drawn = [lines, parts] if plot_parts(report, parts) else [lines]
     raw, *plots = (Path(os.path.relpath(path, document.parent)).as_posix() for path in (results, *drawn))
-    text = replaced(document.read_text(encoding="utf-8"), report["shape"], section(report, raw, plots))
+    text = replaced(document.read_text(encoding="utf-8"), name, section(report, raw, plots))
     document.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
+    if len(sys.argv) not in (3, 4):
         sys.exit(__doc__)
-    write(Path(sys.argv[1]), Path(sys.argv[2]))
+    write(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:])

@@ -105,6 +105,20 @@ def test_a_second_time_changes_nothing(has_parts: bool, step_results: Path, tmp_
         assert f"(plots/{plot})" in text
 
 
+def test_a_name_keeps_two_results_of_a_shape_apart(tmp_path: Path) -> None:
+    results, document = tmp_path / "results.json", tmp_path / "document.md"
+    results.write_text(json.dumps(report() | {"adapter_dtype": "bfloat16"}))
+    document.write_text(MARKED.format("qwen3") + MARKED.format("qwen3_lean"))
+    write(results, document, "qwen3_lean")
+    text = document.read_text()
+    assert text.startswith(MARKED.format("qwen3"))
+    assert "adapters in bfloat16" in text
+    assert sorted(path.name for path in (tmp_path / "plots").iterdir()) == [
+        "sft-step-qwen3_lean-parts.png",
+        "sft-step-qwen3_lean.png",
+    ]
+
+
 def test_the_committed_section_is_that_of_its_results() -> None:
     text = (ROOT / "docs" / "benchmarks.md").read_text()
     for _, body in re.findall(r"<!-- sft_step (\w+): begin -->\n(.*?)\n<!-- sft_step \1: end -->", text, re.DOTALL):

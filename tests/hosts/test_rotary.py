@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import expertune
 from expertune.attention.rotary import Rotation, formula, why_not
-from expertune.hosts import rotary
+from expertune.hosts import forwards, rotary
 from tests.conftest import Checkpoint
 from tests.hosts.models import load_tiny
 
@@ -74,7 +74,7 @@ def test_attention_runs_with_ours(checkpoint: Checkpoint, family: str, monkeypat
 def test_it_is_undone(checkpoint: Checkpoint) -> None:
     model = expertune.optimize(load_tiny(checkpoint("qwen3_moe"), torch.float32))
     attentions = [m for m in model.modules() if type(m).__name__ == "Qwen3MoeAttention"]
-    assert all(map(rotary.is_bound, attentions))
+    assert all(forwards.runs(attention, rotary.forward) for attention in attentions)
     twin = copy.deepcopy(attentions[0])
     assert twin.forward.args == (twin,)
     expertune.restore(model)

@@ -19,7 +19,19 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from expertune.graphs.piece import Recorder
-from expertune.hosts import attention, forwards, graphs, llama4, norms, peft, rotary, transformers, trl_head, walks
+from expertune.hosts import (
+    attention,
+    forwards,
+    graphs,
+    latent_attention,
+    llama4,
+    norms,
+    peft,
+    rotary,
+    transformers,
+    trl_head,
+    walks,
+)
 from expertune.hosts.collected import checkpoint_collecting
 from expertune.hosts.widths import width_of
 from expertune.memory.leave_out import LeaveOut
@@ -40,7 +52,8 @@ class Attached:
         adapters: the names of PEFT's adapters when wrappers were last bound.
         attentions: the decoders that attend through ours, each with what it had.
         norms: those that run our forward.
-        rotaries: the attentions that rotate queries and keys by our function.
+        latents: the attentions that put their heads together by our function.
+        rotaries: the others that rotate queries and keys by our function.
         memory: what its layers spare memory by; None where nobody has set it.
         recorder: of the parts that are replayed as CUDA graphs; None if none is to be.
     """
@@ -53,6 +66,7 @@ class Attached:
     adapters: tuple[str, ...] = ()
     attentions: list[tuple[PreTrainedModel, str]] = field(default_factory=list)
     norms: list[nn.Module] = field(default_factory=list)
+    latents: list[nn.Module] = field(default_factory=list)
     rotaries: list[nn.Module] = field(default_factory=list)
     memory: Policy | None = None
     recorder: Recorder | None = None
@@ -89,7 +103,7 @@ def attach(
         for name, module in transformers.named_experts(model)
     ]
     peft.check(model, {id(module): plan for module, plan in plans})
-    found_norms, found_rotaries = norms.find(model), rotary.find(model)
+    found_norms, found_latents, found_rotaries = norms.find(model), latent_attention.find(model), rotary.find(model)
     taken = [each for each in decoders(model) if attention.is_ours(each) or attention.why_not(each) is None]
     if (before := attached(model)) is not None:
         state.memory = before.memory
@@ -97,7 +111,9 @@ def attach(
 
     if is_attention_ours:
         state.attentions = [(decoder, attention.take_over(decoder)) for decoder in taken]
-    state.norms, state.rotaries = norms.bind(found_norms), rotary.bind(found_rotaries)
+    state.norms = norms.bind(found_norms)
+    state.latents = forwards.bind(found_latents, latent_attention.forward)
+    state.rotaries = forwards.bind(found_rotaries, rotary.forward)
     transformers.register()
     configs: dict[int, Any] = {}
     for module, plan in plans:
@@ -131,18 +147,19 @@ def detach(model: PreTrainedModel) -> None:
         return
     for handle in state.handles:
         handle.remove()
-    norms.unbind(state.norms)
+    forwards.unbind(state.norms, norms.forward)
     if state.recorder is not None:
         graphs.unbind(state.recorder)
-    rotary.unbind(state.rotaries)
+    forwards.unbind(state.latents, latent_attention.forward)
+    forwards.unbind(state.rotaries, rotary.forward)
     walks.unbind(model)
     trl_head.unbind(model)
     for decoder, had in state.attentions:
         attention.give_back(decoder, had)
-    llama4.unbind(state.blocks, llama4.block_forward)
+    forwards.unbind(state.blocks, llama4.block_forward)
     for _, module in transformers.named_experts(model):  # also those that PEFT copied, to save them whole
         if llama4.is_experts(module):
-            llama4.unbind([module], transformers.experts_forward)
+            forwards.unbind([module], transformers.experts_forward)
         else:
             module.config = transformers.plan_of(module).host_config
         del module._expertune

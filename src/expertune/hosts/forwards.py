@@ -4,11 +4,33 @@ A hook of Accelerate, as `device_map` sets it, lies in `forward` and calls what 
 `_old_forward`. Ours lies below it, where the class's own would, whichever of both came first.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from types import MethodType
 from typing import Any
 
 from torch import nn
+
+
+def bind(modules: Iterable[nn.Module], forward: Callable[..., Any]) -> list[nn.Module]:
+    """Let modules run `forward(module, …)`, but those with a forward of their own. Returns the former, for `unbind`."""
+    ours = [module for module in modules if given(module) is None]
+    for module in ours:
+        give(module, partial(forward, module))
+    return ours
+
+
+def unbind(modules: Iterable[nn.Module], forward: Callable[..., Any]) -> None:
+    """Undo `bind`, unless someone has given a module another forward since."""
+    for module in modules:
+        if runs(module, forward):
+            take_back(module)
+
+
+def runs(module: nn.Module, forward: Callable[..., Any]) -> bool:
+    """Whether a module runs this forward, with arguments bound to it."""
+    bound = given(module)
+    return isinstance(bound, partial) and bound.func is forward
 
 
 def give(module: nn.Module, forward: Callable[..., Any]) -> None:

@@ -14,11 +14,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import output_capturing
 
 from expertune.graphs.piece import Piece, Recorder
-from expertune.hosts import attention, collected, forwards, rotary
+from expertune.hosts import attention, collected, forwards, latent_attention, rotary
 from expertune.hosts.transformers import is_experts
 from expertune.memory.replay import RoutingReplay
 
 _OBSERVERS = (output_capturing.__name__, "expertune.hosts.attach")  # whose hooks do nothing else
+_OURS = (latent_attention.forward, rotary.forward)  # forwards of modules that are recorded
 
 
 class TransformersHost:
@@ -73,9 +74,9 @@ def bind(layers: Sequence[nn.Module], recorder: Recorder) -> None:
     """Let the pieces of these layers be recorded, those that are not yet."""
     for layer in layers:
         for module in parts(layer):
-            is_rotary = rotary.is_bound(module)
-            if is_rotary or forwards.given(module) is None:
-                forwards.give(module, Piece(module, recorder, rotary.forward if is_rotary else None))
+            ours = next((each for each in _OURS if forwards.runs(module, each)), None)
+            if ours is not None or forwards.given(module) is None:
+                forwards.give(module, Piece(module, recorder, ours))
 
 
 def unbind(recorder: Recorder) -> None:

@@ -33,14 +33,6 @@ def bind(modules: Iterable[nn.Module], forward: Callable[..., Any]) -> None:
         forwards.give(module, partial(forward, module))
 
 
-def unbind(modules: Iterable[nn.Module], forward: Callable[..., Any]) -> None:
-    """Undo `bind`, unless someone has given a module another forward since."""
-    for module in modules:
-        given = forwards.given(module)
-        if isinstance(given, partial) and given.func is forward:
-            forwards.take_back(module)
-
-
 def block_forward(block: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
     """Instead of the block's own forward.
 

@@ -53,21 +53,8 @@ def bind(found: Iterable[tuple[nn.Module, Formula]]) -> list[nn.Module]:
     """Give norms our forward, but those with one of their own. Returns the former, for `unbind`."""
     ours = [(module, formula) for module, formula in found if forwards.given(module) is None]
     for module, formula in ours:
-        forwards.give(module, partial(_forward, module, formula))
+        forwards.give(module, partial(forward, module, formula))
     return [module for module, _ in ours]
-
-
-def unbind(norms: Iterable[nn.Module]) -> None:
-    """Undo `bind`, unless someone has given a norm another forward since."""
-    for module in norms:
-        if is_bound(module):
-            forwards.take_back(module)
-
-
-def is_bound(norm: nn.Module) -> bool:
-    """Whether a norm's forward is the one that `bind` gave it."""
-    given = forwards.given(norm)
-    return isinstance(given, partial) and given.func is _forward
 
 
 def formula_of(norm: nn.Module) -> Formula | None:
@@ -85,18 +72,18 @@ def formula_of(norm: nn.Module) -> Formula | None:
     twin._parameters = {"weight": nn.Parameter(weight, requires_grad=False)}
     x = torch.randn(3, *weight.shape, generator=draw, dtype=torch.float32)
     x *= 10 * eps**0.5  # so small that eps counts
-    forward: Callable[..., Tensor] = type(norm).forward  # past hooks, which would hear of numbers that nobody sent
+    host: Callable[..., Tensor] = type(norm).forward  # past hooks, which would hear of numbers that nobody sent
     try:
-        given = forward(twin, x)
+        given = host(twin, x)
     except (RuntimeError, ValueError):
         return None
     for offset in (0.0, 1.0):
         if torch.allclose(given, rms_norm(x, weight, eps, offset), rtol=_AGREES, atol=_AGREES):
-            return Formula(eps, offset, keeps_dtype=forward(twin, x.bfloat16()).dtype == torch.bfloat16)
+            return Formula(eps, offset, keeps_dtype=host(twin, x.bfloat16()).dtype == torch.bfloat16)
     return None
 
 
-def _forward(norm: nn.Module, formula: Formula, x: Tensor) -> Tensor:
+def forward(norm: nn.Module, formula: Formula, x: Tensor) -> Tensor:
     """Ours where torch has a fused kernel, else the host's: which also is the exact one for float64."""
     weight_D = cast(Tensor, norm.weight)  # in a recording of the module, not a parameter
     if _is_fused(x) and (formula.keeps_dtype or x.dtype == weight_D.dtype):

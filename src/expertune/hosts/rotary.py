@@ -6,8 +6,8 @@ then runs as it is, with another function under that name: on this instance alon
 """
 
 import inspect
-from collections.abc import Callable, Iterable
-from functools import cache, partial
+from collections.abc import Callable
+from functools import cache
 from itertools import product
 from types import FunctionType
 from typing import Any
@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from expertune.attention.rotary import Rotation, formula, rotate, why_not
-from expertune.hosts import forwards
 from expertune.hosts.twins import twin
 
 _NAMES = ("apply_rotary_pos_emb", "apply_rotary_pos_emb_interleave")
@@ -32,32 +31,17 @@ def find(model: nn.Module) -> list[nn.Module]:
     ]
 
 
-def bind(attentions: Iterable[nn.Module]) -> list[nn.Module]:
-    """Let attentions rotate by ours, but those with a forward of their own. Returns the former, for `unbind`."""
-    ours = [module for module in attentions if forwards.given(module) is None]
-    for module in ours:
-        forwards.give(module, partial(forward, module))
-    return ours
-
-
-def unbind(attentions: Iterable[nn.Module]) -> None:
-    """Undo `bind`, unless someone has given an attention another forward since."""
-    for module in attentions:
-        if is_bound(module):
-            forwards.take_back(module)
-
-
-def is_bound(module: nn.Module) -> bool:
-    """Whether a module's forward is the one that `bind` gave it."""
-    bound = forwards.given(module)
-    return isinstance(bound, partial) and bound.func is forward
-
-
 def forward(attention: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """The attention's own forward, with our rotation; a compiler, which fuses rotations itself, gets the host's."""
     host = type(attention).forward
     run = host if torch.compiler.is_compiling() else _with_ours(host) or host
     return run(attention, *args, **kwargs)
+
+
+@cache
+def known_rotation(function: Callable[..., Any]) -> Rotation | None:
+    """`rotation_of`, tried once a function."""
+    return rotation_of(function)
 
 
 def rotation_of(function: Callable[..., Any]) -> Rotation | None:

@@ -1,0 +1,97 @@
+"""Queries, keys and values of multi-head latent attention, put together from its projections as one node of autograd.
+
+Source: DeepSeek-V2 (arXiv 2405.04434), section 2.1: of each head a part is rotated, and that part of the keys is one
+for all heads.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from expertune.attention.rotary import Rotation, formula
+from expertune.kernels import has_triton
+
+
+def assemble(
+    q_BTHD: Tensor, kv_BTHC: Tensor, rot_BTR: Tensor, cos_BTR: Tensor, sin_BTR: Tensor, rotation: Rotation
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries and keys `(B, H, T, D)`, and values `(B, H, T, C - D + R)`, as an attention takes them.
+
+    In one kernel each way where there is one for these tensors, computed in float32 and rounded once; otherwise by
+    torch's own operations.
+
+    Args:
+        q_BTHD: a head's own part and, behind it, the one to be rotated.
+        kv_BTHC: a head's own part of its key and, behind it, its value.
+        rot_BTR: the part of keys to be rotated, of all heads.
+        cos_BTR: of the angles; `B` may be 1, and `R` half of what is rotated.
+        sin_BTR: the same.
+        rotation: what is rotated with what.
+    """
+    if why_not(q_BTHD, kv_BTHC, rot_BTR, cos_BTR, sin_BTR, rotation) is None:
+        return _Assemble.apply(  # type: ignore[no-untyped-call,no-any-return]
+            q_BTHD, kv_BTHC, rot_BTR, cos_BTR, sin_BTR, rotation
+        )
+    return assemble_in_torch(q_BTHD, kv_BTHC, rot_BTR, cos_BTR, sin_BTR, rotation)
+
+
+def why_not(
+    q_BTHD: Tensor, kv_BTHC: Tensor, rot_BTR: Tensor, cos_BTR: Tensor, sin_BTR: Tensor, rotation: Rotation
+) -> str | None:
+    """Why no kernel takes these, in words; None if one does."""
+    tensors = (q_BTHD, kv_BTHC, rot_BTR, cos_BTR, sin_BTR)
+    if not q_BTHD.is_cuda or not has_triton():
+        return "there is no Triton here"
+    if any(x.dtype != q_BTHD.dtype for x in tensors) or q_BTHD.dtype == torch.float64:
+        return "dtypes differ, or are wider than float32"
+    if any(x.requires_grad for x in (cos_BTR, sin_BTR)):
+        return "angles are trained"
+    if any(x.stride(-1) != 1 for x in (q_BTHD, kv_BTHC, rot_BTR)):
+        return "strides are of another kind"
+    if rotation.num_rotated(cos_BTR) != rot_BTR.shape[-1] or rot_BTR.shape[-1] % 2:
+        return "rotated parts are of another width than angles"
+    return None
+
+
+def assemble_in_torch(
+    q_BTHD: Tensor, kv_BTHC: Tensor, rot_BTR: Tensor, cos_BTR: Tensor, sin_BTR: Tensor, rotation: Rotation
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same by torch's own operations, on any device."""
+    num_passed = q_BTHD.shape[-1] - rot_BTR.shape[-1]
+    q_BHTD, kv_BHTC = q_BTHD.transpose(1, 2), kv_BTHC.transpose(1, 2)
+    q_rot = formula(q_BHTD[..., num_passed:], cos_BTR, sin_BTR, rotation)
+    k_rot = formula(rot_BTR.unsqueeze(1), cos_BTR, sin_BTR, rotation).expand(*kv_BHTC.shape[:-1], -1)
+    q = torch.cat((q_BHTD[..., :num_passed], q_rot), dim=-1)
+    k = torch.cat((kv_BHTC[..., :num_passed], k_rot), dim=-1)
+    return q, k, kv_BHTC[..., num_passed:]
+
+
+class _Assemble(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q_BTHD: Tensor, kv_BTHC: Tensor, rot_BTR: Tensor, cos_BTR: Tensor, sin_BTR: Tensor, rotation: Rotation
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        from expertune.kernels import latent  # imports Triton, which is optional
+
+        cos_BTR, sin_BTR = cos_BTR.contiguous(), sin_BTR.contiguous()
+        ctx.save_for_backward(cos_BTR, sin_BTR)
+        ctx.rotation, ctx.num_rotated = rotation, rot_BTR.shape[-1]
+        q, k = latent.assemble(q_BTHD, kv_BTHC, rot_BTR, cos_BTR, sin_BTR, **_kind(rotation))
+        v_BTHV = kv_BTHC[..., q_BTHD.shape[-1] - rot_BTR.shape[-1] :]
+        return q.transpose(1, 2), k.transpose(1, 2), v_BTHV.transpose(1, 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        from expertune.kernels import latent
+
+        dq, dk, dv = ((x if x.stride(-1) == 1 else x.contiguous()).transpose(1, 2) for x in grads)
+        cos_BTR, sin_BTR = ctx.saved_tensors
+        parts = latent.take_apart(dq, dk, dv, cos_BTR, sin_BTR, ctx.num_rotated, **_kind(ctx.rotation))
+        return *parts, None, None, None
+
+
+def _kind(rotation: Rotation) -> dict[str, bool]:
+    return {"is_interleaved": rotation.interleaved, "is_shared": rotation.shared or rotation.half_width}

@@ -1,0 +1,77 @@
+"""The kernels that put the heads of latent attention together and take them apart, against torch's own operations."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from expertune.attention import latent
+from expertune.attention.rotary import Rotation
+from expertune.backends import triton
+from tests.cases import DEVICE, problem
+from tests.numerics import assert_no_worse
+
+DTYPES = [d for d in (torch.float32, torch.float16, torch.bfloat16) if triton.BACKEND.why_not(problem(d, 16)) is None]
+pytestmark = pytest.mark.skipif(not DTYPES, reason="needs a GPU, or TRITON_INTERPRET=1 for Triton's interpreter")
+HALVES = Rotation(interleaved=False, shared=False, half_width=False, passes=False)
+ROTATIONS = {
+    "halves": HALVES,
+    "half width": HALVES._replace(half_width=True),
+    "interleaved": HALVES._replace(interleaved=True, shared=True),
+}
+
+
+def draw(seed: int, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def inputs(rotation: Rotation, num_heads: int, widths: tuple[int, int, int], is_one_batch: bool) -> list[Tensor]:
+    """As an attention's projections give them: the rotated part of keys lies beside the rest of one."""
+    passed, pairs, value = widths
+    rotated = pairs if rotation.half_width else 2 * pairs
+    q, kv = draw(0, 2, 5, num_heads, passed + 2 * pairs), draw(1, 2, 5, num_heads, passed + value)
+    angles = [draw(i, 1 if is_one_batch else 2, 5, rotated) for i in (3, 4)]
+    return [q, kv, draw(2, 2, 5, 9 + 2 * pairs)[..., 9:], *angles]
+
+
+def results(function: str, tensors: list[Tensor], rotation: Rotation) -> list[Tensor]:
+    """Queries, keys and values, and all gradients."""
+    q, kv, rot = (x.detach().requires_grad_() for x in tensors[:3])
+    outs = getattr(latent, function)(q, kv, rot, *tensors[3:], rotation)
+    douts = [draw(i, *x.shape).to(x) for i, x in enumerate(outs, start=7)]
+    return [*[x.detach() for x in outs], *torch.autograd.grad(outs, (q, kv, rot), douts)]
+
+
+@pytest.fixture(autouse=True)
+def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the interpreter, too, which runs on the CPU."""
+    monkeypatch.setattr(latent, "why_not", lambda *_: None)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("num_heads", "widths"), [(4, (8, 4, 8)), (3, (6, 1, 5)), (1, (0, 3, 16))], ids=str)
+@pytest.mark.parametrize("rotation", ROTATIONS.values(), ids=ROTATIONS.keys())
+def test_they_are_no_worse_than_torch(
+    rotation: Rotation, num_heads: int, widths: tuple[int, int, int], dtype: torch.dtype
+) -> None:
+    tensors = [x.to(DEVICE) for x in inputs(rotation, num_heads, widths, is_one_batch=num_heads == 3)]
+    narrow = [x.to(dtype) for x in tensors]
+    truth = results("assemble_in_torch", [x.double() for x in narrow], rotation)
+    ours, plain = (results(name, narrow, rotation) for name in ("assemble", "assemble_in_torch"))
+    names = ("q", "k", "v", "dq", "dkv", "drot")
+    for name, mine, theirs, exact in zip(names, ours, plain, truth, strict=True):
+        assert mine.dtype == dtype
+        assert_no_worse(mine, theirs, exact, name)
+
+
+def test_nothing_is_nothing() -> None:
+    tensors = [x.to(DEVICE, torch.float32)[:, :0] for x in inputs(HALVES, 2, (4, 2, 4), is_one_batch=False)]
+    assert [x.numel() for x in results("assemble", tensors, HALVES)] == [0] * 6
+
+
+def test_values_are_not_copied_and_heads_lie_side_by_side() -> None:
+    """So that the output of attention comes as the next projection reads it, and no gradient is copied."""
+    tensors = [x.to(DEVICE, torch.float32) for x in inputs(HALVES, 4, (8, 4, 8), is_one_batch=True)]
+    q, k, v = latent.assemble(*tensors, HALVES)
+    assert v.untyped_storage().data_ptr() == tensors[1].untyped_storage().data_ptr()
+    assert q.transpose(1, 2).is_contiguous()
+    assert k.transpose(1, 2).is_contiguous()
