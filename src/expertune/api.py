@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from expertune.backends import PREFERRED
-from expertune.hosts import attach, peft, report
+from expertune.hosts import attach, peft, report, walks
 from expertune.hosts.classes import auto_class
 from expertune.hosts.coverage import Coverage, coverage
 from expertune.hosts.targets import Targets, resolve
@@ -157,6 +157,7 @@ def add_lora(
     if targets.left:
         left = ", ".join(targets.left)
         console.print(f"left as it is: {left}; name its modules by dotted paths to train it", soft_wrap=True)
+    walks.bind(wrapped)
     return wrapped
 
 
@@ -192,12 +193,14 @@ def optimize(
     state = attach.attach(inner, requested, is_attention_ours=attention == "auto", uses_graphs=graphs)
     if memory is not None:
         attach.set_memory(inner, state, memory)
+    walks.bind(model)
     return model
 
 
 def restore(model: _Model) -> _Model:
     """Undo `optimize`: the model runs as stock Transformers and PEFT again. Gradient checkpointing stays as it is."""
     attach.detach(_transformers_model(model))
+    walks.unbind(model)
     return model
 
 

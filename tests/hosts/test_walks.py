@@ -4,6 +4,7 @@ import copy
 from itertools import product
 
 import pytest
+import torch
 from torch import nn
 
 import expertune
@@ -35,6 +36,51 @@ def test_it_follows_what_changes(checkpoint: Checkpoint) -> None:
     twin.extra = None
     assert twin.num_parameters() == before
     assert model.num_parameters() == before + 20
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_parameters_come_in_the_hosts_order(checkpoint: Checkpoint, ties: bool) -> None:
+    """Also of what PEFT has wrapped, after modules have come and gone, and of a copy."""
+    model = expertune.optimize(load_tiny(checkpoint("qwen3_moe", tie_word_embeddings=ties)))
+    wrapped = expertune.add_lora(model, r=2, target_modules=["q_proj", "gate_up_proj"])
+    assert walks.is_bound(wrapped, "parameters")
+
+    def check(outer: nn.Module) -> None:
+        theirs = list(nn.Module.parameters(outer))
+        assert list(map(id, outer.parameters())) == list(map(id, theirs))
+        assert list(map(id, outer.parameters(recurse=False))) == list(
+            map(id, nn.Module.parameters(outer, recurse=False))
+        )
+
+    def check_all() -> None:
+        check(model)
+        check(wrapped)
+
+    check_all()
+    block = model.model.layers[0].mlp
+    block.gate, block.extra = nn.Linear(3, 5), nn.ModuleList([nn.Linear(2, 2)])
+    check_all()
+    block.extra[0] = nn.Embedding(3, 3)
+    check_all()
+    block.extra[0].weight = nn.Parameter(block.extra[0].weight.detach().clone())
+    block.extra[0].register_parameter("none", None)
+    check_all()
+    del block.extra
+    check_all()
+    twin = copy.deepcopy(wrapped)
+    twin.extra = nn.Linear(2, 2)
+    check(twin)
+    check(twin.get_base_model())
+    check_all()
+
+
+def test_gradients_are_dropped_as_torch_drops_them(checkpoint: Checkpoint) -> None:
+    wrapped = expertune.add_lora(expertune.optimize(load_tiny(checkpoint("qwen3_moe"))), r=2, target_modules=["q_proj"])
+    wrapped(input_ids=torch.tensor([[3, 4, 5]]), labels=torch.tensor([[3, 4, 5]])).loss.backward()
+    trained = [p for p in nn.Module.parameters(wrapped) if p.requires_grad]
+    assert all(p.grad is not None for p in trained)
+    wrapped.zero_grad()
+    assert all(p.grad is None for p in trained)
 
 
 def test_every_module_trains_as_the_hosts_do(checkpoint: Checkpoint) -> None:
@@ -81,10 +127,10 @@ def test_a_model_with_a_way_of_its_own_is_left_to_it(checkpoint: Checkpoint, mon
 
 def test_they_are_undone(checkpoint: Checkpoint) -> None:
     model = expertune.optimize(load_tiny(checkpoint("qwen3_moe")))
-    assert {"num_parameters", "train"} <= set(vars(model))
+    names = {"parameters", "num_parameters", "train"}
+    assert names <= set(vars(model))
     expertune.restore(model)
-    assert not {"num_parameters", "train"} & set(vars(model))
-    assert model.num_parameters() == walks.count(model)
+    assert not names & set(vars(model))
     model.train = other = lambda mode=True: model
     expertune.optimize(model)
     expertune.restore(model)

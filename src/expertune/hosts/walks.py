@@ -1,77 +1,128 @@
 """The walks over all modules of a model that a trainer makes at every step, while the device waits.
 
-Transformers' trainer counts the parameters, to report floating-point operations, for which the host builds the names of
-all; and it sets every module to training, with a call for each. A layer with adapters holds some seventy modules, so
-both take longer than submitting it. Here each is one loop.
+Transformers' trainer sets every module to training, with a call for each; counts the parameters, to report
+floating-point operations, for which the host builds the names of all; and goes through them to clip their gradients and
+to drop these. A layer with adapters holds some seventy modules, so each of the four takes longer than submitting it.
+Here they go over a list of the modules, made anew when one has come or gone, which two thousand comparisons in C tell.
 """
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any
+import operator
+from collections.abc import Iterator
+from itertools import chain
+from types import MethodType
+from typing import Any, NamedTuple
 
 from torch import nn
+from torch.nn import Parameter
 from transformers import PreTrainedModel
 
+_OF_ALL = ("parameters",)
+_OF_MODELS = ("parameters", "train", "num_parameters")  # what wraps a model hands these on to it
 
-def bind(model: PreTrainedModel) -> None:
-    """Let this model walk so."""
-    for name, walk in _WALKS.items():
+
+def bind(model: nn.Module) -> None:
+    """Let a model, or what PEFT has wrapped it in, walk so."""
+    walks = Walks(model)
+    for name in _OF_MODELS if isinstance(model, PreTrainedModel) else _OF_ALL:
         if name not in vars(model):
-            vars(model)[name] = partial(walk, model)
+            vars(model)[name] = getattr(walks, name)
 
 
-def unbind(model: PreTrainedModel) -> None:
+def unbind(model: nn.Module) -> None:
     """Undo `bind`, unless someone has given the model other methods since."""
-    for name, walk in _WALKS.items():
-        bound = vars(model).get(name)
-        if isinstance(bound, partial) and bound.func is walk:
+    for name in _OF_MODELS:
+        if is_bound(model, name):
             del vars(model)[name]
 
 
-def count(model: PreTrainedModel, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-    """As `PreTrainedModel.num_parameters`, whose arguments these are."""
-    if getattr(model, "is_loaded_in_4bit", False):  # the host counts what is packed
-        return type(model).num_parameters(model, only_trainable, exclude_embeddings)
-    total = 0
-    seen: set[Any] = set()
-    modules: list[nn.Module] = [model]
-    while modules:
-        module = modules.pop()
-        if module in seen:
-            continue
-        seen.add(module)
-        modules.extend(child for child in reversed(module._modules.values()) if child is not None)
-        for name, parameter in module._parameters.items():
-            if parameter is None or parameter in seen:
-                continue
-            seen.add(parameter)
-            is_left = exclude_embeddings and name == "weight" and isinstance(module, nn.Embedding)
-            if not is_left and (parameter.requires_grad or not only_trainable):
-                total += parameter.numel()
-    return total
+def is_bound(model: nn.Module, name: str) -> bool:
+    """Whether a model's method is ours."""
+    bound = vars(model).get(name)
+    return isinstance(bound, MethodType) and isinstance(bound.__self__, Walks)
 
 
-def train(model: PreTrainedModel, mode: bool = True) -> PreTrainedModel:
-    """As `PreTrainedModel.train`, whose argument this is."""
-    if not isinstance(mode, bool) or not _is_plain(model):
-        trained: PreTrainedModel = type(model).train(model, mode)
-        return trained
-    modules: list[nn.Module] = [model]
-    while modules:
-        module = modules.pop()
-        if module is not model and ("train" in vars(module) or not _is_plain(module)):
-            module.train(mode)
-            continue
-        if module.training is not mode:
-            module.training = mode
-        modules.extend(child for child in module._modules.values() if child is not None)
-    return model
+class _Flat(NamedTuple):
+    """The modules of a model in the order of `nn.Module.modules`, and how to tell that they are the same still.
+
+    Args:
+        modules: each once.
+        children: of each module the dictionary in which it holds them.
+        were: what was in these.
+        parameters: of each module the dictionary in which it holds them.
+        trains_plainly: whether no class among them does more on `train` than to hand it on.
+    """
+
+    modules: list[nn.Module]
+    children: list[dict[str, Any]]
+    were: list[dict[str, Any]]
+    parameters: list[dict[str, Any]]
+    trains_plainly: bool
+
+    def is_the_models(self) -> bool:
+        """Whether no module has come, gone, or changed places."""
+        return all(map(operator.eq, self.children, self.were))
+
+
+class Walks:
+    """Of one model.
+
+    Args:
+        model: holds the modules.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._flat: _Flat | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy of a model has modules of its own."""
+        return vars(self) | {"_flat": None}
+
+    def parameters(self, recurse: bool = True) -> Iterator[Parameter]:
+        """As `nn.Module.parameters`, whose argument this is."""
+        if not recurse:
+            return type(self._model).parameters(self._model, recurse)
+        held = chain.from_iterable(map(dict.values, self._modules().parameters))
+        return iter({id(p): p for p in held if p is not None}.values())
+
+    def train(self, mode: bool = True) -> nn.Module:
+        """As `nn.Module.train`, whose argument this is."""
+        model, flat = self._model, self._modules()
+        if not isinstance(mode, bool) or not flat.trains_plainly or any("train" in vars(m) for m in flat.modules[1:]):
+            return type(model).train(model, mode)
+        for module in flat.modules:
+            if module.training is not mode:
+                module.training = mode
+        return model
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """As `PreTrainedModel.num_parameters`, whose arguments these are."""
+        model = self._model
+        assert isinstance(model, PreTrainedModel)
+        if getattr(model, "is_loaded_in_4bit", False):  # the host counts what is packed
+            return type(model).num_parameters(model, only_trainable, exclude_embeddings)
+        total, flat, seen = 0, self._modules(), set()
+        for module, parameters in zip(flat.modules, flat.parameters, strict=True):
+            for name, parameter in parameters.items():
+                if parameter is None or id(parameter) in seen:
+                    continue
+                seen.add(id(parameter))
+                is_left = exclude_embeddings and name == "weight" and isinstance(module, nn.Embedding)
+                if not is_left and (parameter.requires_grad or not only_trainable):
+                    total += parameter.numel()
+        return total
+
+    def _modules(self) -> _Flat:
+        if self._flat is None or not self._flat.is_the_models():
+            modules = list(self._model.modules())
+            children = [module._modules for module in modules]
+            were = [dict(each) for each in children]
+            parameters: list[dict[str, Any]] = [module._parameters for module in modules]
+            self._flat = _Flat(modules, children, were, parameters, all(map(_is_plain, modules)))
+        return self._flat
 
 
 def _is_plain(module: nn.Module) -> bool:
     """Whether a module's class does no more on `train` than to hand it on to what it holds."""
     kind = type(module).train
     return kind is nn.Module.train or (kind is PreTrainedModel.train and not getattr(module, "use_kernels", False))
-
-
-_WALKS: dict[str, Callable[..., Any]] = {"num_parameters": count, "train": train}
