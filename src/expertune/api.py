@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from expertune.backends import PREFERRED
-from expertune.hosts import attach, peft, report, walks
+from expertune.hosts import attach, early, peft, report, walks
 from expertune.hosts.classes import auto_class
 from expertune.hosts.coverage import Coverage, coverage
 from expertune.hosts.targets import Targets, resolve
@@ -100,7 +100,9 @@ def load(
     if saved is not None:
         model = PeftModel.from_pretrained(model, name_or_path, is_trainable=True)
     attention = "host" if "attn_implementation" in from_pretrained else "auto"
-    return optimize(model, backend=requested, memory=memory, attention=attention), tokenizer
+    optimize(model, backend=requested, memory=memory, attention=attention)
+    early.begin(_transformers_model(model))
+    return model, tokenizer
 
 
 def add_lora(

@@ -1,0 +1,127 @@
+"""What a model's first step has to build beside its walk, built while the model is still being set up.
+
+Triton compiles a kernel when it is first launched, and cuDNN an attention when it is first called, forward and backward
+together in more than four seconds. The walk builds its own kernels side by side (`kernels/ahead.py`); everything else
+would be built one after another. So when a model has been loaded, what its layers will call is called once on zeros, in
+threads. What fails there fails again, in words, where it is needed.
+"""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from expertune.attention.attend import attend
+from expertune.hosts import attention, forwards, norms
+from expertune.hosts.attach import decoders
+from expertune.kernels import has_triton
+from expertune.loss.log_probs import Head, label_log_probs
+from expertune.optim.adamw_8bit import AdamW8bit
+from expertune.rms_norm import rms_norm
+
+_NUM_TOKENS = 1024  # of attention: on fewer, cuDNN may take another kernel
+
+
+class Call(NamedTuple):
+    """An operation, and what it is called with; equal to another of the same kind.
+
+    Args:
+        function: of the tensors.
+        shapes: of these, which are zeros and want a gradient.
+        dtype: theirs.
+    """
+
+    function: Callable[..., Any]
+    shapes: tuple[tuple[int, ...], ...]
+    dtype: torch.dtype
+
+    def run(self, device: torch.device) -> None:
+        """There and back."""
+        inputs = [torch.zeros(shape, dtype=self.dtype, device=device, requires_grad=True) for shape in self.shapes]
+        out = self.function(*inputs)
+        torch.autograd.grad(out, inputs, torch.zeros_like(out))
+
+
+def begin(model: PreTrainedModel) -> list["Future[Any]"]:
+    """Call in threads, without waiting, what a step of this model will call beside its walk.
+
+    Args:
+        model: optimized. Nothing is begun unless it lies on a CUDA device and there is Triton.
+    """
+    device = next(model.parameters()).device
+    if device.type != "cuda" or not has_triton():
+        return []
+    works: list[Callable[..., None]] = [call.run for call in calls(model)]
+    head = getattr(model.get_output_embeddings(), "weight", None)
+    if isinstance(head, Tensor) and head.device == device:
+        works.append(partial(_log_probs, head.detach()))
+    works.append(_optimizer_step)
+    pool = ThreadPoolExecutor(len(works), "expertune", initializer=torch.cuda.set_device, initargs=(device,))
+    begun = [pool.submit(work, device) for work in works]
+    pool.shutdown(wait=False)
+    return begun
+
+
+def calls(model: PreTrainedModel) -> list[Call]:
+    """Attention and norms of a model, one call of each kind, the longest first."""
+    return list(dict.fromkeys([*_attentions(model), *_norms(model)]))
+
+
+def _attentions(model: PreTrainedModel) -> Iterator[Call]:
+    for decoder in decoders(model):
+        num_heads = getattr(decoder.config, "num_attention_heads", None)
+        function = _ours if attention.is_ours(decoder) else _hosts
+        for module in decoder.modules():
+            width = getattr(module, "qk_head_dim", getattr(module, "head_dim", None))
+            if not (hasattr(module, "is_causal") and isinstance(width, int) and isinstance(num_heads, int)):
+                continue
+            value_width = getattr(module, "v_head_dim", width)
+            num_shared = num_heads // getattr(module, "num_key_value_groups", 1)
+            sizes = ((num_heads, width), (num_shared, width), (num_shared, value_width))
+            yield Call(function, tuple((1, _NUM_TOKENS, *size) for size in sizes), decoder.dtype)
+
+
+def _hosts(q_BTHD: Tensor, k_BTJD: Tensor, v_BTJV: Tensor) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (q_BTHD, k_BTJD, v_BTJV))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def _ours(q_BTHD: Tensor, k_BTJD: Tensor, v_BTJV: Tensor) -> Tensor:
+    """With sinks, so that a kernel is called as one of sinks is."""
+    q, k, v = (x.transpose(1, 2) for x in (q_BTHD, k_BTJD, v_BTJV))
+    return attend(q, k, v, scale=1.0, sinks_H=q.new_zeros(q.shape[1]))
+
+
+def _norms(model: PreTrainedModel) -> Iterator[Call]:
+    for module in model.modules():
+        if forwards.runs(module, norms.forward):
+            (_, formula), (width,) = forwards.given(module).args, module.weight.shape
+            yield Call(_Norm(formula.eps, formula.offset, module.weight.dtype), ((4, width),), model.dtype)
+
+
+@dataclass(frozen=True)
+class _Norm:
+    eps: float
+    offset: float
+    dtype: torch.dtype
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return rms_norm(x, x.new_zeros(x.shape[-1], dtype=self.dtype), self.eps, self.offset)
+
+
+def _log_probs(weight_VD: Tensor, device: torch.device) -> None:
+    hidden_ND = torch.zeros(4, weight_VD.shape[1], dtype=weight_VD.dtype, device=device, requires_grad=True)
+    label_log_probs(hidden_ND, torch.zeros(4, dtype=torch.int64, device=device), Head(weight_VD))
+
+
+def _optimizer_step(device: torch.device) -> None:
+    """Of adapters in float32, which are PEFT's default."""
+    factor = torch.nn.Parameter(torch.zeros(16, 256, device=device))
+    factor.grad = torch.zeros_like(factor)
+    AdamW8bit([factor]).step()

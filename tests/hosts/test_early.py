@@ -1,0 +1,40 @@
+"""What is built while a model is set up: the calls that its layers will make, one of each kind."""
+
+import pytest
+import torch
+
+import expertune
+from expertune.hosts import early
+from tests.conftest import Checkpoint
+from tests.hosts.models import load_tiny
+
+SHAPES = {
+    "qwen3_moe": {((1, 1024, 4, 8), (1, 1024, 2, 8), (1, 1024, 2, 8)), ((4, 32),), ((4, 8),)},
+    "gpt_oss": {((1, 1024, 4, 8), (1, 1024, 2, 8), (1, 1024, 2, 8)), ((4, 32),)},
+    "glm4_moe_lite": {((1, 1024, 4, 16), (1, 1024, 4, 16), (1, 1024, 4, 8)), ((4, 32),), ((4, 16),)},
+}
+
+
+@pytest.mark.parametrize("family", SHAPES)
+def test_each_kind_is_called_once(checkpoint: Checkpoint, family: str) -> None:
+    calls = early.calls(expertune.optimize(load_tiny(checkpoint(family), torch.float32)))
+    assert {call.shapes for call in calls} == SHAPES[family]
+    assert len(calls) == len(SHAPES[family])
+    for call in calls:
+        call.run(torch.device("cpu"))
+
+
+def test_nothing_is_begun_without_a_gpu(checkpoint: Checkpoint) -> None:
+    assert early.begin(expertune.optimize(load_tiny(checkpoint("qwen3_moe"), torch.float32))) == []
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("family", SHAPES)
+def test_on_a_gpu_all_of_it_succeeds_and_draws_no_random_number(checkpoint: Checkpoint, family: str) -> None:
+    model = expertune.optimize(load_tiny(checkpoint(family), torch.bfloat16).cuda())
+    before = torch.cuda.get_rng_state()
+    begun = early.begin(model)
+    assert len(begun) == len(SHAPES[family]) + 2
+    for each in begun:
+        each.result()
+    assert torch.equal(torch.cuda.get_rng_state(), before)
