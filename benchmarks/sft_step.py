@@ -7,9 +7,10 @@
 A random-weight model of the real shape is written once and read by every peer as its own documentation says. LoRA on
 the attention and on all experts, batch 1, bf16, the router frozen, checkpointing as a peer does it. 8-bit AdamW:
 bitsandbytes', and for expertune its own unless `--adam bitsandbytes` says otherwise. A peer may name how it runs:
-`expertune:lean` its memory, `transformers:eager` its experts (Transformers' loop over them). The median of the steps
-after the fourth counts; the last is profiled, and its GPU time split by part. With `--longest` the longest context that
-trains is found by bisection. Writes `runs/bench/sft_step.json` with its provenance and `sft_step.png`.
+`expertune:lean` its memory, `transformers:eager` its experts (Transformers' loop over them). On a GPU a context takes
+`--steps` and one more for each time that it goes into 32,768, at most 32, for short steps vary most. The median of the
+steps after the fourth counts; the last is profiled, and its GPU time split by part. With `--longest` the longest context
+that trains is found by bisection. Writes `runs/bench/sft_step.json` with its provenance and `sft_step.png`.
 """
 
 import argparse
@@ -91,13 +92,14 @@ def main() -> None:
             with console.status(f"writing a model of {args.layers} layers"):
                 write_model(args.shape, args.layers, folder)
                 write_tokenizer(folder)
+        settings = {key: getattr(args, key) for key in _SETTINGS}
+        report = {"provenance": provenance(*_PACKAGES), "command": " ".join(sys.argv), **settings, "peers": results}
+        args.output.mkdir(parents=True, exist_ok=True)
         for peer in args.peers.split(","):
-            with console.status(f"{peer}: {args.contexts} tokens, {args.steps} steps each"):
+            with console.status(f"{peer}: {args.contexts} tokens, {args.steps} steps each or more"):
                 results[peer] = run_peer(peer, folder, args.timeout, console)
-    args.output.mkdir(parents=True, exist_ok=True)
-    settings = {key: getattr(args, key) for key in _SETTINGS}
-    report = {"provenance": provenance(*_PACKAGES), "command": " ".join(sys.argv), **settings, "peers": results}
-    (args.output / "sft_step.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+            # after each peer: what has been measured is kept if the next one is stopped
+            (args.output / "sft_step.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
     step_report.plot(report, args.output / "sft_step.png")
     show(report, console)
     console.print(f"wrote {args.output}/sft_step.json and sft_step.png")

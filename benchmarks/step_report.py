@@ -198,8 +198,8 @@ def section(report: dict[str, Any], raw: str, plots: list[str]) -> str:
     versions = ", ".join(f"{package} {version}" for package, version in where.items() if version)
     pieces = [
         f"### {title(report)}",
-        f"{machine}, {day}, commit {commit}; {versions}. {report['steps']} steps a context, batch 1, bf16; expertune "
-        f'with `memory="{report["memory"]}"` where its name says no other, adapters in '
+        f"{machine}, {day}, commit {commit}; {versions}. {report['steps']} steps a context or more, batch 1, bf16; "
+        f'expertune with `memory="{report["memory"]}"` where its name says no other, adapters in '
         f"{report.get('adapter_dtype', 'float32')}, and {report['adam']}'s 8-bit AdamW; the others with gradient "
         f"checkpointing and bitsandbytes'. [Raw]({raw})",
         *([remark] if remark else []),

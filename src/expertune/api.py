@@ -100,9 +100,7 @@ def load(
     if saved is not None:
         model = PeftModel.from_pretrained(model, name_or_path, is_trainable=True)
     attention = "host" if "attn_implementation" in from_pretrained else "auto"
-    optimize(model, backend=requested, memory=memory, attention=attention)
-    early.begin(_transformers_model(model))
-    return model, tokenizer
+    return _begun(optimize(model, backend=requested, memory=memory, attention=attention)), tokenizer
 
 
 def add_lora(
@@ -214,6 +212,12 @@ def explain(model: nn.Module) -> report.Explanation:
 def trained(model: nn.Module) -> Coverage:
     """What the model trains, by part: the table that `add_lora` prints."""
     return coverage(model)
+
+
+def _begun(model: _Model) -> _Model:
+    """The model, for which what its first step needs is being built."""
+    early.begin(_transformers_model(model))
+    return model
 
 
 def _requested(backend: str | None, memory: str | None) -> str:
