@@ -9,8 +9,8 @@ the attention and on all experts, batch 1, bf16, the router frozen, checkpointin
 bitsandbytes', and for expertune its own unless `--adam bitsandbytes` says otherwise. A peer may name how it runs:
 `expertune:lean` its memory, `transformers:eager` its experts (Transformers' loop over them). On a GPU a context takes
 `--steps` and one more for each time that it goes into 32,768, at most 32, for short steps vary most. The median of the
-steps after the fourth counts; the last is profiled, and its GPU time split by part. With `--longest` the longest context
-that trains is found by bisection. Writes `runs/bench/sft_step.json` with its provenance and `sft_step.png`.
+steps after the fourth counts; the last is profiled, and its GPU time split by part. With `--longest` the longest that
+trains is found by bisection. Writes `runs/bench/sft_step.json` with its provenance and `sft_step.png`.
 """
 
 import argparse

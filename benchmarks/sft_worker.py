@@ -148,11 +148,22 @@ def train(peer: str, model: Any, args: argparse.Namespace, context: int, steps: 
         "tokens_per_s": round(1000 * context / ms),
         "loss": [round(log["loss"], 4) for log in trainer.state.log_history if "loss" in log],
     }
+    if peer == "expertune":
+        row["graphs"] = _recorded(model)
     if on_gpu:
         row["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
         row["reserved_gib"] = round(torch.cuda.max_memory_reserved() / 2**30, 2)
         row["part_ms"] = _by_part(clock.profiler)
     return row
+
+
+def _recorded(model: Any) -> str:
+    """What of the model was replayed as CUDA graphs, in words."""
+    from expertune.hosts import attach, graphs
+
+    state = attach.attached(model.get_base_model())
+    assert state is not None
+    return "" if state.recorder is None else graphs.status(state.recorder)
 
 
 def _clock(steps: int) -> Any:

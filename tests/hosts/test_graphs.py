@@ -13,6 +13,7 @@ from transformers import Cache
 
 import expertune
 from expertune.graphs.piece import Piece
+from expertune.graphs.pool import Pool
 from expertune.hosts.attach import attached
 from tests.conftest import Checkpoint
 from tests.graphs.replayed import FakeCapture
@@ -116,6 +117,29 @@ def test_explain_says_that_no_more_are_made(checkpoint: Checkpoint) -> None:
     for _ in range(4):
         step(ours, ids)
     assert "CUDA graphs: 0 of 2 layers, 0 kinds of calls; no more are made" in str(expertune.explain(ours))
+
+
+class Full:
+    """A device without memory left."""
+
+    def allocated(self) -> int:
+        return 0
+
+    def peak(self) -> int:
+        return 0
+
+    def free(self) -> int:
+        return -1
+
+
+def test_explain_says_that_there_was_no_room(checkpoint: Checkpoint) -> None:
+    ours, _, capture = both(checkpoint("qwen3_moe"))
+    recorder = attached(ours.get_base_model()).recorder  # type: ignore[union-attr]
+    assert recorder is not None
+    recorder._pool_of = lambda _: Pool(capture, Full())
+    for _ in range(4):
+        step(ours, torch.randint(3, 60, (2, 9)))
+    assert "0 of 2 layers, 0 kinds of calls; there was no room for more" in str(expertune.explain(ours))
 
 
 def test_hidden_states_and_attentions_are_collected(checkpoint: Checkpoint) -> None:

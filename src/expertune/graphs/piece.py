@@ -68,6 +68,7 @@ class Recorder:
         self.refused: dict[type[nn.Module], str] = {}
         self.pools: dict[torch.device, Pool | None] = {}
         self.is_recording = False
+        self.lacked_room = False
         self._pool_of = pool_of or cuda_pool
         self._releases = 0
 
@@ -213,8 +214,14 @@ class Piece:
             and all(map(self._recorder.host.is_observer, watch.hooks()))
             and not any(isinstance(m, nn.Dropout) and m.p for m in self.module.modules())
             and not getattr(self.module, "attention_dropout", 0.0)
-            and pool.has_room(sum(type(piece.module) is type(self.module) for piece in self._recorder.pieces))
+            and self._has_room(pool)
         )
+
+    def _has_room(self, pool: Pool) -> bool:
+        """For all modules of this one's type."""
+        has_room = pool.has_room(sum(type(piece.module) is type(self.module) for piece in self._recorder.pieces))
+        self._recorder.lacked_room |= not has_room
+        return has_room
 
     def _record(self, kind: Any, tensors: list[Tensor], pool: Pool) -> tuple[Recording, list[Tensor]] | None:
         (call, _, autocast), device, module = kind, tensors[0].device.type, self.module

@@ -117,5 +117,6 @@ def status(recorder: Recorder) -> str:
     kinds = max((piece.recordings for piece in recorded), default=0)
     parts_alone = f" and {len(recorded) - whole} parts of layers" if len(recorded) > whole else ""
     refused = "".join(f"; {kind.__name__} cannot be: {reason}" for kind, reason in recorder.refused.items())
+    short = "; there was no room for more" if recorder.lacked_room else ""
     ended = "" if recorder.is_on else "; no more are made, because their memory was wanted again and again"
-    return f"CUDA graphs: {whole} of {len(layers)} layers{parts_alone}, {kinds} kinds of calls{refused}{ended}"
+    return f"CUDA graphs: {whole} of {len(layers)} layers{parts_alone}, {kinds} kinds of calls{refused}{short}{ended}"
