@@ -17,6 +17,7 @@ from expertune.graphs.pool import Pool
 from expertune.hosts.attach import attached
 from tests.conftest import Checkpoint
 from tests.graphs.replayed import FakeCapture
+from tests.hosts import memories
 from tests.hosts.models import load_tiny
 
 PIECES = {
@@ -86,6 +87,31 @@ def test_a_trainers_gradient_checkpointing_does_not_keep_a_layer_from_being_reco
         ids = tokens(seed)
         torch.testing.assert_close(step(ours, ids), step(stock, ids))
     assert capture.replays == 3 * 2 * 2
+
+
+def test_a_layer_that_runs_again_is_not_recorded_and_gives_memory_back(checkpoint: Checkpoint) -> None:
+    """The planner is asked in every step, wherever the host checkpoints: around a layer, or in its forward (5.2x)."""
+    ours, stock, capture = both(checkpoint("qwen3_moe"))
+    card = memories.Card(memories.PLENTY)
+    memories.auto(ours, card=card)
+    recorder = attached(ours.get_base_model()).recorder  # type: ignore[union-attr]
+    assert recorder is not None
+    recorder._pool_of = capture.pool
+
+    def replays(length: int, seed: int = 0) -> int:
+        before, ids = capture.replays, tokens(seed, length=length)
+        torch.testing.assert_close(step(ours, ids), step(stock, ids))
+        return capture.replays - before
+
+    # the first step is measured, two are seen, the next is recorded
+    assert [replays(12, seed) for seed in range(5)] == [0, 0, 0, 2 * 2, 2 * 2]
+    assert sum(piece.recordings for piece in recorder.pieces) == 2
+    assert replays(14) == 0, "a longer batch is measured anew"
+    assert sum(piece.recordings for piece in recorder.pieces) == 0
+    assert [replays(12, seed) for seed in range(3)] == [0, 0, 2 * 2]
+    card.left = memories.TOO_LITTLE
+    assert replays(12) == 0
+    assert sum(piece.recordings for piece in recorder.pieces) == 0
 
 
 def test_router_logits_and_their_loss_are_the_hosts(checkpoint: Checkpoint) -> None:

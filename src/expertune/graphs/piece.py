@@ -121,11 +121,19 @@ class Piece:
         module: computes the same from the same inputs.
         recorder: of its model.
         function: in place of its class's forward, of the module and the arguments.
+        around: of the same, calls `inside` in its turn; None calls it at once. It is not part of what is recorded.
     """
 
-    def __init__(self, module: nn.Module, recorder: Recorder, function: Callable[..., Any] | None = None) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        recorder: Recorder,
+        function: Callable[..., Any] | None = None,
+        around: Callable[..., Any] | None = None,
+    ) -> None:
         self.module = module
         self.function = function
+        self._around = around
         self._recorder = recorder
         self._seen: dict[Hashable, int] = {}
         self._recordings: dict[Hashable, Recording] = {}
@@ -134,6 +142,10 @@ class Piece:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the module's own forward."""
+        return self.inside(*args, **kwargs) if self._around is None else self._around(self.module, *args, **kwargs)
+
+    def inside(self, *args: Any, **kwargs: Any) -> Any:
+        """Replay the call, record it or run it."""
         found = self._find(args, kwargs)
         if found is None:
             return self._run(args, kwargs)

@@ -5,7 +5,8 @@ At short context the many small operations of a layer take longer to submit than
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from functools import partial
+from functools import cache, partial
+from types import FunctionType
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -16,6 +17,7 @@ from transformers.utils import output_capturing
 from expertune.graphs.piece import Piece, Recorder
 from expertune.hosts import attention, collected, forwards, latent_attention, rotary
 from expertune.hosts.transformers import is_experts
+from expertune.hosts.twins import twin_around
 from expertune.memory.replay import RoutingReplay
 
 _OBSERVERS = (output_capturing.__name__, "expertune.hosts.attach")  # whose hooks do nothing else
@@ -76,7 +78,27 @@ def bind(layers: Sequence[nn.Module], recorder: Recorder) -> None:
         for module in parts(layer):
             ours = next((each for each in _OURS if forwards.runs(module, each)), None)
             if ours is not None or forwards.given(module) is None:
-                forwards.give(module, Piece(module, recorder, ours))
+                around = None if ours is not None else _around(type(module).forward)
+                function = ours if around is None else around.__wrapped__  # type: ignore[attr-defined]
+                forwards.give(module, Piece(module, recorder, function, around))
+
+
+@cache
+def _around(forward: Callable[..., Any]) -> FunctionType | None:
+    """The host's code that checkpoints the forward of a layer, around a piece; None where that is done elsewhere.
+
+    Up to 5.1x, Transformers checkpoints the call of a layer, so a forward runs inside; later its class's forward does
+    it. What is recorded must lie inside: the planner is asked outside, in every step.
+    """
+    name, host = "forward", getattr(forward, "__wrapped__", None)
+    if not isinstance(forward, FunctionType) or "_gradient_checkpointing_func" not in forward.__code__.co_names:
+        return None
+    held = dict(zip(forward.__code__.co_freevars, forward.__closure__ or (), strict=True))
+    return twin_around(forward, name, _inside) if name in held and held[name].cell_contents is host else None
+
+
+def _inside(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return forwards.given(module).inside(*args, **kwargs)
 
 
 def unbind(recorder: Recorder) -> None:
@@ -85,7 +107,7 @@ def unbind(recorder: Recorder) -> None:
         if forwards.given(piece.module) is not piece:
             continue
         forwards.take_back(piece.module)
-        if piece.function is not None:
+        if piece.function in _OURS:
             forwards.give(piece.module, partial(piece.function, piece.module))
     recorder.pieces.clear()
 
