@@ -182,8 +182,10 @@ def plot_parts(report: dict[str, Any], path: Path) -> bool:
 
 
 def title(report: dict[str, Any]) -> str:
-    """The shape, its layers and rank."""
-    return f"SFT step, {report['shape']} shape, {report['layers']} layers, r={report['rank']}"
+    """The shape, its layers and rank, and the adapters' dtype where it is not PEFT's default."""
+    dtype = report.get("adapter_dtype", "float32")
+    narrow = "" if dtype == "float32" else f" in {dtype}"
+    return f"SFT step, {report['shape']} shape, {report['layers']} layers, r={report['rank']}{narrow}"
 
 
 def section(report: dict[str, Any], raw: str, plots: list[str]) -> str:
