@@ -19,6 +19,8 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,21 @@ from shapes import SHAPES, write_model
 _CHOICES = "expertune:MEMORY, transformers:EXPERTS"
 _SETTINGS = ("shape", "layers", "rank", "memory", "adapter_dtype", "adam", "steps")
 _PACKAGES = ("torch", "triton", "transformers", "peft", "trl", "bitsandbytes", "unsloth")
+
+
+def write(shape: str, layers: int, folder: Path) -> None:
+    """A checkpoint and its tokenizer."""
+    write_model(shape, layers, folder)
+    write_tokenizer(folder)
+
+
+def _in_a_process_of_its_own(function: Callable[..., None], *args: Any) -> None:
+    """Call a function so that none of the memory it took on the card is missing there afterwards."""
+    process = get_context("spawn").Process(target=function, args=args)
+    process.start()
+    process.join()
+    if process.exitcode:
+        sys.exit(f"{function.__name__} ended with status {process.exitcode}")
 
 
 def write_tokenizer(folder: Path) -> None:
@@ -90,8 +107,7 @@ def main() -> None:
         folder = Path(args.folder or made)
         if not (folder / "config.json").is_file():
             with console.status(f"writing a model of {args.layers} layers"):
-                write_model(args.shape, args.layers, folder)
-                write_tokenizer(folder)
+                _in_a_process_of_its_own(write, args.shape, args.layers, folder)
         settings = {key: getattr(args, key) for key in _SETTINGS}
         report = {"provenance": provenance(*_PACKAGES), "command": " ".join(sys.argv), **settings, "peers": results}
         args.output.mkdir(parents=True, exist_ok=True)

@@ -168,6 +168,31 @@ def test_explain_says_that_there_was_no_room(checkpoint: Checkpoint) -> None:
     assert "0 of 2 layers, 0 kinds of calls; there was no room for more" in str(expertune.explain(ours))
 
 
+class Filling(Full):
+    """A device on which every recording takes 100 bytes, with room for four of these beside the one that is made."""
+
+    taken = 0
+
+    def allocated(self) -> int:
+        self.taken += 50  # asked before and after
+        return 2 * self.taken
+
+    def free(self) -> int:
+        return 400
+
+
+def test_room_is_looked_for_by_what_is_still_to_be_recorded(checkpoint: Checkpoint) -> None:
+    ours, _, capture = both(checkpoint("qwen3_moe"))
+    recorder = attached(ours.get_base_model()).recorder  # type: ignore[union-attr]
+    assert recorder is not None
+    pool = Pool(capture, Filling())
+    recorder._pool_of = lambda _: pool
+    for _ in range(4):
+        step(ours, torch.randint(3, 60, (2, 9)))
+    assert pool._largest == 100
+    assert "2 of 2 layers, 1 kinds of calls" in str(expertune.explain(ours))
+
+
 def test_hidden_states_and_attentions_are_collected(checkpoint: Checkpoint) -> None:
     ours, stock, capture = both(checkpoint("qwen3_moe"))
     for seed in range(5):

@@ -230,8 +230,9 @@ class Piece:
         )
 
     def _has_room(self, pool: Pool) -> bool:
-        """For all modules of this one's type."""
-        has_room = pool.has_room(sum(type(piece.module) is type(self.module) for piece in self._recorder.pieces))
+        """For one more recording of each module of this one's type that is not ahead of it."""
+        alike = [piece for piece in self._recorder.pieces if type(piece.module) is type(self.module)]
+        has_room = pool.has_room(sum(piece.recordings <= self.recordings for piece in alike))
         self._recorder.lacked_room |= not has_room
         return has_room
 
