@@ -6,7 +6,7 @@ import torch
 import expertune
 from expertune.hosts import early
 from tests.conftest import Checkpoint
-from tests.hosts.models import load_tiny
+from tests.hosts.models import load_tiny, tokenizer
 
 SHAPES = {
     "qwen3_moe": {((1, 1024, 4, 8), (1, 1024, 2, 8), (1, 1024, 2, 8)), ((4, 32),), ((4, 8),)},
@@ -38,3 +38,12 @@ def test_on_a_gpu_all_of_it_succeeds_and_draws_no_random_number(checkpoint: Chec
     for each in begun:
         each.result()
     assert torch.equal(torch.cuda.get_rng_state(), before)
+
+
+def test_load_begins_it(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[object] = []
+    monkeypatch.setattr(early, "begin", begun.append)
+    folder = checkpoint("qwen3_moe")
+    tokenizer(64).save_pretrained(folder)
+    model, _ = expertune.load(str(folder))
+    assert begun == [model]
