@@ -1,12 +1,14 @@
 """What is built while a model is set up: the calls that its layers will make, one of each kind."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 import expertune
 from expertune.hosts import early
 from tests.conftest import Checkpoint
-from tests.hosts.models import load_tiny, tokenizer
+from tests.hosts.models import load_tiny, save_tiny, tokenizer
 
 SHAPES = {
     "qwen3_moe": {((1, 1024, 4, 8), (1, 1024, 2, 8), (1, 1024, 2, 8)), ((4, 32),), ((4, 8),)},
@@ -40,10 +42,10 @@ def test_on_a_gpu_all_of_it_succeeds_and_draws_no_random_number(checkpoint: Chec
     assert torch.equal(torch.cuda.get_rng_state(), before)
 
 
-def test_load_begins_it(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_begins_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     begun: list[object] = []
     monkeypatch.setattr(early, "begin", begun.append)
-    folder = checkpoint("qwen3_moe")
-    tokenizer(64).save_pretrained(folder)
-    model, _ = expertune.load(str(folder))
+    save_tiny("qwen3_moe", tmp_path)
+    tokenizer(64).save_pretrained(tmp_path)
+    model, _ = expertune.load(str(tmp_path))
     assert begun == [model]
