@@ -145,6 +145,20 @@ def test_explain_says_that_no_more_are_made(checkpoint: Checkpoint) -> None:
     assert "CUDA graphs: 0 of 2 layers, 0 kinds of calls; no more are made" in str(expertune.explain(ours))
 
 
+def test_recordings_that_have_paid_may_be_given_back_as_often_as_memory_is_wanted(checkpoint: Checkpoint) -> None:
+    """As where now and then a batch is longer than any before."""
+    ours, _, _ = both(checkpoint("qwen3_moe"))
+    recorder = attached(ours.get_base_model()).recorder  # type: ignore[union-attr]
+    assert recorder is not None
+    ids = tokens(0)
+    for _ in range(4):
+        for _ in range(22):
+            step(ours, ids)
+        assert "2 of 2 layers" in str(expertune.explain(ours))
+        recorder.release()
+    assert recorder.is_on
+
+
 class Full:
     """A device without memory left."""
 

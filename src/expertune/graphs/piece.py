@@ -17,7 +17,8 @@ from expertune.memory.meter import meter_of
 _SEEN = 2  # calls of a kind before the one that is recorded: the first finds kernels, the second runs as planned
 _MOST_KINDS = 2  # of calls that a module is recorded for: each takes memory of its own
 _MOST_TOKENS = 4096  # above, a step waits for the device: at 8,192 graphs saved 1 of 188 ms and took 2.5 GiB (H100)
-_MOST_RELEASES = 3
+_PAYS = 20  # replays of a recording, after which it has been worth making
+_MOST_RELEASES = 3  # of recordings that had not paid
 _MOST_COUNTED = 64  # kinds of calls whose number is kept
 _MOST_TRAINED = 2**27  # parameters: their gradients leave a recording by a copy
 
@@ -71,6 +72,7 @@ class Recorder:
         self.lacked_room = False
         self._pool_of = pool_of or cuda_pool
         self._releases = 0
+        self._replays = 0  # since the last release
 
     def pool(self, device: torch.device) -> Pool | None:
         """Of a device; None if nothing is recorded there."""
@@ -94,10 +96,16 @@ class Recorder:
 
     def release(self) -> None:
         """Give the memory of all recordings back: it is wanted for something else."""
+        if self._replays < _PAYS * sum(piece.recordings for piece in self.pieces):
+            self._releases += 1
+        self._replays = 0
         for piece in self.pieces:
             piece.forget()
         self.pools.clear()
-        self._releases += 1
+
+    def note_replay(self) -> None:
+        """A recording serves once more."""
+        self._replays += 1
 
     @property
     def is_on(self) -> bool:
@@ -150,6 +158,7 @@ class Piece:
         if found is None:
             return self._run(args, kwargs)
         recording, tensors = found
+        self._recorder.note_replay()
         out, caught = recording.replay(tensors)
         self._recorder.host.deliver(caught)
         return out
