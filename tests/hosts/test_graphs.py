@@ -114,6 +114,22 @@ def test_a_layer_that_runs_again_is_not_recorded_and_gives_memory_back(checkpoin
     assert sum(piece.recordings for piece in recorder.pieces) == 0
 
 
+def test_someone_may_lay_a_forward_around_a_layers(checkpoint: Checkpoint) -> None:
+    ours, stock, capture = both(checkpoint("qwen3_moe"), memory="lean")
+    calls: list[int] = []
+    for model in (ours, stock):
+        for number, layer in enumerate(model.get_base_model().model.layers):
+
+            def around(*args: Any, number: int = number, inner: Any = layer.forward, **kwargs: Any) -> Any:
+                calls.append(number)
+                return inner(*args, **kwargs)
+
+            layer.forward = around
+    torch.testing.assert_close(step(ours, tokens(0)), step(stock, tokens(0)))
+    assert set(calls) == {0, 1}
+    assert capture.replays == 0
+
+
 def test_router_logits_and_their_loss_are_the_hosts(checkpoint: Checkpoint) -> None:
     """The routers' logits leave a recording as outputs with gradient, and only where they are asked for."""
     ours, stock, capture = both(checkpoint("qwen3_moe"))

@@ -129,7 +129,8 @@ class Piece:
         module: computes the same from the same inputs.
         recorder: of its model.
         function: in place of its class's forward, of the module and the arguments.
-        around: of the same, calls `inside` in its turn; None calls it at once. It is not part of what is recorded.
+        around: of a function, one of the module and the arguments that calls it in its turn, or not; that is not part
+            of what is recorded. None for nothing around.
     """
 
     def __init__(
@@ -137,11 +138,12 @@ class Piece:
         module: nn.Module,
         recorder: Recorder,
         function: Callable[..., Any] | None = None,
-        around: Callable[..., Any] | None = None,
+        around: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None,
     ) -> None:
         self.module = module
         self.function = function
         self._around = around
+        self._outside: Callable[..., Any] | None = None
         self._recorder = recorder
         self._seen: dict[Hashable, int] = {}
         self._recordings: dict[Hashable, Recording] = {}
@@ -150,9 +152,13 @@ class Piece:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the module's own forward."""
-        return self.inside(*args, **kwargs) if self._around is None else self._around(self.module, *args, **kwargs)
+        if self._around is None:
+            return self._inside(self.module, *args, **kwargs)
+        if self._outside is None:
+            self._outside = self._around(self._inside)
+        return self._outside(self.module, *args, **kwargs)
 
-    def inside(self, *args: Any, **kwargs: Any) -> Any:
+    def _inside(self, _module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Replay the call, record it or run it."""
         found = self._find(args, kwargs)
         if found is None:
@@ -165,7 +171,7 @@ class Piece:
 
     def __getstate__(self) -> dict[str, Any]:
         """Recordings belong to one model in one process; a copy makes its own."""
-        return vars(self) | {"_seen": {}, "_recordings": {}, "_watch": None}
+        return vars(self) | {"_seen": {}, "_recordings": {}, "_watch": None, "_outside": None}
 
     @property
     def recordings(self) -> int:

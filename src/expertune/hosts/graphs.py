@@ -78,27 +78,24 @@ def bind(layers: Sequence[nn.Module], recorder: Recorder) -> None:
         for module in parts(layer):
             ours = next((each for each in _OURS if forwards.runs(module, each)), None)
             if ours is not None or forwards.given(module) is None:
-                around = None if ours is not None else _around(type(module).forward)
-                function = ours if around is None else around.__wrapped__  # type: ignore[attr-defined]
+                wrapper = _checkpointing(type(module).forward) if ours is None else None
+                around = None if wrapper is None else partial(twin_around, wrapper, "forward")
+                function = ours if wrapper is None else wrapper.__wrapped__  # type: ignore[attr-defined]
                 forwards.give(module, Piece(module, recorder, function, around))
 
 
 @cache
-def _around(forward: Callable[..., Any]) -> FunctionType | None:
-    """The host's code that checkpoints the forward of a layer, around a piece; None where that is done elsewhere.
+def _checkpointing(forward: Callable[..., Any]) -> FunctionType | None:
+    """A class's forward if it is the host's code that checkpoints a layer, around that of the layer; else None.
 
     Up to 5.1x, Transformers checkpoints the call of a layer, so a forward runs inside; later its class's forward does
     it. What is recorded must lie inside: the planner is asked outside, in every step.
     """
-    name, host = "forward", getattr(forward, "__wrapped__", None)
     if not isinstance(forward, FunctionType) or "_gradient_checkpointing_func" not in forward.__code__.co_names:
         return None
     held = dict(zip(forward.__code__.co_freevars, forward.__closure__ or (), strict=True))
-    return twin_around(forward, name, _inside) if name in held and held[name].cell_contents is host else None
-
-
-def _inside(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    return forwards.given(module).inside(*args, **kwargs)
+    is_around = "forward" in held and held["forward"].cell_contents is getattr(forward, "__wrapped__", None)
+    return forward if is_around else None
 
 
 def unbind(recorder: Recorder) -> None:
