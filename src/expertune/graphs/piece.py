@@ -130,7 +130,7 @@ class Piece:
         recorder: of its model.
         function: in place of its class's forward, of the module and the arguments.
         around: of a function, one of the module and the arguments that calls it in its turn, or not; that is not part
-            of what is recorded. None for nothing around.
+            of what is recorded, but of the class's forward. None for nothing around.
     """
 
     def __init__(
@@ -154,6 +154,8 @@ class Piece:
         """As the module's own forward."""
         if self._around is None:
             return self._inside(self.module, *args, **kwargs)
+        if torch.compiler.is_compiling():  # nothing is recorded, and what is around is the class's own
+            return type(self.module).forward(self.module, *args, **kwargs)
         if self._outside is None:
             self._outside = self._around(self._inside)
         return self._outside(self.module, *args, **kwargs)
