@@ -157,13 +157,11 @@ def train(peer: str, model: Any, args: argparse.Namespace, context: int, steps: 
     return row
 
 
-def _recorded(model: Any) -> str:
+def _recorded(model: Any) -> str | None:
     """What of the model was replayed as CUDA graphs, in words."""
-    from expertune.hosts import attach, graphs
+    import expertune
 
-    state = attach.attached(model.get_base_model())
-    assert state is not None
-    return "" if state.recorder is None else graphs.status(state.recorder)
+    return expertune.explain(model).graphs
 
 
 def _clock(steps: int) -> Any:

@@ -193,14 +193,17 @@ def optimize(
     state = attach.attach(inner, requested, is_attention_ours=attention == "auto", uses_graphs=graphs)
     if memory is not None:
         attach.set_memory(inner, state, memory)
-    walks.bind(model)
+    for each in {inner, model}:
+        walks.bind(each)
     return model
 
 
 def restore(model: _Model) -> _Model:
     """Undo `optimize`: the model runs as stock Transformers and PEFT again. Gradient checkpointing stays as it is."""
-    attach.detach(_transformers_model(model))
-    walks.unbind(model)
+    inner = _transformers_model(model)
+    attach.detach(inner)
+    for each in {inner, model}:
+        walks.unbind(each)
     return model
 
 

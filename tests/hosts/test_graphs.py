@@ -175,31 +175,18 @@ def test_recordings_that_have_paid_may_be_given_back_as_often_as_memory_is_wante
     assert recorder.is_on
 
 
-class Full:
-    """A device without memory left."""
-
-    def allocated(self) -> int:
-        return 0
-
-    def peak(self) -> int:
-        return 0
-
-    def free(self) -> int:
-        return -1
-
-
 def test_explain_says_that_there_was_no_room(checkpoint: Checkpoint) -> None:
     ours, _, capture = both(checkpoint("qwen3_moe"))
     recorder = attached(ours.get_base_model()).recorder  # type: ignore[union-attr]
     assert recorder is not None
-    recorder._pool_of = lambda _: Pool(capture, Full())
+    recorder._pool_of = lambda _: Pool(capture, memories.Card(memories.TOO_LITTLE))
     for _ in range(4):
         step(ours, torch.randint(3, 60, (2, 9)))
     assert "0 of 2 layers, 0 kinds of calls; there was no room for more" in str(expertune.explain(ours))
 
 
-class Filling(Full):
-    """A device on which every recording takes 100 bytes, with room for four of these beside the one that is made."""
+class Filling(memories.Card):
+    """A card on which every recording takes 100 bytes."""
 
     taken = 0
 
@@ -207,15 +194,12 @@ class Filling(Full):
         self.taken += 50  # asked before and after
         return 2 * self.taken
 
-    def free(self) -> int:
-        return 400
-
 
 def test_room_is_looked_for_by_what_is_still_to_be_recorded(checkpoint: Checkpoint) -> None:
     ours, _, capture = both(checkpoint("qwen3_moe"))
     recorder = attached(ours.get_base_model()).recorder  # type: ignore[union-attr]
     assert recorder is not None
-    pool = Pool(capture, Filling())
+    pool = Pool(capture, Filling(left=400))
     recorder._pool_of = lambda _: pool
     for _ in range(4):
         step(ours, torch.randint(3, 60, (2, 9)))

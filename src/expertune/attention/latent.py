@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from expertune.attention.rotary import Rotation, formula
-from expertune.kernels import has_triton
+from expertune.attention.rotary import Rotation, formula, why_no_kernel
 
 
 def assemble(
@@ -41,14 +40,10 @@ def why_not(
     q_BTHD: Tensor, kv_BTHC: Tensor, rot_BTR: Tensor, cos_BTR: Tensor, sin_BTR: Tensor, rotation: Rotation
 ) -> str | None:
     """Why no kernel takes these, in words; None if one does."""
-    tensors = (q_BTHD, kv_BTHC, rot_BTR, cos_BTR, sin_BTR)
-    if not q_BTHD.is_cuda or not has_triton():
-        return "there is no Triton here"
-    if any(x.dtype != q_BTHD.dtype for x in tensors) or q_BTHD.dtype == torch.float64:
-        return "dtypes differ, or are wider than float32"
-    if any(x.requires_grad for x in (cos_BTR, sin_BTR)):
-        return "angles are trained"
-    if any(x.stride(-1) != 1 for x in (q_BTHD, kv_BTHC, rot_BTR)):
+    tensors = (q_BTHD, kv_BTHC, rot_BTR)
+    if (reason := why_no_kernel(tensors, (cos_BTR, sin_BTR))) is not None:
+        return reason
+    if any(x.stride(-1) != 1 for x in tensors):
         return "strides are of another kind"
     if rotation.num_rotated(cos_BTR) != rot_BTR.shape[-1] or rot_BTR.shape[-1] % 2:
         return "rotated parts are of another width than angles"
@@ -94,4 +89,4 @@ class _Assemble(torch.autograd.Function):
 
 
 def _kind(rotation: Rotation) -> dict[str, bool]:
-    return {"is_interleaved": rotation.interleaved, "is_shared": rotation.shared or rotation.half_width}
+    return {"is_interleaved": rotation.interleaved, "is_shared": rotation.shares_angles}

@@ -24,6 +24,11 @@ class Rotation(NamedTuple):
     half_width: bool
     passes: bool
 
+    @property
+    def shares_angles(self) -> bool:
+        """Whether both of a pair take the same angle, by whichever of the two ways."""
+        return self.shared or self.half_width
+
     def num_rotated(self, cos: Tensor) -> int:
         """Elements of a head."""
         return cos.shape[-1] * (2 if self.half_width else 1)
@@ -31,18 +36,25 @@ class Rotation(NamedTuple):
 
 def why_not(q_BHTD: Tensor, k_BHTD: Tensor, cos_BTR: Tensor, sin_BTR: Tensor, rotation: Rotation) -> str | None:
     """Why `rotate` does not take these, in words; None if it does."""
-    tensors = (q_BHTD, k_BHTD, cos_BTR, sin_BTR)
-    if not q_BHTD.is_cuda or not has_triton():
-        return "there is no Triton here"
-    if any(x.dtype != q_BHTD.dtype for x in tensors) or q_BHTD.dtype == torch.float64:
-        return "dtypes differ, or are wider than float32"
-    if any(x.requires_grad for x in (cos_BTR, sin_BTR)):
-        return "angles are trained"
+    if (reason := why_no_kernel((q_BHTD, k_BHTD), (cos_BTR, sin_BTR))) is not None:
+        return reason
     if any(x.dim() != 4 or x.stride(-1) != 1 for x in (q_BHTD, k_BHTD)) or cos_BTR.dim() != 3:
         return "shapes or strides are of another kind"
     num_rotated, widths = rotation.num_rotated(cos_BTR), {q_BHTD.shape[-1], k_BHTD.shape[-1]}
     if len(widths) != 1 or num_rotated % 2 or not (num_rotated in widths or rotation.passes):
         return "heads are of another width than angles"
+    return None
+
+
+def why_no_kernel(rotated: tuple[Tensor, ...], angles: tuple[Tensor, Tensor]) -> str | None:
+    """Why no kernel that rotates takes tensors of these dtypes on this device; None if one does."""
+    first = rotated[0]
+    if not first.is_cuda or not has_triton():
+        return "there is no Triton here"
+    if any(x.dtype != first.dtype for x in (*rotated, *angles)) or first.dtype == torch.float64:
+        return "dtypes differ, or are wider than float32"
+    if any(x.requires_grad for x in angles):
+        return "angles are trained"
     return None
 
 
@@ -70,7 +82,7 @@ def formula(x_BHTD: Tensor, cos_BTR: Tensor, sin_BTR: Tensor, rotation: Rotation
     x, rest = x_BHTD[..., :num_rotated], x_BHTD[..., num_rotated:]
     x1, x2 = (x[..., 0::2], x[..., 1::2]) if rotation.interleaved else (x[..., :half], x[..., half:])
     cos, sin = cos_BTR.unsqueeze(1), sin_BTR.unsqueeze(1)
-    second = slice(0, half) if rotation.shared or rotation.half_width else slice(half, None)
+    second = slice(0, half) if rotation.shares_angles else slice(half, None)
     y1 = x1 * cos[..., :half] - x2 * sin[..., :half]
     y2 = x2 * cos[..., second] + x1 * sin[..., second]
     return torch.cat((y1, y2, rest), dim=-1)
@@ -106,6 +118,6 @@ def _launch(
         sin_BTR,
         rotation.num_rotated(cos_BTR),
         is_interleaved=rotation.interleaved,
-        is_shared=rotation.shared or rotation.half_width,
+        is_shared=rotation.shares_angles,
         backward=backward,
     )

@@ -30,7 +30,6 @@ from expertune.hosts import (
     rotary,
     transformers,
     trl_head,
-    walks,
 )
 from expertune.hosts.collected import checkpoint_collecting
 from expertune.hosts.widths import width_of
@@ -134,7 +133,6 @@ def attach(
         _spare([layer for layer in state.layers if layer.gradient_checkpointing], model, state)
     state.recorder = Recorder(graphs.TransformersHost(state.replay)) if uses_graphs else None
     model._expertune = state
-    walks.bind(model)
     bind_all(model)
     state.adapters = _adapters_of(model)
     return state
@@ -152,7 +150,6 @@ def detach(model: PreTrainedModel) -> None:
         graphs.unbind(state.recorder)
     forwards.unbind(state.latents, latent_attention.forward)
     forwards.unbind(state.rotaries, rotary.forward)
-    walks.unbind(model)
     trl_head.unbind(model)
     for decoder, had in state.attentions:
         attention.give_back(decoder, had)

@@ -8,6 +8,7 @@ numbers, gives what the code below gives; what the attention is run by stays the
 import copy
 import inspect
 from collections.abc import Callable
+from functools import cache
 from types import FunctionType
 from typing import Any
 
@@ -103,7 +104,7 @@ def _forward(
     kv = attention.kv_b_proj(attention.kv_a_layernorm(latent_BTL))
     kv = kv.view(*shape, attention.qk_nope_head_dim + attention.v_head_dim)
     q_BHTD, k_BHTD, v_BHTV = assemble(q, kv, rot_BTR, *position_embeddings, rotation)
-    names = _globals(type(attention))
+    names = _globals(type(attention).forward)
     attend = names[_INTERFACE].get_interface(attention.config._attn_implementation, names["eager_attention_forward"])
     out_BTHV, weights = attend(
         attention,
@@ -127,19 +128,21 @@ def _queries(attention: Any, hidden_states: Tensor) -> Tensor:
 def rotation_of(attention: Any) -> Rotation | None:
     """By which formula an attention rotates; None if it is not known."""
     name = "apply_rotary_pos_emb" + ("_interleave" if getattr(attention.config, "rope_interleave", False) else "")
-    function: Callable[..., Any] | None = _globals(type(attention)).get(name)
-    return None if function is None else rotary.known_rotation(function)
+    function: Callable[..., Any] | None = _globals(type(attention).forward).get(name)
+    return None if function is None else rotary.rotation_of(function)
 
 
-def _globals(kind: type) -> dict[str, Any]:
+@cache
+def _globals(forward: Callable[..., Any]) -> dict[str, Any]:
     """What the code of a class's forward finds in its module."""
-    code = inspect.unwrap(kind.forward)  # type: ignore[attr-defined]
+    code = inspect.unwrap(forward)
     return code.__globals__ if isinstance(code, FunctionType) else {}
 
 
 def _follows(kind: type, config: Any) -> bool:
     """Whether a small instance gives the numbers that `_forward` gives."""
-    if not {_INTERFACE, "eager_attention_forward"} <= _globals(kind).keys():
+    names = _globals(kind.forward)  # type: ignore[attr-defined]
+    if not {_INTERFACE, "eager_attention_forward"} <= names.keys():
         return False
     small = copy.deepcopy(config)
     try:

@@ -39,11 +39,6 @@ def forward(attention: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 @cache
-def known_rotation(function: Callable[..., Any]) -> Rotation | None:
-    """`rotation_of`, tried once a function."""
-    return rotation_of(function)
-
-
 def rotation_of(function: Callable[..., Any]) -> Rotation | None:
     """Which formula a host's function follows, found by trying it on random numbers; None if it is another one."""
     if list(inspect.signature(function).parameters)[:4] != ["q", "k", "cos", "sin"]:

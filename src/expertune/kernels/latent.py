@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from expertune.kernels.launch import launch, next_power_of_2
+from expertune.kernels.rotary import angles, batch_stride, turn
 
 _ELEMENTS = 2048  # of a token that are held at a time
 
@@ -26,25 +27,6 @@ def _copy(x_ptr, y_ptr, head, x_head, y_head, H, WIDTH: tl.constexpr, BW: tl.con
 
 
 @triton.jit
-def _turn(x1, x2, c1, s1, c2, s2, BACKWARD: tl.constexpr):
-    """Both of each pair, turned, or turned back."""
-    if BACKWARD:
-        return x1 * c1 + x2 * s2, x2 * c2 - x1 * s1
-    return x1 * c1 - x2 * s1, x2 * c2 + x1 * s2
-
-
-@triton.jit
-def _angles(cos_ptr, sin_ptr, PAIRS: tl.constexpr, COS_GAP: tl.constexpr, BP: tl.constexpr):
-    pair = tl.arange(0, BP)[None, :]
-    mask = pair < PAIRS
-    c1 = tl.load(cos_ptr + pair, mask=mask, other=0.0).to(tl.float32)
-    s1 = tl.load(sin_ptr + pair, mask=mask, other=0.0).to(tl.float32)
-    c2 = tl.load(cos_ptr + pair + COS_GAP, mask=mask, other=0.0).to(tl.float32)
-    s2 = tl.load(sin_ptr + pair + COS_GAP, mask=mask, other=0.0).to(tl.float32)
-    return c1, s1, c2, s2
-
-
-@triton.jit
 def _assemble_kernel(
     q_ptr, kv_ptr, rot_ptr, cos_ptr, sin_ptr, q_out_ptr, k_out_ptr,
     q_batch, kv_batch, rot_batch, cos_batch, out_batch,
@@ -55,7 +37,7 @@ def _assemble_kernel(
     """One program a token."""
     token, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     at_angle = batch * cos_batch + token * cos_token
-    c1, s1, c2, s2 = _angles(cos_ptr + at_angle, sin_ptr + at_angle, PAIRS, COS_GAP, BP)
+    c1, s1, c2, s2 = angles(cos_ptr + at_angle, sin_ptr + at_angle, PAIRS, COS_GAP, BP)
     q_ptr += batch * q_batch + token * q_token
     kv_ptr += batch * kv_batch + token * kv_token
     q_out_ptr += batch * out_batch + token * out_token
@@ -64,7 +46,7 @@ def _assemble_kernel(
     rot = rot_ptr + batch * rot_batch + token * rot_token + pair * STEP
     x1 = tl.load(rot, mask=pair < PAIRS, other=0.0).to(tl.float32)
     x2 = tl.load(rot + GAP, mask=pair < PAIRS, other=0.0).to(tl.float32)
-    k1, k2 = _turn(x1, x2, c1, s1, c2, s2, False)
+    k1, k2 = turn(x1, x2, c1, s1, c2, s2, False)
     dtype = q_out_ptr.dtype.element_ty
     for first in range(0, H, BH):
         head = first + tl.arange(0, BH)[:, None]
@@ -74,7 +56,7 @@ def _assemble_kernel(
         q = q_ptr + head * q_head + PASS + pair * STEP
         q1 = tl.load(q, mask=mask, other=0.0).to(tl.float32)
         q2 = tl.load(q + GAP, mask=mask, other=0.0).to(tl.float32)
-        q1, q2 = _turn(q1, q2, c1, s1, c2, s2, False)
+        q1, q2 = turn(q1, q2, c1, s1, c2, s2, False)
         at = head * out_head + PASS + pair
         tl.store(q_out_ptr + at, q1.to(dtype), mask=mask)
         tl.store(q_out_ptr + at + PAIRS, q2.to(dtype), mask=mask)
@@ -89,12 +71,12 @@ def _take_apart_kernel(
     dq_token, dk_token, dv_token, cos_token, q_token, kv_token, rot_token,
     dq_head, dk_head, dv_head, q_head, kv_head, H,
     PASS: tl.constexpr, PAIRS: tl.constexpr, STEP: tl.constexpr, GAP: tl.constexpr, COS_GAP: tl.constexpr,
-    VALUE: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, BP: tl.constexpr, BV: tl.constexpr,
+    BH: tl.constexpr, BW: tl.constexpr, BP: tl.constexpr, VALUE: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """One program a token: the gradients of what `_assemble_kernel` read. Those of the shared part add up in order."""
     token, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     at_angle = batch * cos_batch + token * cos_token
-    c1, s1, c2, s2 = _angles(cos_ptr + at_angle, sin_ptr + at_angle, PAIRS, COS_GAP, BP)
+    c1, s1, c2, s2 = angles(cos_ptr + at_angle, sin_ptr + at_angle, PAIRS, COS_GAP, BP)
     dq_ptr += batch * dq_batch + token * dq_token
     dk_ptr += batch * dk_batch + token * dk_token
     dv_ptr += batch * dv_batch + token * dv_token
@@ -113,14 +95,14 @@ def _take_apart_kernel(
         dq = dq_ptr + head * dq_head + PASS + pair
         q1 = tl.load(dq, mask=mask, other=0.0).to(tl.float32)
         q2 = tl.load(dq + PAIRS, mask=mask, other=0.0).to(tl.float32)
-        q1, q2 = _turn(q1, q2, c1, s1, c2, s2, True)
+        q1, q2 = turn(q1, q2, c1, s1, c2, s2, True)
         at = q_grad_ptr + head * q_head + PASS + pair * STEP
         tl.store(at, q1.to(dtype), mask=mask)
         tl.store(at + GAP, q2.to(dtype), mask=mask)
         dk = dk_ptr + head * dk_head + PASS + pair
         k1 += tl.load(dk, mask=mask, other=0.0).to(tl.float32)
         k2 += tl.load(dk + PAIRS, mask=mask, other=0.0).to(tl.float32)
-    k1, k2 = _turn(tl.sum(k1, 0)[None, :], tl.sum(k2, 0)[None, :], c1, s1, c2, s2, True)
+    k1, k2 = turn(tl.sum(k1, 0)[None, :], tl.sum(k2, 0)[None, :], c1, s1, c2, s2, True)
     at = rot_grad_ptr + batch * rot_batch + token * rot_token + pair * STEP
     tl.store(at, k1.to(dtype), mask=pair < PAIRS)
     tl.store(at + GAP, k2.to(dtype), mask=pair < PAIRS)
@@ -158,7 +140,7 @@ def assemble(
             (num_tokens, batch, 1),
             (q_BTHD, kv_BTHC, rot_BTR, cos_BTR, sin_BTR, q, k),
             (),
-            (*map(_batch_stride, tensors), q.stride(0), *[x.stride(1) for x in (*tensors, q)])
+            (*map(batch_stride, tensors), q.stride(0), *[x.stride(1) for x in (*tensors, q)])
             + (*[x.stride(2) for x in (q_BTHD, kv_BTHC, q)], num_heads),
             constants,
             num_warps=4,
@@ -194,22 +176,17 @@ def take_apart(
     if q.numel():
         tensors = (dq_BTHD, dk_BTHD, dv_BTHV, cos_BTR, q, kv, rot)
         constants = _constants(num_heads, num_passed, num_rotated, is_interleaved, is_shared)
-        block_sizes = {name: constants.pop(name) for name in ("BH", "BW", "BP")}
         launch(
             _take_apart_kernel,
             (num_tokens, batch, 1),
             (dq_BTHD, dk_BTHD, dv_BTHV, cos_BTR, sin_BTR, q, kv, rot),
             (),
-            (*map(_batch_stride, tensors), *[x.stride(1) for x in tensors])
+            (*map(batch_stride, tensors), *[x.stride(1) for x in tensors])
             + (*[x.stride(2) for x in (dq_BTHD, dk_BTHD, dv_BTHV, q, kv)], num_heads),
-            constants | {"VALUE": num_values} | block_sizes | {"BV": next_power_of_2(num_values)},
+            constants | {"VALUE": num_values, "BV": next_power_of_2(num_values)},
             num_warps=4,
         )
     return q, kv, rot
-
-
-def _batch_stride(x: Tensor) -> int:
-    return x.stride(0) if x.shape[0] > 1 else 0
 
 
 def _constants(

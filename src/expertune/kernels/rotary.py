@@ -15,6 +15,26 @@ _ELEMENTS = 2048  # pairs of a token that are held at a time
 
 
 @triton.jit
+def turn(x1, x2, c1, s1, c2, s2, BACKWARD: tl.constexpr):
+    """Both of each pair, turned, or turned back."""
+    if BACKWARD:
+        return x1 * c1 + x2 * s2, x2 * c2 - x1 * s1
+    return x1 * c1 - x2 * s1, x2 * c2 + x1 * s2
+
+
+@triton.jit
+def angles(cos_ptr, sin_ptr, PAIRS: tl.constexpr, COS_GAP: tl.constexpr, BP: tl.constexpr):
+    """Of a token, `(1, BP)`: cosines and sines of the first of each pair, then of the second."""
+    pair = tl.arange(0, BP)[None, :]
+    mask = pair < PAIRS
+    c1 = tl.load(cos_ptr + pair, mask=mask, other=0.0).to(tl.float32)
+    s1 = tl.load(sin_ptr + pair, mask=mask, other=0.0).to(tl.float32)
+    c2 = tl.load(cos_ptr + pair + COS_GAP, mask=mask, other=0.0).to(tl.float32)
+    s2 = tl.load(sin_ptr + pair + COS_GAP, mask=mask, other=0.0).to(tl.float32)
+    return c1, s1, c2, s2
+
+
+@triton.jit
 def _rotate_heads(
     x_ptr, y_ptr, c1, s1, c2, s2, H, x_head, y_head,
     PAIRS: tl.constexpr, REST: tl.constexpr, X_STEP: tl.constexpr, X_GAP: tl.constexpr, Y_STEP: tl.constexpr,
@@ -29,12 +49,7 @@ def _rotate_heads(
         y = y_ptr + head * y_head + pair * Y_STEP
         x1 = tl.load(x, mask=mask, other=0.0).to(tl.float32)
         x2 = tl.load(x + X_GAP, mask=mask, other=0.0).to(tl.float32)
-        if BACKWARD:
-            y1 = x1 * c1 + x2 * s2
-            y2 = x2 * c2 - x1 * s1
-        else:
-            y1 = x1 * c1 - x2 * s1
-            y2 = x2 * c2 + x1 * s2
+        y1, y2 = turn(x1, x2, c1, s1, c2, s2, BACKWARD)
         tl.store(y, y1.to(y_ptr.dtype.element_ty), mask=mask)
         tl.store(y + Y_GAP, y2.to(y_ptr.dtype.element_ty), mask=mask)
         if REST > 0:
@@ -55,13 +70,8 @@ def _rotary_kernel(
 ):  # fmt: skip
     """One program a token."""
     token, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    pair = tl.arange(0, BP)[None, :]
-    angles = batch * cos_batch + token * cos_token + pair
-    in_width = pair < PAIRS
-    c1 = tl.load(cos_ptr + angles, mask=in_width, other=0.0).to(tl.float32)
-    s1 = tl.load(sin_ptr + angles, mask=in_width, other=0.0).to(tl.float32)
-    c2 = tl.load(cos_ptr + angles + COS_GAP, mask=in_width, other=0.0).to(tl.float32)
-    s2 = tl.load(sin_ptr + angles + COS_GAP, mask=in_width, other=0.0).to(tl.float32)
+    at_angle = batch * cos_batch + token * cos_token
+    c1, s1, c2, s2 = angles(cos_ptr + at_angle, sin_ptr + at_angle, PAIRS, COS_GAP, BP)
     _rotate_heads(
         q_ptr + batch * q_batch + token * q_token, q_out_ptr + batch * q_out_batch + token * q_out_token,
         c1, s1, c2, s2, HQ, q_head, q_out_head, PAIRS, REST, X_STEP, X_GAP, Y_STEP, Y_GAP, BACKWARD, BH, BP, BR,
@@ -70,6 +80,11 @@ def _rotary_kernel(
         k_ptr + batch * k_batch + token * k_token, k_out_ptr + batch * k_out_batch + token * k_out_token,
         c1, s1, c2, s2, HK, k_head, k_out_head, PAIRS, REST, X_STEP, X_GAP, Y_STEP, Y_GAP, BACKWARD, BH, BP, BR,
     )  # fmt: skip
+
+
+def batch_stride(x: Tensor) -> int:
+    """From one sample to the next; 0 where there is one for all."""
+    return x.stride(0) if x.shape[0] > 1 else 0
 
 
 def rotate(
@@ -111,7 +126,7 @@ def rotate(
         (q_BHTD, k_BHTD, cos_BTR, sin_BTR, *outs),
         (),
         # strides are specialised on, because a load that is known to be aligned is a wide one
-        (*[x.stride(0) for x in tensors], cos_BTR.stride(0) if cos_BTR.shape[0] > 1 else 0)
+        (*[x.stride(0) for x in tensors], batch_stride(cos_BTR))
         + (q_BHTD.shape[1], k_BHTD.shape[1], *[x.stride(i) for i in (1, 2) for x in tensors], cos_BTR.stride(1)),
         {
             "PAIRS": half,
