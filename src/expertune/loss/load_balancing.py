@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from expertune.kernels import has_triton
+
 NUM_ELEMENTS = 2**25  # of logits whose probabilities are there at once, 128 MiB in float32
 
 
@@ -61,16 +63,35 @@ class _Balance(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         count_E, mask_N, *logits = ctx.saved_tensors
-        dp_E = count_E * dloss
+        dmean_E = count_E * dloss
         dlogits: list[Tensor] = []
         for group in _groups(logits):
-            p_ME = torch.cat(group).softmax(-1, dtype=count_E.dtype)
-            d_ME = p_ME * dp_E
-            d_ME.addcmul_(p_ME, d_ME.sum(-1, keepdim=True), value=-1)
-            if mask_N is not None:
-                d_ME *= _weights(mask_N, group, p_ME.dtype).unsqueeze(1)
-            dlogits += d_ME.to(group[0].dtype).split([len(each) for each in group])
+            dlogits += torch.split(_gradient(torch.cat(group), dmean_E, mask_N), [len(each) for each in group])
         return None, None, None, *dlogits
+
+
+def _gradient(logits_ME: Tensor, dmean_E: Tensor, mask_N: Tensor | None) -> Tensor:
+    if logits_ME.is_cuda and logits_ME.dtype != torch.float64 and has_triton():
+        from expertune.kernels.load_balancing import balance_backward  # imports Triton, which is optional
+
+        return balance_backward(logits_ME, dmean_E, mask_N)
+    return plain_gradient(logits_ME, dmean_E, mask_N)
+
+
+def plain_gradient(logits_ME: Tensor, dmean_E: Tensor, mask_N: Tensor | None) -> Tensor:
+    """The kernel's work by torch's own operations, on any device.
+
+    Args:
+        logits_ME: of some layers, one after another.
+        dmean_E: the gradient of the sum of each expert's probabilities.
+        mask_N: what a layer's rows count; None where each counts one.
+    """
+    p_ME = logits_ME.softmax(-1, dtype=dmean_E.dtype)
+    d_ME = p_ME * dmean_E
+    d_ME.addcmul_(p_ME, d_ME.sum(-1, keepdim=True), value=-1)
+    if mask_N is not None:
+        d_ME *= mask_N.to(d_ME.dtype).repeat(len(d_ME) // len(mask_N)).unsqueeze(1)
+    return d_ME.to(logits_ME.dtype)
 
 
 def _groups(logits: Sequence[Tensor]) -> Iterator[list[Tensor]]:

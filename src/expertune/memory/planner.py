@@ -10,6 +10,7 @@ and what it took says whether the next one of its length need be. Whatever is ke
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from enum import Enum
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -59,7 +60,7 @@ class Planner:
             return Way.RUN_AGAIN
         if part.begins_with(number):
             tokens = _tokens(x)
-            part.begin(tokens, self._estimate(x, device), may_be_lean=tokens >= self._lean_from)
+            part.begin(tokens, partial(self._estimate, x, device), may_be_lean=tokens >= self._lean_from)
         return part.way(number)
 
     @contextmanager
@@ -153,15 +154,15 @@ class _Part:
         """Whether a layer is the first of a step."""
         return layer <= self._last or self._last < 0
 
-    def begin(self, tokens: int, estimate: int, *, may_be_lean: bool) -> None:
-        """Plan a step of so many tokens."""
+    def begin(self, tokens: int, estimate: Callable[[], int], *, may_be_lean: bool) -> None:
+        """Plan a step of so many tokens, with an estimate of the bytes that a lean one spares at most."""
         self._end()
         free, need = self.meter.free(), self._need.of(tokens)
-        self._is_lean = may_be_lean and (estimate if need is None else need) > free
+        self._is_lean = may_be_lean and (estimate() if need is None else need) > free
         is_new = tokens > self._most_tokens or not self._bytes
         self._kept = frozenset()
         if self._is_lean or is_new:
-            self._step = _Step(self._is_lean, tokens, estimate, self.meter.allocated(), self.meter.peak())
+            self._step = _Step(self._is_lean, tokens, estimate(), self.meter.allocated(), self.meter.peak())
         else:
             self._kept = frozenset(self._fitting(tokens, free - self._rise))
         if not self._is_lean:
