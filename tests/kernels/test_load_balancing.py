@@ -9,7 +9,7 @@ from tests.cases import DEVICE, problem
 from tests.numerics import assert_no_worse
 
 pytest.importorskip("triton")
-from expertune.kernels.load_balancing import balance_backward  # noqa: E402 imports Triton
+from expertune.kernels.load_balancing import balance_backward
 
 DTYPES = [d for d in (torch.float32, torch.float16, torch.bfloat16) if triton.BACKEND.why_not(problem(d, 16)) is None]
 pytestmark = pytest.mark.skipif(not DTYPES, reason="needs a GPU, or TRITON_INTERPRET=1 for Triton's interpreter")
