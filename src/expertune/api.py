@@ -157,7 +157,7 @@ def add_lora(
     if targets.left:
         left = ", ".join(targets.left)
         console.print(f"left as it is: {left}; name its modules by dotted paths to train it", soft_wrap=True)
-    walks.bind(wrapped)
+    attach.take_in(wrapped, model)
     return wrapped
 
 
@@ -193,8 +193,9 @@ def optimize(
     state = attach.attach(inner, requested, is_attention_ours=attention == "auto", uses_graphs=graphs)
     if memory is not None:
         attach.set_memory(inner, state, memory)
-    for each in {inner, model}:
-        walks.bind(each)
+    walks.bind(inner)
+    if model is not inner:
+        attach.take_in(model, inner)
     return model
 
 

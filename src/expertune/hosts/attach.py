@@ -30,6 +30,7 @@ from expertune.hosts import (
     rotary,
     transformers,
     trl_head,
+    walks,
 )
 from expertune.hosts.collected import checkpoint_collecting
 from expertune.hosts.widths import width_of
@@ -136,6 +137,18 @@ def attach(
     bind_all(model)
     state.adapters = _adapters_of(model)
     return state
+
+
+def take_in(wrapper: nn.Module, model: PreTrainedModel) -> None:
+    """Let what PEFT wrapped a model in walk as the model does, and find its trainer's forward before that is called.
+
+    Args:
+        wrapper: calls the model.
+        model: to which `attach` was done.
+    """
+    walks.bind(wrapper)
+    if (state := attached(model)) is not None:
+        state.handles.append(trl_head.bind_before(wrapper, model))
 
 
 def detach(model: PreTrainedModel) -> None:
