@@ -19,7 +19,8 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -112,26 +113,38 @@ def main() -> None:
         report = {"provenance": provenance(*_PACKAGES), "command": " ".join(sys.argv), **settings, "peers": results}
         args.output.mkdir(parents=True, exist_ok=True)
         for peer in args.peers.split(","):
+            results[peer] = []
             with console.status(f"{peer}: {args.contexts} tokens, {args.steps} steps each or more"):
-                results[peer] = run_peer(peer, folder, args.timeout, console)
-            # after each peer: what has been measured is kept if the next one is stopped
-            (args.output / "sft_step.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+                for row in run_peer(peer, folder, args.timeout, console):
+                    results[peer].append(row)
+                    # at once: what has been measured is kept if this run is stopped
+                    (args.output / "sft_step.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
     step_report.plot(report, args.output / "sft_step.png")
     show(report, console)
     console.print(f"wrote {args.output}/sft_step.json and sft_step.png")
 
 
-def run_peer(peer: str, folder: Path, timeout: int, console: Console) -> list[dict[str, Any]]:
-    """The lines that a peer's process wrote, also if it did not come to its end."""
+def run_peer(peer: str, folder: Path, timeout: int, console: Console) -> Iterator[dict[str, Any]]:
+    """The lines that a peer's process writes, as they come, also if it does not come to its end."""
     command = [sys.executable, *sys.argv, "--worker", peer, "--folder", str(folder)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
-        out, error = done.stdout, done.stderr if done.returncode else ""
-    except subprocess.TimeoutExpired as late:
-        out, error = (late.stdout or b"").decode(), f"no end within {timeout} s"
-    if error:
-        console.print(f"{peer}: {error.strip().splitlines()[-1]}", style="red", markup=False)
-    return [json.loads(line) for line in out.splitlines() if line.startswith('{"')]
+    with (
+        tempfile.TemporaryFile("w+") as errors,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process,
+    ):
+        is_late = threading.Event()
+        timer = threading.Timer(timeout, lambda: (is_late.set(), process.kill()))
+        timer.start()
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith('{"'):
+                yield json.loads(line)
+        status = process.wait()
+        timer.cancel()
+        errors.seek(0)
+        said = errors.read().strip().splitlines()
+    if status:
+        reason = f"no end within {timeout} s" if is_late.is_set() else (said or [f"ended with status {status}"])[-1]
+        console.print(f"{peer}: {reason}", style="red", markup=False)
 
 
 if __name__ == "__main__":
