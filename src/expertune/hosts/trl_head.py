@@ -5,7 +5,7 @@ From 1.15 on, TRL gives a model a forward of its own (`add_fused_lm_head`), whic
 states and head, and imports the balance loss from a host's module. That forward runs as it is, with ours under these
 names: on this model alone. TRL makes it when a trainer is made, and we look for it before each batch: when what wraps
 the model is called, or else, too late for that batch, its decoder. In TRL's own first step the balance loss would write
-each token's choices out, 8 KiB a layer where 8 of 128 experts are chosen.
+each token's choices out, 8 KiB a token and layer where 8 of 128 experts are chosen.
 """
 
 from collections.abc import Callable
