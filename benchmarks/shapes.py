@@ -1,8 +1,12 @@
 """The shapes that are measured: models of the real widths, with random weights, and what LoRA is put on."""
 
+import itertools
+import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+_AT_ONCE = 4  # parts of a model that are written side by side
 _QWEN3 = {
     "vocab_size": 151936,
     "hidden_size": 2048,
@@ -104,12 +108,58 @@ def model_config(shape: str, layers: int, **overrides: Any) -> Any:
     return AutoConfig.for_model(model_type, **widths | _SPECIAL | overrides, num_hidden_layers=layers)
 
 
-def write_model(shape: str, layers: int, folder: Path, seed: int = 0) -> None:
-    """A checkpoint of the shape with random weights in bfloat16."""
+def write_model(shape: str, layers: int, folder: Path, seed: int = 0, **overrides: Any) -> None:
+    """A checkpoint of the shape with random weights in bfloat16, as `from_config` draws them.
+
+    Layers are drawn, converted and written a few at a time, so it may be larger than a card could convert at once.
+    """
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()  # of each part
     torch.manual_seed(seed)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = AutoModelForCausalLM.from_config(model_config(shape, layers), dtype=torch.bfloat16)
-    model.save_pretrained(folder, max_shard_size="4GB")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(model_config(shape, layers, **overrides), dtype=torch.bfloat16)
+    others = [(name, m) for name, m in model.named_modules() if not name.startswith("model.layers") and not _inner(m)]
+    parts = [others, *([(f"model.layers.{i}", layer)] for i, layer in enumerate(model.model.layers))]
+
+    def draw(part: list[tuple[str, Any]]) -> dict[str, Any]:
+        for _, module in part:
+            module.to_empty(device=device).apply(model._init_weights)
+        return {f"{name}.{key}": x for name, module in part for key, x in module.state_dict().items()}
+
+    def save(number: int, tensors: dict[str, Any]) -> str:
+        model.save_pretrained(folder / str(number), state_dict=tensors, max_shard_size="100GB")
+        return str(number)
+
+    files: dict[str, str] = {}
+    with ThreadPoolExecutor(_AT_ONCE) as pool, torch.no_grad():
+        for first in range(0, len(parts), _AT_ONCE):
+            some = parts[first : first + _AT_ONCE]
+            for number in pool.map(save, range(first, first + len(some)), list(map(draw, some))):
+                files |= _take_in(folder, number)
+            for _, module in itertools.chain.from_iterable(some):
+                module.to_empty(device="meta")
+    total = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    index = {"metadata": {"total_size": total}, "weight_map": files}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+
+
+def _inner(module: Any) -> bool:
+    """Whether a module holds others."""
+    return any(True for _ in module.children())
+
+
+def _take_in(folder: Path, number: str) -> dict[str, str]:
+    """Move what was saved in a folder of this number to the one around it, and say which file holds which tensor."""
+    from safetensors import safe_open
+
+    name = f"model-{number}.safetensors"
+    (folder / number / "model.safetensors").rename(folder / name)
+    for path in (folder / number).iterdir():  # the configs, the same each time
+        path.replace(folder / path.name)
+    (folder / number).rmdir()
+    with safe_open(folder / name, "pt") as file:
+        return dict.fromkeys(file.keys(), name)
