@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from shapes import SHAPES, model_config, write_model
 from transformers import AutoModelForCausalLM
+
+from shapes import SHAPES, model_config, write_model
 
 NARROW = {
     "vocab_size": 64,

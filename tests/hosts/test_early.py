@@ -10,18 +10,17 @@ from expertune.hosts import early
 from tests.conftest import Checkpoint
 from tests.hosts.models import load_tiny, save_tiny, tokenizer
 
-SHAPES = {
-    "qwen3_moe": {((1, 1024, 4, 8), (1, 1024, 2, 8), (1, 1024, 2, 8)), ((4, 32),), ((4, 8),)},
-    "gpt_oss": {((1, 1024, 4, 8), (1, 1024, 2, 8), (1, 1024, 2, 8)), ((4, 32),)},
-    "glm4_moe_lite": {((1, 1024, 4, 16), (1, 1024, 4, 16), (1, 1024, 4, 8)), ((4, 32),), ((4, 16),)},
+SHAPES = {  # of attention, norms and, where ours, routers
+    "qwen3_moe": [((1, 1024, 4, 8), (1, 1024, 2, 8), (1, 1024, 2, 8)), ((4, 32),), ((4, 8),), ((4, 8),)],
+    "gpt_oss": [((1, 1024, 4, 8), (1, 1024, 2, 8), (1, 1024, 2, 8)), ((4, 32),), ((4, 8),)],
+    "glm4_moe_lite": [((1, 1024, 4, 16), (1, 1024, 4, 16), (1, 1024, 4, 8)), ((4, 32),), ((4, 16),)],
 }
 
 
 @pytest.mark.parametrize("family", SHAPES)
 def test_each_kind_is_called_once(checkpoint: Checkpoint, family: str) -> None:
     calls = early.calls(expertune.optimize(load_tiny(checkpoint(family), torch.float32)))
-    assert {call.shapes for call in calls} == SHAPES[family]
-    assert len(calls) == len(SHAPES[family])
+    assert sorted(call.shapes for call in calls) == sorted(SHAPES[family])
     for call in calls:
         call.run(torch.device("cpu"))
 

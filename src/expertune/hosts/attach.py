@@ -28,6 +28,7 @@ from expertune.hosts import (
     norms,
     peft,
     rotary,
+    router,
     transformers,
     trl_head,
     walks,
@@ -54,6 +55,7 @@ class Attached:
         norms: those that run our forward.
         latents: the attentions that put their heads together by our function.
         rotaries: the others that rotate queries and keys by our function.
+        routers: those that choose and score by our function.
         memory: what its layers spare memory by; None where nobody has set it.
         recorder: of the parts that are replayed as CUDA graphs; None if none is to be.
     """
@@ -68,6 +70,7 @@ class Attached:
     norms: list[nn.Module] = field(default_factory=list)
     latents: list[nn.Module] = field(default_factory=list)
     rotaries: list[nn.Module] = field(default_factory=list)
+    routers: list[nn.Module] = field(default_factory=list)
     memory: Policy | None = None
     recorder: Recorder | None = None
 
@@ -104,6 +107,7 @@ def attach(
     ]
     peft.check(model, {id(module): plan for module, plan in plans})
     found_norms, found_latents, found_rotaries = norms.find(model), latent_attention.find(model), rotary.find(model)
+    found_routers = router.find(model)
     taken = [each for each in decoders(model) if attention.is_ours(each) or attention.why_not(each) is None]
     if (before := attached(model)) is not None:
         state.memory = before.memory
@@ -114,6 +118,7 @@ def attach(
     state.norms = norms.bind(found_norms)
     state.latents = forwards.bind(found_latents, latent_attention.forward)
     state.rotaries = forwards.bind(found_rotaries, rotary.forward)
+    state.routers = router.bind(found_routers, state.replay)
     transformers.register()
     configs: dict[int, Any] = {}
     for module, plan in plans:
@@ -163,6 +168,7 @@ def detach(model: PreTrainedModel) -> None:
         graphs.unbind(state.recorder)
     forwards.unbind(state.latents, latent_attention.forward)
     forwards.unbind(state.rotaries, rotary.forward)
+    forwards.unbind(state.routers, router.forward)
     trl_head.unbind(model)
     for decoder, had in state.attentions:
         attention.give_back(decoder, had)

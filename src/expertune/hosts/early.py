@@ -18,12 +18,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from expertune.attention.attend import attend
-from expertune.hosts import attention, forwards, norms
+from expertune.hosts import attention, forwards, norms, router
 from expertune.hosts.attach import decoders
 from expertune.kernels import has_triton
 from expertune.loss.log_probs import Head, label_log_probs
 from expertune.optim.adamw_8bit import AdamW8bit
 from expertune.rms_norm import rms_norm
+from expertune.router import Rule, route
 
 _NUM_TOKENS = 1024  # of attention: on fewer, cuDNN may take another kernel
 
@@ -69,8 +70,8 @@ def begin(model: PreTrainedModel) -> list["Future[Any]"]:
 
 
 def calls(model: PreTrainedModel) -> list[Call]:
-    """Attention and norms of a model, one call of each kind, the longest first."""
-    return list(dict.fromkeys([*_attentions(model), *_norms(model)]))
+    """Attention, norms and routers of a model, one call of each kind, the longest first."""
+    return list(dict.fromkeys([*_attentions(model), *_norms(model), *_routers(model)]))
 
 
 def _attentions(model: PreTrainedModel) -> Iterator[Call]:
@@ -113,6 +114,23 @@ class _Norm:
 
     def __call__(self, x: Tensor) -> Tensor:
         return rms_norm(x, x.new_zeros(x.shape[-1], dtype=self.dtype), self.eps, self.offset)
+
+
+def _routers(model: PreTrainedModel) -> Iterator[Call]:
+    for module in model.modules():
+        if forwards.runs(module, router.forward):
+            formula, _ = forwards.given(module).args[1:]
+            yield Call(_Router(formula.rule, router.has_bias(module)), ((4, len(module.weight)),), model.dtype)
+
+
+@dataclass(frozen=True)
+class _Router:
+    rule: Rule
+    has_bias: bool
+
+    def __call__(self, logits_TE: Tensor) -> Tensor:
+        bias_E = logits_TE.new_zeros(logits_TE.shape[1], dtype=torch.float32) if self.has_bias else None
+        return route(logits_TE, bias_E, self.rule)[0]
 
 
 def _log_probs(weight_VD: Tensor, device: torch.device) -> None:

@@ -53,14 +53,19 @@ class Tape:
 
     def topk(self, function: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """`topk` of `x`, by the recorded indices once there are any."""
+        index = self.chosen(lambda: function(x.detach(), *args, **kwargs)[1])
+        dim = kwargs.get("dim", args[1] if len(args) > 1 else -1)
+        return torch.return_types.topk((x.gather(dim, index), index))
+
+    def chosen(self, choose: Callable[[], Tensor]) -> Tensor:
+        """What `choose` yields, for a router that chooses without `topk`; the recorded once there is any."""
         if self.is_recorded:
             index = self._indices[self._cursor]
         else:
-            index = function(x.detach(), *args, **kwargs)[1]
+            index = choose()
             self._indices.append(index)
         self._cursor += 1
-        dim = kwargs.get("dim", args[1] if len(args) > 1 else -1)
-        return torch.return_types.topk((x.gather(dim, index), index))
+        return index
 
     def once(self, make: Callable[[], _Made]) -> _Made:
         """What `make` yields from the chosen experts; the second run gets, in order, what the first one made."""

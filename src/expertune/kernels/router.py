@@ -1,0 +1,158 @@
+"""From a router's logits to the experts of each token and their scores: one kernel each way. Any Triton target.
+
+s[t, e] = exp(z[t, e] − max z[t]), or sigmoid(z[t, e])
+chosen are the top_k highest of z, or of s + bias; of equals the first
+score[t, k] = scale · s[t, e(k)] / total      total: the sum of the chosen s, or of all; of sigmoids, if not normed, 1
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from expertune.kernels.launch import ceil_div, launch, next_power_of_2
+
+_ELEMENTS = 1024  # of the rows that a program holds
+
+
+@triton.jit
+def _scores(logits_ptr, row, inside, E, IS_SIGMOID: tl.constexpr, BE: tl.constexpr):
+    """`z` and `s` of some rows; beyond the experts -inf and 0."""
+    e = tl.arange(0, BE)
+    mask = inside[:, None] & (e[None, :] < E)
+    z = tl.load(logits_ptr + row[:, None] * E + e[None, :], mask=mask, other=-float("inf")).to(tl.float32)
+    if IS_SIGMOID:
+        s = tl.sigmoid(z)
+    else:
+        most = tl.max(z, axis=1)
+        s = tl.exp(z - tl.where(inside, most, 0.0)[:, None])
+    return z, s
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _route_kernel(
+    logits_ptr, bias_ptr, index_ptr, score_ptr, num_rows, E, scale, eps,
+    IS_SIGMOID: tl.constexpr, IS_NORMED: tl.constexpr, HAS_BIAS: tl.constexpr, IS_CHOSEN: tl.constexpr,
+    K: tl.constexpr, BR: tl.constexpr, BE: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """One program per block of rows. With `IS_CHOSEN` the experts are read, else they are written."""
+    row = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
+    inside = row < num_rows
+    e, slot = tl.arange(0, BE), tl.arange(0, BK)
+    z, s = _scores(logits_ptr, row, inside, E, IS_SIGMOID, BE)
+    choice = z
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + e, mask=e < E, other=0.0).to(tl.float32)
+        choice = tl.where(e[None, :] < E, s + bias[None, :], -float("inf"))
+    chosen = tl.zeros((BR, BK), tl.float32)
+    for k in tl.static_range(K):
+        if IS_CHOSEN:
+            expert = tl.load(index_ptr + row * K + k, mask=inside, other=0).to(tl.int32)
+        else:
+            is_best = choice == tl.max(choice, axis=1)[:, None]
+            expert = tl.min(tl.where(is_best, e[None, :], E - 1), axis=1)  # where nothing is a number, the last
+            tl.store(index_ptr + row * K + k, expert.to(tl.int64), mask=inside)
+            choice = tl.where(e[None, :] == expert[:, None], -float("inf"), choice)
+        s_k = tl.sum(tl.where(e[None, :] == expert[:, None], s, 0.0), axis=1)
+        chosen = tl.where(slot[None, :] == k, s_k[:, None], chosen)
+    if IS_NORMED:
+        chosen /= (tl.sum(chosen, axis=1) + eps)[:, None]
+    elif not IS_SIGMOID:
+        chosen /= tl.sum(s, axis=1)[:, None]
+    places = score_ptr + row[:, None] * K + slot[None, :]
+    mask = inside[:, None] & (slot[None, :] < K)
+    tl.store(places, chosen * scale, mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _route_backward_kernel(
+    logits_ptr, index_ptr, dscore_ptr, dlogits_ptr, num_rows, E, scale, eps,
+    IS_SIGMOID: tl.constexpr, IS_NORMED: tl.constexpr, K: tl.constexpr, BR: tl.constexpr, BE: tl.constexpr,
+):  # fmt: skip
+    """One program per block of rows."""
+    row = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
+    inside = row < num_rows
+    e = tl.arange(0, BE)
+    _, s = _scores(logits_ptr, row, inside, E, IS_SIGMOID, BE)
+    ds = tl.zeros((BR, BE), tl.float32)
+    is_chosen = tl.zeros((BR, BE), tl.float32)
+    for k in tl.static_range(K):
+        expert = tl.load(index_ptr + row * K + k, mask=inside, other=0).to(tl.int32)
+        dscore = tl.load(dscore_ptr + row * K + k, mask=inside, other=0.0)
+        here = (e[None, :] == expert[:, None]).to(tl.float32)
+        ds += here * dscore[:, None]
+        is_chosen += here
+    if IS_NORMED:
+        total = tl.sum(is_chosen * s, axis=1) + eps
+        ds = (ds - is_chosen * (tl.sum(ds * s, axis=1) / total)[:, None]) / total[:, None]
+    elif not IS_SIGMOID:
+        total = tl.sum(s, axis=1)
+        ds = (ds - (tl.sum(ds * s, axis=1) / total)[:, None]) / total[:, None]
+    slope = s * (1 - s) if IS_SIGMOID else s
+    places = dlogits_ptr + row[:, None] * E + e[None, :]
+    mask = inside[:, None] & (e[None, :] < E)
+    tl.store(places, (scale * ds * slope).to(dlogits_ptr.dtype.element_ty), mask=mask)
+
+
+def route(
+    logits_TE: Tensor, bias_E: Tensor | None, index_TK: Tensor, score_TK: Tensor, constants: dict[str, Any],
+    *, scale: float, eps: float, is_chosen: bool,
+) -> None:  # fmt: skip
+    """Fill the scores, and the experts unless they are chosen.
+
+    Args:
+        logits_TE: contiguous.
+        bias_E: is added to what is compared; None for none.
+        index_TK: int64.
+        score_TK: float32.
+        constants: `IS_SIGMOID` and `IS_NORMED`.
+        scale: of the scores.
+        eps: is added to the sum of the chosen.
+        is_chosen: whether the experts are given.
+    """
+    num_rows, num_experts = logits_TE.shape
+    if num_rows == 0:
+        return
+    top_k, columns = index_TK.shape[1], next_power_of_2(num_experts)
+    rows = max(1, _ELEMENTS // columns)
+    launch(
+        _route_kernel,
+        (ceil_div(num_rows, rows), 1, 1),
+        (logits_TE, logits_TE if bias_E is None else bias_E, index_TK, score_TK),
+        (num_rows,),
+        (num_experts, scale, eps),
+        constants
+        | {"HAS_BIAS": bias_E is not None, "IS_CHOSEN": is_chosen}
+        | {"K": top_k, "BR": rows, "BE": columns, "BK": next_power_of_2(top_k)},
+        num_warps=4,
+    )
+
+
+def route_backward(
+    logits_TE: Tensor, index_TK: Tensor, dscore_TK: Tensor, constants: dict[str, Any], *, scale: float, eps: float
+) -> Tensor:
+    """`dlogits_TE` in the dtype of the logits; for the arguments see `route`.
+
+    Args:
+        logits_TE, index_TK: as in forward.
+        dscore_TK: contiguous, float32.
+        constants, scale, eps: as in forward.
+    """
+    num_rows, num_experts = logits_TE.shape
+    dlogits_TE = torch.empty_like(logits_TE)
+    if num_rows == 0:
+        return dlogits_TE
+    columns = next_power_of_2(num_experts)
+    rows = max(1, _ELEMENTS // columns)
+    launch(
+        _route_backward_kernel,
+        (ceil_div(num_rows, rows), 1, 1),
+        (logits_TE, index_TK, dscore_TK, dlogits_TE),
+        (num_rows,),
+        (num_experts, scale, eps),
+        constants | {"K": index_TK.shape[1], "BR": rows, "BE": columns},
+        num_warps=4,
+    )
+    return dlogits_TE

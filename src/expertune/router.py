@@ -1,0 +1,120 @@
+"""What a router does with its logits: which experts a token goes to, and with what scores. One node of autograd.
+
+Hosts write it in six operations where a softmax is taken, in twenty where sigmoids are, and half of them again in
+backward; at short context a layer waits for the CPU that submits them.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from expertune.kernels import has_triton
+
+_EPS = 1e-20  # is added to a sum of sigmoids by the hosts that normalise by it
+_MOST_EXPERTS = 1024
+
+
+class Rule(NamedTuple):
+    """How one router differs from another.
+
+    Args:
+        top_k: experts a token.
+        is_sigmoid: whether scores are sigmoids of the logits; else their softmax.
+        is_normed: whether the scores of the chosen are divided by their sum.
+        scale: multiplies the scores.
+    """
+
+    top_k: int
+    is_sigmoid: bool
+    is_normed: bool
+    scale: float = 1.0
+
+    @property
+    def eps(self) -> float:
+        """Is added to the sum by which scores are divided."""
+        return _EPS if self.is_sigmoid else 0.0
+
+
+def choose(logits_TE: Tensor, bias_E: Tensor | None, rule: Rule) -> Tensor:
+    """The experts of each token, int64 `(T, K)`, the best first; of equals the kernel takes the first.
+
+    Args:
+        logits_TE: any floating dtype.
+        bias_E: is added to the sigmoids that are compared, not to scores; None for none.
+        rule: of the router.
+    """
+    with torch.no_grad():
+        return route(logits_TE.detach(), bias_E, rule)[1]
+
+
+def route(
+    logits_TE: Tensor, bias_E: Tensor | None, rule: Rule, index_TK: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Scores in float32, or in float64 if that is the logits', `(T, K)`; and the experts, int64 `(T, K)`.
+
+    The scores can be differentiated with respect to the logits.
+
+    Args:
+        logits_TE: any floating dtype.
+        bias_E: as for `choose`.
+        rule: of the router.
+        index_TK: the experts, where they are chosen already.
+    """
+    if _is_ours(logits_TE):
+        return _Route.apply(logits_TE, bias_E, rule, index_TK)  # type: ignore[no-untyped-call,no-any-return]
+    return plain_route(logits_TE, bias_E, rule, index_TK)
+
+
+class _Route(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, logits_TE: Tensor, bias_E: Tensor | None, rule: Rule, index_TK: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        from expertune.kernels.router import route as kernel  # imports Triton, which is optional
+
+        logits_TE, size = logits_TE.contiguous(), (len(logits_TE), rule.top_k)
+        index = logits_TE.new_empty(size, dtype=torch.int64) if index_TK is None else index_TK.contiguous()
+        score = logits_TE.new_empty(size, dtype=torch.float32)
+        bias_E = bias_E.contiguous() if bias_E is not None and index_TK is None else None
+        is_chosen = index_TK is not None
+        kernel(logits_TE, bias_E, index, score, _constants(rule), scale=rule.scale, eps=rule.eps, is_chosen=is_chosen)
+        ctx.save_for_backward(logits_TE, index)
+        ctx.rule = rule
+        ctx.mark_non_differentiable(index)
+        return score, index
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dscore_TK: Tensor, _: None) -> tuple[Tensor | None, ...]:
+        from expertune.kernels.router import route_backward
+
+        logits_TE, index = ctx.saved_tensors
+        rule, dscore_TK = ctx.rule, dscore_TK.contiguous()
+        dlogits = route_backward(logits_TE, index, dscore_TK, _constants(rule), scale=rule.scale, eps=rule.eps)
+        return dlogits, None, None, None
+
+
+def plain_route(
+    logits_TE: Tensor, bias_E: Tensor | None, rule: Rule, index_TK: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The kernels' work by torch's own operations, on any device; for the arguments see `route`."""
+    z = logits_TE if logits_TE.dtype == torch.float64 else logits_TE.float()
+    s_TE = z.sigmoid() if rule.is_sigmoid else z.softmax(-1)
+    if index_TK is None:
+        choice_TE = z if bias_E is None else s_TE + bias_E  # far below the highest, scores are all zero
+        index_TK = choice_TE.detach().topk(rule.top_k, dim=-1).indices
+    score_TK = s_TE.gather(1, index_TK)
+    if rule.is_normed:
+        score_TK = score_TK / (score_TK.sum(-1, keepdim=True) + rule.eps)
+    return score_TK * rule.scale, index_TK
+
+
+def _constants(rule: Rule) -> dict[str, Any]:
+    return {"IS_SIGMOID": rule.is_sigmoid, "IS_NORMED": rule.is_normed}
+
+
+def _is_ours(logits_TE: Tensor) -> bool:
+    is_read = logits_TE.dtype != torch.float64 and logits_TE.shape[1] <= _MOST_EXPERTS
+    return logits_TE.is_cuda and is_read and has_triton() and not torch.compiler.is_compiling()

@@ -1,0 +1,85 @@
+"""The kernels that route tokens, against the same by torch's own operations, forward and backward."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from expertune.backends import triton
+from expertune.router import Rule, _constants, plain_route
+from tests.cases import DEVICE, problem
+from tests.numerics import assert_no_worse
+
+pytest.importorskip("triton")
+from expertune.kernels.router import route, route_backward
+
+DTYPES = [d for d in (torch.float32, torch.float16, torch.bfloat16) if triton.BACKEND.why_not(problem(d, 16)) is None]
+pytestmark = pytest.mark.skipif(not DTYPES, reason="needs a GPU, or TRITON_INTERPRET=1 for Triton's interpreter")
+RULES = [Rule(3, is_sigmoid, is_normed, 1.5) for is_sigmoid in (False, True) for is_normed in (False, True)]
+
+
+def draw(num_tokens: int, num_experts: int, dtype: torch.dtype) -> Tensor:
+    """No two of a token's logits equal, so that the choice is one of values."""
+    generator = torch.Generator().manual_seed(num_experts)
+    rows = [torch.randperm(num_experts, generator=generator) / num_experts * 8 - 4 for _ in range(num_tokens)]
+    return torch.stack(rows).to(DEVICE, dtype)
+
+
+def kernels(logits: Tensor, bias: Tensor | None, rule: Rule, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    chosen = torch.full((len(logits), rule.top_k), -1, device=DEVICE) if index is None else index
+    score = torch.full((len(logits), rule.top_k), torch.nan, device=DEVICE)
+    is_chosen = index is not None
+    route(logits, bias, chosen, score, _constants(rule), scale=rule.scale, eps=rule.eps, is_chosen=is_chosen)
+    return score, chosen
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 3), (7, 5), (40, 60), (9, 128), (5, 300)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_scores_and_gradients_are_no_worse_than_torchs(dtype: torch.dtype, shape: tuple[int, int], rule: Rule) -> None:
+    logits = draw(*shape, dtype)
+    score, index = kernels(logits, None, rule)
+    # in float32: in 16 bits neighbouring sigmoids round to one
+    assert torch.equal(index, logits.float().topk(rule.top_k).indices)
+    dscore = torch.randn(score.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    leaves = [logits.detach().clone().requires_grad_(), logits.double().requires_grad_()]
+    others = [plain_route(leaf, None, rule, index)[0] for leaf in leaves]
+    for other in others:
+        other.backward(dscore.to(other.dtype))
+    assert_no_worse(score, others[0].detach(), others[1].detach(), "score")
+    dlogits = route_backward(logits, index, dscore, _constants(rule), scale=rule.scale, eps=rule.eps)
+    assert dlogits.dtype == dtype
+    assert_no_worse(dlogits, leaves[0].grad, leaves[1].grad, "dlogits")
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_a_bias_moves_the_choice_and_no_score(rule: Rule) -> None:
+    logits = draw(20, 60, torch.float32)
+    bias = torch.randn(60, generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    rule = rule._replace(is_sigmoid=True)
+    score, index = kernels(logits, bias, rule)
+    expected, chosen = plain_route(logits, bias, rule)
+    assert torch.equal(index, chosen)
+    assert not torch.equal(index, logits.topk(rule.top_k).indices)
+    torch.testing.assert_close(score, expected)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_given_experts_are_scored(rule: Rule) -> None:
+    logits = draw(20, 60, torch.float32)
+    index = draw(20, 60, torch.float64).argsort(-1)[:, : rule.top_k].contiguous()
+    score, _ = kernels(logits, None, rule, index)
+    torch.testing.assert_close(score, plain_route(logits, None, rule, index)[0])
+
+
+def test_of_equals_the_first_is_chosen() -> None:
+    logits = torch.zeros(4, 60, device=DEVICE)
+    logits[1, 7] = logits[1, 30] = 1.0
+    _, index = kernels(logits, None, RULES[1])
+    assert index.tolist() == [[0, 1, 2], [7, 30, 0], [0, 1, 2], [0, 1, 2]]
+
+
+def test_experts_of_what_is_no_number_exist() -> None:
+    logits = torch.full((4, 60), torch.nan, device=DEVICE)
+    for rule in RULES:
+        _, index = kernels(logits, None, rule)
+        assert ((index >= 0) & (index < 60)).all()
