@@ -38,7 +38,7 @@ class Rule(NamedTuple):
 
 
 def choose(logits_TE: Tensor, bias_E: Tensor | None, rule: Rule) -> Tensor:
-    """The experts of each token, int64 `(T, K)`, the best first; of equals the kernel takes the first.
+    """The experts of each token, int64 `(T, K)`, the best first; of equals the first.
 
     Args:
         logits_TE: any floating dtype.
@@ -104,7 +104,8 @@ def plain_route(
     s_TE = z.sigmoid() if rule.is_sigmoid else z.softmax(-1)
     if index_TK is None:
         choice_TE = z if bias_E is None else s_TE + bias_E  # far below the highest, scores are all zero
-        index_TK = choice_TE.detach().topk(rule.top_k, dim=-1).indices
+        order_TE = choice_TE.detach().sort(dim=-1, descending=True, stable=True).indices
+        index_TK = order_TE[:, : rule.top_k].contiguous()
     score_TK = s_TE.gather(1, index_TK)
     if rule.is_normed:
         score_TK = score_TK / (score_TK.sum(-1, keepdim=True) + rule.eps)

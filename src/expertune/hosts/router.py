@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from expertune.hosts import forwards
-from expertune.memory.replay import RoutingReplay
+from expertune.memory.replay import RoutingReplay, Tape
 from expertune.router import Rule, choose, route
 
 _BIAS = "e_score_correction_bias"
@@ -74,7 +74,7 @@ def has_bias(router: nn.Module) -> bool:
 
 
 def forward(router: Any, formula: Formula, replay: RoutingReplay, hidden_states: Tensor) -> Any:
-    """Logits, scores and experts; the host's own under a compiler, and in float64, where it is the exact one.
+    """Logits, scores and experts; the host's own in float64, where it is the exact one.
 
     Scores are in float32 also where the host rounds them: they only weight what the walk sums in float32.
 
@@ -84,16 +84,21 @@ def forward(router: Any, formula: Formula, replay: RoutingReplay, hidden_states:
         replay: knows whether the layer runs for the second time, and by which choice then.
         hidden_states: `(…, D)`.
     """
-    is_read = hidden_states.dim() == 2 or formula.flattens
-    if not is_read or hidden_states.dtype == torch.float64 or torch.compiler.is_compiling():
+    if hidden_states.dtype == torch.float64 or not (hidden_states.dim() == 2 or formula.flattens):
         return type(router).forward(router, hidden_states)
-    return routed(router, formula, replay, hidden_states)
+    # the compiler decides itself what runs again, and traces no tape
+    return routed(router, formula, None if torch.compiler.is_compiling() else replay.tape, hidden_states)
 
 
-def routed(router: Any, formula: Formula, replay: RoutingReplay, hidden_states: Tensor) -> tuple[Tensor, ...]:
-    """The formula's; for the arguments see `forward`."""
+def routed(router: Any, formula: Formula, tape: Tape | None, hidden_states: Tensor) -> tuple[Tensor, ...]:
+    """The formula's logits, scores and experts.
+
+    Args:
+        router, formula, hidden_states: as for `forward`.
+        tape: that runs.
+    """
     x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
-    logits_TE, bias_E, tape = _logits(router, formula.is_wide, x_TD), getattr(router, _BIAS, None), replay.tape
+    logits_TE, bias_E = _logits(router, formula.is_wide, x_TD), getattr(router, _BIAS, None)
     index_TK = None if tape is None else tape.chosen(lambda: choose(logits_TE, bias_E, formula.rule))
     return logits_TE, *route(logits_TE, bias_E, formula.rule, index_TK)
 
@@ -146,7 +151,7 @@ def _try(router: Any, narrow: Any, x_BTD: Tensor) -> Formula | None:
     scale = float(getattr(router, "routed_scaling_factor", 1.0))
     for is_sigmoid, is_normed in product((False, True), repeat=2):
         formula = Formula(Rule(router.top_k, is_sigmoid, is_normed, scale), is_wide, flattens)
-        mine = _numbers(partial(routed, router, formula, RoutingReplay()), x_BTD[0])
+        mine = _numbers(partial(routed, router, formula, None), x_BTD[0])
         if all(torch.allclose(a, b, rtol=_AGREES, atol=_AGREES) for a, b in zip(given, mine, strict=True)):
             return formula
     return None
