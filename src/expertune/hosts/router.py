@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from expertune.hosts import forwards
+from expertune.kernels import has_triton
 from expertune.memory.replay import RoutingReplay, Tape
 from expertune.router import Rule, choose, route
 
@@ -74,7 +75,7 @@ def has_bias(router: nn.Module) -> bool:
 
 
 def forward(router: Any, formula: Formula, replay: RoutingReplay, hidden_states: Tensor) -> Any:
-    """Logits, scores and experts; the host's own in float64, where it is the exact one.
+    """Logits, scores and experts; the host's own where there is no kernel for it.
 
     Scores are in float32 also where the host rounds them: they only weight what the walk sums in float32.
 
@@ -84,10 +85,14 @@ def forward(router: Any, formula: Formula, replay: RoutingReplay, hidden_states:
         replay: knows whether the layer runs for the second time, and by which choice then.
         hidden_states: `(…, D)`.
     """
-    if hidden_states.dtype == torch.float64 or not (hidden_states.dim() == 2 or formula.flattens):
+    if not _is_fast(hidden_states) or not (hidden_states.dim() == 2 or formula.flattens):
         return type(router).forward(router, hidden_states)
-    # the compiler decides itself what runs again, and traces no tape
-    return routed(router, formula, None if torch.compiler.is_compiling() else replay.tape, hidden_states)
+    return routed(router, formula, replay.tape, hidden_states)
+
+
+def _is_fast(x: Tensor) -> bool:
+    """Whether there is a kernel; in float64 the host's is the exact one."""
+    return x.is_cuda and x.dtype != torch.float64 and has_triton() and not torch.compiler.is_compiling()
 
 
 def routed(router: Any, formula: Formula, tape: Tape | None, hidden_states: Tensor) -> tuple[Tensor, ...]:
