@@ -13,6 +13,8 @@ NAMES = {
     "_linear_kernel": "experts",
     "_forward_kernel": "experts",
     "_repack_kernel": "experts",
+    "_route_backward_kernel": "experts",
+    "_balance_backward_kernel": "experts",
     "_ZN7cutlass13device_kernelIN2at4cuda6detail25enable_3x_kernel_for_sm9xINS_4gemm": "experts",
     "nvjet_sm90_tst_192x208_64x4_1x2_h_bz_coopB_TNT": "dense products",
     "_norm_kernel": "the rest",

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from expertune.backends import triton
-from expertune.router import Rule, _constants, plain_route
+from expertune.router import Rule, _constants, _Route, plain_route
 from tests.cases import DEVICE, problem
 from tests.numerics import assert_no_worse
 
@@ -69,6 +69,23 @@ def test_given_experts_are_scored(rule: Rule) -> None:
     index = draw(20, 60, torch.float64).argsort(-1)[:, : rule.top_k].contiguous()
     score, _ = kernels(logits, None, rule, index)
     torch.testing.assert_close(score, plain_route(logits, None, rule, index)[0])
+
+
+@pytest.mark.parametrize("is_chosen", [False, True])
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_it_is_one_node_of_autograd(rule: Rule, is_chosen: bool) -> None:
+    logits = draw(20, 60, torch.float32)
+    bias = torch.randn(60, generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    index = draw(20, 60, torch.float64).argsort(-1)[:, : rule.top_k].contiguous() if is_chosen else None
+    results = []
+    for function in (_Route.apply, plain_route):
+        leaf = logits.clone().requires_grad_()
+        score, used = function(leaf, bias, rule._replace(is_sigmoid=True), index)
+        assert not used.requires_grad
+        assert index is None or torch.equal(used, index)
+        score.cos().sum().backward()
+        results.append((score.detach(), used, leaf.grad))
+    torch.testing.assert_close(*results)
 
 
 def test_of_equals_the_first_is_chosen() -> None:
