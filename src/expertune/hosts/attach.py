@@ -130,11 +130,7 @@ def attach(
     state.blocks = list(blocks(model))
     llama4.bind(filter(llama4.is_block, state.blocks), llama4.block_forward)
     state.layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    for block in state.blocks:
-        state.handles.append(block.register_forward_pre_hook(partial(_before_block, state.replay)))
-        state.handles.append(block.register_forward_hook(partial(_after_block, state.replay), always_call=True))
-    for decoder in decoders(model):
-        state.handles.append(decoder.register_forward_pre_hook(partial(_before_decoder, model, state)))
+    _hook(model, state)
     if state.memory is not None:
         _spare([layer for layer in state.layers if layer.gradient_checkpointing], model, state)
     state.recorder = Recorder(graphs.TransformersHost(state.replay)) if uses_graphs else None
@@ -142,6 +138,15 @@ def attach(
     bind_all(model)
     state.adapters = _adapters_of(model)
     return state
+
+
+def _hook(model: PreTrainedModel, state: Attached) -> None:
+    """Ours around the blocks, and before the decoders."""
+    for block in state.blocks:
+        state.handles.append(block.register_forward_pre_hook(partial(_before_block, state.replay)))
+        state.handles.append(block.register_forward_hook(partial(_after_block, state.replay), always_call=True))
+    for decoder in decoders(model):
+        state.handles.append(decoder.register_forward_pre_hook(partial(_before_decoder, model, state)))
 
 
 def take_in(wrapper: nn.Module, model: PreTrainedModel) -> None:
