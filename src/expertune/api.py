@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from expertune.backends import PREFERRED
-from expertune.hosts import attach, early, peft, report, walks
+from expertune.hosts import attach, early, peft, report, trl_head, walks
 from expertune.hosts.classes import auto_class
 from expertune.hosts.coverage import Coverage, coverage
 from expertune.hosts.targets import Targets, resolve
@@ -157,7 +157,7 @@ def add_lora(
     if targets.left:
         left = ", ".join(targets.left)
         console.print(f"left as it is: {left}; name its modules by dotted paths to train it", soft_wrap=True)
-    attach.take_in(wrapped, model)
+    walks.bind(wrapped)
     return wrapped
 
 
@@ -193,9 +193,8 @@ def optimize(
     state = attach.attach(inner, requested, is_attention_ours=attention == "auto", uses_graphs=graphs)
     if memory is not None:
         attach.set_memory(inner, state, memory)
-    walks.bind(inner)
-    if model is not inner:
-        attach.take_in(model, inner)
+    walks.bind(inner, trl_head.bind)
+    walks.bind(model)
     return model
 
 

@@ -130,13 +130,15 @@ def test_it_is_undone_and_leaves_the_signature(checkpoint: Checkpoint, tmp_path:
     assert inner.forward == trls
 
 
-def test_the_first_step_is_ours_of_a_model_with_our_adapter(
-    checkpoint: Checkpoint, tmp_path: Path, calls: list[int]
-) -> None:
-    """Of a model that is not wrapped, from the second step on: a call reads its forward before any hook is run."""
-    model = expertune.optimize(load_tiny(checkpoint("qwen3_moe"), torch.float32))
-    model.requires_grad_(False)
-    sft_trainer(expertune.add_lora(model, target_modules=["q_proj"]), tmp_path, 1).train()
+@pytest.mark.parametrize("wraps", ["expertune", "the trainer", "nobody"])
+def test_the_first_step_is_ours(checkpoint: Checkpoint, tmp_path: Path, calls: list[int], wraps: str) -> None:
+    model: Any = expertune.optimize(load_tiny(checkpoint("qwen3_moe"), torch.float32).requires_grad_(False))
+    settings = {"peft_config": CONFIG} if wraps == "the trainer" else {}
+    if wraps == "expertune":
+        model = expertune.add_lora(model, target_modules=["q_proj"])
+    if wraps == "nobody":
+        model.model.layers[0].self_attn.q_proj.requires_grad_(True)
+    sft_trainer(model, tmp_path, 1, **settings).train()
     assert len(calls) == 1
 
 

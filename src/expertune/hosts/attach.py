@@ -31,7 +31,6 @@ from expertune.hosts import (
     router,
     transformers,
     trl_head,
-    walks,
 )
 from expertune.hosts.collected import checkpoint_collecting
 from expertune.hosts.widths import width_of
@@ -147,18 +146,6 @@ def _hook(model: PreTrainedModel, state: Attached) -> None:
         state.handles.append(block.register_forward_hook(partial(_after_block, state.replay), always_call=True))
     for decoder in decoders(model):
         state.handles.append(decoder.register_forward_pre_hook(partial(_before_decoder, model, state)))
-
-
-def take_in(wrapper: nn.Module, model: PreTrainedModel) -> None:
-    """Let what PEFT wrapped a model in walk as the model does, and find its trainer's forward before that is called.
-
-    Args:
-        wrapper: calls the model.
-        model: to which `attach` was done.
-    """
-    walks.bind(wrapper)
-    if (state := attached(model)) is not None:
-        state.handles.append(trl_head.bind_before(wrapper, model))
 
 
 def detach(model: PreTrainedModel) -> None:

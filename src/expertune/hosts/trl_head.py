@@ -3,19 +3,17 @@ loss of its routers.
 
 From 1.15 on, TRL gives a model a forward of its own (`add_fused_lm_head`), which calls an autograd function on hidden
 states and head, and imports the balance loss from a host's module. That forward runs as it is, with ours under these
-names: on this model alone. TRL makes it when a trainer is made, and we look for it before each batch: when what wraps
-the model is called, or else, too late for that batch, its decoder. In TRL's own first step the balance loss would write
-each token's choices out, 8 KiB a token and layer where 8 of 128 experts are chosen.
+names: on this model alone. TRL makes it when a trainer is made, and we look for it before each batch: when the model is
+set to training, or else, too late for that batch, when its decoder is called. In a step of TRL's own the balance loss
+would write each token's choices out, 8 KiB a token and layer where 8 of 128 experts are chosen.
 """
 
 from collections.abc import Callable
-from functools import partial
 from types import FunctionType, MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from expertune.hosts.twins import twin
 from expertune.loss import load_balancing
@@ -70,20 +68,6 @@ def bind(model: nn.Module) -> None:
     host = forward.__globals__.get(_NAME)
     if host is not None and not isinstance(host, _LogProbs):  # None: TRL found no Triton
         model.forward = MethodType(twin(forward, {_NAME: _LogProbs(host, forward)}, _IMPORTS), model)
-
-
-def bind_before(wrapper: nn.Module, model: nn.Module) -> RemovableHandle:
-    """`bind` whenever what wraps the model is called: the model's forward has not been read then.
-
-    Args:
-        wrapper: calls the model.
-        model: whose forward TRL may replace.
-    """
-    return wrapper.register_forward_pre_hook(partial(_bind, model))
-
-
-def _bind(model: nn.Module, _wrapper: nn.Module, _args: Any) -> None:
-    bind(model)
 
 
 def unbind(model: nn.Module) -> None:

@@ -7,7 +7,7 @@ Here they go over a list of the modules, made anew when one has come or gone, wh
 """
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import chain, repeat
 from types import MethodType
 from typing import Any, NamedTuple
@@ -20,9 +20,14 @@ _OF_ALL = ("parameters",)
 _OF_MODELS = ("parameters", "train", "num_parameters")  # what wraps a model hands these on to it
 
 
-def bind(model: nn.Module) -> None:
-    """Let a model, or what PEFT has wrapped it in, walk so."""
-    walks = Walks(model)
+def bind(model: nn.Module, on_train: Callable[[nn.Module], None] | None = None) -> None:
+    """Let a model, or what PEFT has wrapped it in, walk so.
+
+    Args:
+        model: walks.
+        on_train: is told of the model whenever it is set to training or evaluation, as trainers do before each batch.
+    """
+    walks = Walks(model, on_train)
     for name in _OF_MODELS if isinstance(model, PreTrainedModel) else _OF_ALL:
         if name not in vars(model):
             vars(model)[name] = getattr(walks, name)
@@ -106,10 +111,12 @@ class Walks:
 
     Args:
         model: holds the modules.
+        on_train: see `bind`.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, on_train: Callable[[nn.Module], None] | None = None) -> None:
         self._model = model
+        self._on_train = on_train
         self._flat: _Flat | None = None
         self._counts: dict[bool, _Count] = {}
 
@@ -126,6 +133,8 @@ class Walks:
     def train(self, mode: bool = True) -> nn.Module:
         """As `nn.Module.train`, whose argument this is."""
         model, flat = self._model, self._modules()
+        if self._on_train is not None:
+            self._on_train(model)
         if not isinstance(mode, bool) or not flat.trains_plainly or flat.has_own_train():
             return type(model).train(model, mode)
         if not flat.trains(mode):
