@@ -10,7 +10,8 @@ from packaging.version import Version
 from torch import Tensor, nn
 
 import expertune
-from expertune.hosts import forwards, router
+from expertune.hosts import forwards, report, router
+from expertune.hosts.attach import attached
 from tests.conftest import Checkpoint
 from tests.hosts.models import batch, load_tiny
 
@@ -138,6 +139,15 @@ def test_another_formula_stays_the_hosts(checkpoint: Checkpoint, other: type) ->
     for module in routers(model):
         module.__class__ = type("Router", (other, type(module)), {})
     assert not router.find(model)
+
+
+@pytest.mark.parametrize(("settings", "said"), [(GROUPLESS, "1 of 1"), ({}, "0 of 1")], ids=["ours", "in groups"])
+def test_explain_says_how_many_are_ours(checkpoint: Checkpoint, settings: dict[str, Any], said: str) -> None:
+    state = attached(expertune.optimize(load_tiny(checkpoint("glm4_moe_lite", **settings), torch.float32)))
+    assert state is not None
+    words = report._routers(state)
+    assert words.startswith(f"routers: {said} choose and score in one kernel")
+    assert ("the others run the host's code" in words) is (settings == {})
 
 
 def test_it_is_undone(checkpoint: Checkpoint) -> None:

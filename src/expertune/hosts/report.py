@@ -42,15 +42,17 @@ class Explanation:
         requested: the backend asked for; None for a model that is not optimized.
         layers: a report a layer.
         kernels: which configurations our kernels run with, where any layer runs on them.
+        routers: how many of them are ours, where any can be.
         attention: whose attention each decoder runs, and why not ours.
         graphs: which parts of layers are replayed as CUDA graphs, where any can be.
-        head: whose log-probabilities a trainer's loss is made of, once it has run a step; None before.
+        head: whose log-probabilities a trainer's loss is made of, once it trains; None before.
         memory: what a step keeps, computes again and moves, where that was set.
     """
 
     requested: str | None
     layers: tuple[LayerReport, ...]
     kernels: str | None = None
+    routers: str | None = None
     attention: tuple[str, ...] = ()
     graphs: str | None = None
     head: str | None = None
@@ -69,6 +71,7 @@ class Explanation:
             lines += [f"    adapter  {adapter}" for adapter in layer.adapters] or ["    adapter  none"]
             lines += [f"    passed over  {reason}" for reason in layer.passed_over]
         lines += [f"kernels: {self.kernels}"] if self.kernels is not None else []
+        lines += [self.routers] if self.routers is not None else []
         lines += self.attention
         lines += [line for line in (self.graphs, self.head) if line is not None]
         lines += memory
@@ -87,11 +90,17 @@ def explain(model: PreTrainedModel) -> Explanation:
         requested=state.requested,
         layers=tuple(layers),
         kernels=kernels,
+        routers=_routers(state) if any(layer.backend == "triton" for layer in layers) else None,
         attention=tuple(_attention(decoder) for decoder in decoders(model)),
         graphs=graphs.status(state.recorder) if state.recorder is not None and state.recorder.pieces else None,
         head=_HEAD if trl_head.is_bound(model) else None,
         memory=_memory(state),
     )
+
+
+def _routers(state: Attached) -> str:
+    others = "" if len(state.routers) == len(state.blocks) else "; the others run the host's code"
+    return f"routers: {len(state.routers)} of {len(state.blocks)} choose and score in one kernel{others}"
 
 
 def _attention(decoder: PreTrainedModel) -> str:
