@@ -114,14 +114,19 @@ def main() -> None:
         args.output.mkdir(parents=True, exist_ok=True)
         for peer in args.peers.split(","):
             results[peer] = []
+            keep(report, args.output)
             with console.status(f"{peer}: {args.contexts} tokens, {args.steps} steps each or more"):
                 for row in run_peer(peer, folder, args.timeout, console):
                     results[peer].append(row)
-                    # at once: what has been measured is kept if this run is stopped
-                    (args.output / "sft_step.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+                    keep(report, args.output)
     step_report.plot(report, args.output / "sft_step.png")
     show(report, console)
     console.print(f"wrote {args.output}/sft_step.json and sft_step.png")
+
+
+def keep(report: dict[str, Any], folder: Path) -> None:
+    """Write what has been measured so far: it is there if this run is stopped."""
+    (folder / "sft_step.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
 
 
 def run_peer(peer: str, folder: Path, timeout: int, console: Console) -> Iterator[dict[str, Any]]:
