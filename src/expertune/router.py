@@ -24,12 +24,16 @@ class Rule(NamedTuple):
         is_sigmoid: whether scores are sigmoids of the logits; else their softmax.
         is_normed: whether the scores of the chosen are divided by their sum.
         scale: multiplies the scores.
+        num_groups: into which the experts are cut, in order.
+        top_groups: those of a token's choice: where the two best experts are best together (DeepSeek-V3).
     """
 
     top_k: int
     is_sigmoid: bool
     is_normed: bool
     scale: float = 1.0
+    num_groups: int = 1
+    top_groups: int = 1
 
     @property
     def eps(self) -> float:
@@ -62,7 +66,7 @@ def route(
         rule: of the router.
         index_TK: the experts, where they are chosen already.
     """
-    if _is_ours(logits_TE):
+    if _is_ours(logits_TE, rule):
         return _Route.apply(logits_TE, bias_E, rule, index_TK)  # type: ignore[no-untyped-call,no-any-return]
     return plain_route(logits_TE, bias_E, rule, index_TK)
 
@@ -79,7 +83,8 @@ class _Route(torch.autograd.Function):
         score = logits_TE.new_empty(size, dtype=torch.float32)
         bias_E = bias_E.contiguous() if bias_E is not None and index_TK is None else None
         is_chosen = index_TK is not None
-        kernel(logits_TE, bias_E, index, score, _constants(rule), scale=rule.scale, eps=rule.eps, is_chosen=is_chosen)
+        constants = _constants(rule) | _groups(rule)
+        kernel(logits_TE, bias_E, index, score, constants, scale=rule.scale, eps=rule.eps, is_chosen=is_chosen)
         ctx.save_for_backward(logits_TE, index)
         ctx.rule = rule
         ctx.mark_non_differentiable(index)
@@ -103,19 +108,40 @@ def plain_route(
     z = logits_TE if logits_TE.dtype == torch.float64 else logits_TE.float()
     s_TE = z.sigmoid() if rule.is_sigmoid else z.softmax(-1)
     if index_TK is None:
-        choice_TE = z if bias_E is None else s_TE + bias_E  # far below the highest, scores are all zero
-        order_TE = choice_TE.detach().sort(dim=-1, descending=True, stable=True).indices
-        index_TK = order_TE[:, : rule.top_k].contiguous()
+        # far below the highest, scores are all zero; but it is scores that groups add up
+        choice_TE = (z if rule.num_groups == 1 else s_TE) if bias_E is None else s_TE + bias_E
+        index_TK = _best(_of_groups(choice_TE.detach(), rule), rule.top_k)
     score_TK = s_TE.gather(1, index_TK)
     if rule.is_normed:
         score_TK = score_TK / (score_TK.sum(-1, keepdim=True) + rule.eps)
     return score_TK * rule.scale, index_TK
 
 
+def _best(x: Tensor, number: int) -> Tensor:
+    """The places of the highest in the last dimension, of equals the first."""
+    return x.sort(dim=-1, descending=True, stable=True).indices[..., :number].contiguous()
+
+
+def _of_groups(choice_TE: Tensor, rule: Rule) -> Tensor:
+    """What is compared, -inf where a token does not use the group."""
+    if rule.num_groups == 1:
+        return choice_TE
+    grouped_TGS = choice_TE.view(len(choice_TE), rule.num_groups, -1)
+    score_TG = grouped_TGS.gather(2, _best(grouped_TGS, 2)).sum(-1)
+    is_used_TG = torch.zeros_like(score_TG, dtype=torch.bool).scatter(1, _best(score_TG, rule.top_groups), True)
+    return grouped_TGS.masked_fill(~is_used_TG.unsqueeze(2), -float("inf")).flatten(1)
+
+
 def _constants(rule: Rule) -> dict[str, Any]:
     return {"IS_SIGMOID": rule.is_sigmoid, "IS_NORMED": rule.is_normed}
 
 
-def _is_ours(logits_TE: Tensor) -> bool:
-    is_read = logits_TE.dtype != torch.float64 and logits_TE.shape[1] <= _MOST_EXPERTS
-    return logits_TE.is_cuda and is_read and has_triton() and not torch.compiler.is_compiling()
+def _groups(rule: Rule) -> dict[str, int]:
+    return {"G": rule.num_groups, "USED": rule.top_groups}
+
+
+def _is_ours(logits_TE: Tensor, rule: Rule) -> bool:
+    num_experts = logits_TE.shape[1]
+    is_read = logits_TE.dtype != torch.float64 and num_experts <= _MOST_EXPERTS
+    is_cut = rule.num_groups == 1 or all(n & (n - 1) == 0 for n in (num_experts, rule.num_groups))  # powers of two
+    return logits_TE.is_cuda and is_read and is_cut and has_triton() and not torch.compiler.is_compiling()

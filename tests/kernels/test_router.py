@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from expertune.backends import triton
-from expertune.router import Rule, _constants, _Route, plain_route
+from expertune.router import Rule, _constants, _groups, _Route, plain_route
 from tests.cases import DEVICE, problem
 from tests.numerics import assert_no_worse
 
@@ -28,7 +28,8 @@ def kernels(logits: Tensor, bias: Tensor | None, rule: Rule, index: Tensor | Non
     chosen = torch.full((len(logits), rule.top_k), -1, device=DEVICE) if index is None else index
     score = torch.full((len(logits), rule.top_k), torch.nan, device=DEVICE)
     is_chosen = index is not None
-    route(logits, bias, chosen, score, _constants(rule), scale=rule.scale, eps=rule.eps, is_chosen=is_chosen)
+    constants = _constants(rule) | _groups(rule)
+    route(logits, bias, chosen, score, constants, scale=rule.scale, eps=rule.eps, is_chosen=is_chosen)
     return score, chosen
 
 
@@ -55,12 +56,26 @@ def test_scores_and_gradients_are_no_worse_than_torchs(dtype: torch.dtype, shape
 def test_a_bias_moves_the_choice_and_no_score(rule: Rule) -> None:
     logits = draw(20, 60, torch.float32)
     bias = torch.randn(60, generator=torch.Generator().manual_seed(2)).to(DEVICE)
-    rule = rule._replace(is_sigmoid=True)
     score, index = kernels(logits, bias, rule)
     expected, chosen = plain_route(logits, bias, rule)
     assert torch.equal(index, chosen)
     assert not torch.equal(index, logits.topk(rule.top_k).indices)
     torch.testing.assert_close(score, expected)
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("groups", [(2, 1), (8, 3), (16, 4)], ids=str)
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_only_the_best_groups_count(rule: Rule, groups: tuple[int, int], has_bias: bool) -> None:
+    logits = draw(40, 64, torch.float32)
+    bias = torch.randn(64, generator=torch.Generator().manual_seed(2)).to(DEVICE) if has_bias else None
+    num_groups, used = groups
+    score, index = kernels(logits, bias, rule._replace(num_groups=num_groups, top_groups=used))
+    expected, chosen = plain_route(logits, bias, rule._replace(num_groups=num_groups, top_groups=used))
+    assert torch.equal(index, chosen)
+    torch.testing.assert_close(score, expected)
+    assert ((index // (64 // num_groups)).sort().values.diff() != 0).sum(-1).max() < used
+    assert not torch.equal(index, plain_route(logits, bias, rule)[1])
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
@@ -80,7 +95,7 @@ def test_it_is_one_node_of_autograd(rule: Rule, is_chosen: bool) -> None:
     results = []
     for function in (_Route.apply, plain_route):
         leaf = logits.clone().requires_grad_()
-        score, used = function(leaf, bias, rule._replace(is_sigmoid=True), index)
+        score, used = function(leaf, bias, rule, index)
         assert not used.requires_grad
         assert index is None or torch.equal(used, index)
         score.cos().sum().backward()

@@ -1,8 +1,8 @@
 """Routers whose choice and scores are one operation, instead of the host's six to twenty.
 
 The host's classes are many, their formulas few: the softmax or the sigmoids of some logits, the highest `top_k` of them
-(with a bias that counts for the choice alone), normalised by their sum or not. A class is taken over if, on random
-numbers, it gives what the formula gives. Experts in groups, of which a token may use some, stay the host's.
+(with a bias that counts for the choice alone, and among the best groups of experts alone), normalised by their sum or
+not. A class is taken over if, on random numbers, it gives what the formula gives.
 """
 
 import copy
@@ -153,9 +153,10 @@ def _try(router: Any, narrow: Any, x_BTD: Tensor) -> Formula | None:
     if not torch.equal(_logits(narrow, is_wide, x_BTD[0].bfloat16()), logits_TE):
         return None
     given = _numbers(lambda x_TD: host(router, x_TD), x_BTD[0])
-    scale = float(getattr(router, "routed_scaling_factor", 1.0))
+    scale, groups = float(getattr(router, "routed_scaling_factor", 1.0)), int(getattr(router, "num_group", None) or 1)
+    used = int(router.topk_group) if groups > 1 else 1
     for is_sigmoid, is_normed in product((False, True), repeat=2):
-        formula = Formula(Rule(router.top_k, is_sigmoid, is_normed, scale), is_wide, flattens)
+        formula = Formula(Rule(router.top_k, is_sigmoid, is_normed, scale, groups, used), is_wide, flattens)
         mine = _numbers(partial(routed, router, formula, None), x_BTD[0])
         if all(torch.allclose(a, b, rtol=_AGREES, atol=_AGREES) for a, b in zip(given, mine, strict=True)):
             return formula

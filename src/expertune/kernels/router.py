@@ -1,7 +1,8 @@
 """From a router's logits to the experts of each token and their scores: one kernel each way. Any Triton target.
 
 s[t, e] = exp(z[t, e] − max z[t]), or sigmoid(z[t, e])
-chosen are the top_k highest of z, or of s + bias; of equals the first
+chosen are the top_k highest of z, or of p + bias, where p is s, or its share of the sum; of equals the first
+of experts in groups only those of a token's best groups count, by the sum of their two highest p + bias
 score[t, k] = scale · s[t, e(k)] / total      total: the sum of the chosen s, or of all; of sigmoids, if not normed, 1
 """
 
@@ -31,10 +32,29 @@ def _scores(logits_ptr, row, inside, E, IS_SIGMOID: tl.constexpr, BE: tl.constex
     return z, s
 
 
+@triton.jit
+def _of_groups(choice, G: tl.constexpr, USED: tl.constexpr, BR: tl.constexpr, BE: tl.constexpr):
+    """What is compared, -inf where a row does not use the group."""
+    SIZE: tl.constexpr = BE // G
+    grouped = tl.reshape(choice, (BR, G, SIZE))
+    g, place = tl.arange(0, G), tl.arange(0, SIZE)
+    highest = tl.max(grouped, axis=2)
+    first = tl.min(tl.where(grouped == highest[:, :, None], place[None, None, :], SIZE - 1), axis=2)
+    others = tl.where(place[None, None, :] == first[:, :, None], -float("inf"), grouped)
+    score = highest + tl.max(others, axis=2)
+    is_used = tl.zeros((BR, G), tl.int32)
+    for _ in tl.static_range(USED):
+        best = tl.min(tl.where(score == tl.max(score, axis=1)[:, None], g[None, :], G - 1), axis=1)
+        is_used = tl.where(g[None, :] == best[:, None], 1, is_used)
+        score = tl.where(g[None, :] == best[:, None], -float("inf"), score)
+    return tl.reshape(tl.where(is_used[:, :, None] > 0, grouped, -float("inf")), (BR, BE))
+
+
 @triton.jit(do_not_specialize=["num_rows"])
 def _route_kernel(
     logits_ptr, bias_ptr, index_ptr, score_ptr, num_rows, E, scale, eps,
-    IS_SIGMOID: tl.constexpr, IS_NORMED: tl.constexpr, HAS_BIAS: tl.constexpr, IS_CHOSEN: tl.constexpr,
+    IS_SIGMOID: tl.constexpr, IS_NORMED: tl.constexpr, G: tl.constexpr, USED: tl.constexpr,
+    HAS_BIAS: tl.constexpr, IS_CHOSEN: tl.constexpr,
     K: tl.constexpr, BR: tl.constexpr, BE: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """One program per block of rows. With `IS_CHOSEN` the experts are read, else they are written."""
@@ -43,9 +63,13 @@ def _route_kernel(
     e, slot = tl.arange(0, BE), tl.arange(0, BK)
     z, s = _scores(logits_ptr, row, inside, E, IS_SIGMOID, BE)
     choice = z
+    if HAS_BIAS or G > 1:
+        p = s if IS_SIGMOID else s / tl.sum(s, axis=1)[:, None]
+        choice = tl.where(e[None, :] < E, p, -float("inf"))
     if HAS_BIAS:
-        bias = tl.load(bias_ptr + e, mask=e < E, other=0.0).to(tl.float32)
-        choice = tl.where(e[None, :] < E, s + bias[None, :], -float("inf"))
+        choice += tl.load(bias_ptr + e, mask=e < E, other=0.0).to(tl.float32)[None, :]
+    if G > 1:
+        choice = _of_groups(choice, G, USED, BR, BE)
     chosen = tl.zeros((BR, BK), tl.float32)
     for k in tl.static_range(K):
         if IS_CHOSEN:
@@ -107,7 +131,8 @@ def route(
         bias_E: is added to what is compared; None for none.
         index_TK: int64.
         score_TK: float32.
-        constants: `IS_SIGMOID` and `IS_NORMED`.
+        constants: `IS_SIGMOID`, `IS_NORMED`, and the groups of experts, `G` in all and `USED`; with more than one both
+            `E` and `G` are powers of two.
         scale: of the scores.
         eps: is added to the sum of the chosen.
         is_chosen: whether the experts are given.
