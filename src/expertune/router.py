@@ -46,7 +46,7 @@ def choose(logits_TE: Tensor, bias_E: Tensor | None, rule: Rule) -> Tensor:
 
     Args:
         logits_TE: any floating dtype.
-        bias_E: is added to the sigmoids that are compared, not to scores; None for none.
+        bias_E: is added to what is compared, sigmoids or probabilities, not to scores; None for none.
         rule: of the router.
     """
     with torch.no_grad():
