@@ -41,6 +41,13 @@ class Rule(NamedTuple):
         return _EPS if self.is_sigmoid else 0.0
 
 
+def has_kernel(x: Tensor, num_experts: int, rule: Rule) -> bool:
+    """Whether our kernel computes a rule from numbers that lie where those of `x` do, in a dtype as theirs."""
+    is_read = x.is_cuda and x.dtype != torch.float64 and num_experts <= _MOST_EXPERTS
+    is_cut = rule.num_groups == 1 or all(n & (n - 1) == 0 for n in (num_experts, rule.num_groups))  # powers of two
+    return is_read and is_cut and has_triton() and not torch.compiler.is_compiling()
+
+
 def choose(logits_TE: Tensor, bias_E: Tensor | None, rule: Rule) -> Tensor:
     """The experts of each token, int64 `(T, K)`, the best first; of equals the first.
 
@@ -66,7 +73,7 @@ def route(
         rule: of the router.
         index_TK: the experts, where they are chosen already.
     """
-    if _is_ours(logits_TE, rule):
+    if has_kernel(logits_TE, logits_TE.shape[1], rule):
         return _Route.apply(logits_TE, bias_E, rule, index_TK)  # type: ignore[no-untyped-call,no-any-return]
     return plain_route(logits_TE, bias_E, rule, index_TK)
 
@@ -138,10 +145,3 @@ def _constants(rule: Rule) -> dict[str, Any]:
 
 def _groups(rule: Rule) -> dict[str, int]:
     return {"G": rule.num_groups, "USED": rule.top_groups}
-
-
-def _is_ours(logits_TE: Tensor, rule: Rule) -> bool:
-    num_experts = logits_TE.shape[1]
-    is_read = logits_TE.dtype != torch.float64 and num_experts <= _MOST_EXPERTS
-    is_cut = rule.num_groups == 1 or all(n & (n - 1) == 0 for n in (num_experts, rule.num_groups))  # powers of two
-    return logits_TE.is_cuda and is_read and is_cut and has_triton() and not torch.compiler.is_compiling()

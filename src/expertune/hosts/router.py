@@ -17,9 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from expertune.hosts import forwards
-from expertune.kernels import has_triton
 from expertune.memory.replay import RoutingReplay, Tape
-from expertune.router import Rule, choose, route
+from expertune.router import Rule, choose, has_kernel, route
 
 _BIAS = "e_score_correction_bias"
 _AGREES = 1e-5  # float32 rounding, relative
@@ -85,14 +84,10 @@ def forward(router: Any, formula: Formula, replay: RoutingReplay, hidden_states:
         replay: knows whether the layer runs for the second time, and by which choice then.
         hidden_states: `(…, D)`.
     """
-    if not _is_fast(hidden_states) or not (hidden_states.dim() == 2 or formula.flattens):
+    is_read = hidden_states.dim() == 2 or formula.flattens
+    if not is_read or not has_kernel(hidden_states, len(router.weight), formula.rule):
         return type(router).forward(router, hidden_states)
     return routed(router, formula, replay.tape, hidden_states)
-
-
-def _is_fast(x: Tensor) -> bool:
-    """Whether there is a kernel; in float64 the host's is the exact one."""
-    return x.is_cuda and x.dtype != torch.float64 and has_triton() and not torch.compiler.is_compiling()
 
 
 def routed(router: Any, formula: Formula, tape: Tape | None, hidden_states: Tensor) -> tuple[Tensor, ...]:
