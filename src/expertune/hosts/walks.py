@@ -8,7 +8,7 @@ Here they go over a list of the modules, made anew when one has come or gone, wh
 
 import operator
 from collections.abc import Callable, Iterator
-from itertools import chain, repeat
+from itertools import chain
 from types import MethodType
 from typing import Any, NamedTuple
 
@@ -49,61 +49,23 @@ def is_bound(model: nn.Module, name: str) -> bool:
 class _Flat(NamedTuple):
     """The modules of a model in the order of `nn.Module.modules`, and how to tell that they are the same still.
 
-    Of each only what tells is looked at: after a step none of it lies in the caches of the CPU any more.
-
     Args:
         modules: each once.
         children: of each module the dictionary in which it holds them.
-        sizes: of these dictionaries.
-        were: what was in them.
+        were: what was in these.
         parameters: of each module the dictionary in which it holds them.
-        attributes: of each module.
         trains_plainly: whether no class among them does more on `train` than to hand it on.
     """
 
     modules: list[nn.Module]
     children: list[dict[str, Any]]
-    sizes: list[int]
-    were: list[nn.Module | None]
+    were: list[dict[str, Any]]
     parameters: list[dict[str, Any]]
-    attributes: list[dict[str, Any]]
     trains_plainly: bool
-
-    @classmethod
-    def of(cls, model: nn.Module) -> "_Flat":
-        """As they are now."""
-        modules = list(model.modules())
-        children = [module._modules for module in modules]
-        parameters: list[dict[str, Any]] = [module._parameters for module in modules]
-        trains_plainly = all(map(_is_plain, modules))
-        return cls(
-            modules,
-            children,
-            list(map(len, children)),
-            _all(children),
-            parameters,
-            list(map(vars, modules)),
-            trains_plainly,
-        )
 
     def is_the_models(self) -> bool:
         """Whether no module has come, gone, or changed places."""
-        return list(map(len, self.children)) == self.sizes and _all(self.children) == self.were
-
-    def trains(self, mode: bool) -> bool:
-        """Whether all modules are in that mode."""
-        return all(map(operator.is_, map(operator.itemgetter("training"), self.attributes), repeat(mode)))
-
-    def has_own_train(self) -> bool:
-        """Whether a module below the first was given a `train` of its own."""
-        return any(map(operator.contains, self.attributes[1:], repeat("train")))
-
-
-class _Count(NamedTuple):
-    """A number of parameters, and of which."""
-
-    parameters: list[Parameter | None]
-    number: int
+        return all(map(operator.eq, self.children, self.were))
 
 
 class Walks:
@@ -118,27 +80,27 @@ class Walks:
         self._model = model
         self._on_train = on_train
         self._flat: _Flat | None = None
-        self._counts: dict[bool, _Count] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy of a model has modules of its own."""
-        return vars(self) | {"_flat": None, "_counts": {}}
+        return vars(self) | {"_flat": None}
 
     def parameters(self, recurse: bool = True) -> Iterator[Parameter]:
         """As `nn.Module.parameters`, whose argument this is."""
         if not recurse:
             return type(self._model).parameters(self._model, recurse)
-        return iter({id(p): p for p in _all(self._modules().parameters) if p is not None}.values())
+        held = chain.from_iterable(map(dict.values, self._modules().parameters))
+        return iter({id(p): p for p in held if p is not None}.values())
 
     def train(self, mode: bool = True) -> nn.Module:
         """As `nn.Module.train`, whose argument this is."""
         model, flat = self._model, self._modules()
         if self._on_train is not None:
             self._on_train(model)
-        if not isinstance(mode, bool) or not flat.trains_plainly or flat.has_own_train():
+        if not isinstance(mode, bool) or not flat.trains_plainly or any("train" in vars(m) for m in flat.modules[1:]):
             return type(model).train(model, mode)
-        if not flat.trains(mode):
-            for module in flat.modules:
+        for module in flat.modules:
+            if module.training is not mode:
                 module.training = mode
         return model
 
@@ -148,15 +110,6 @@ class Walks:
         assert isinstance(model, PreTrainedModel)
         if getattr(model, "is_loaded_in_4bit", False):  # the host counts what is packed
             return type(model).num_parameters(model, only_trainable, exclude_embeddings)
-        if only_trainable:  # what is trained may change from one time to the next
-            return self._count(exclude_embeddings, only_trainable=True)
-        held = _all(self._modules().parameters)
-        known = self._counts.get(exclude_embeddings)
-        if known is None or not _are_same(held, known.parameters):
-            known = self._counts[exclude_embeddings] = _Count(held, self._count(exclude_embeddings))
-        return known.number
-
-    def _count(self, exclude_embeddings: bool, only_trainable: bool = False) -> int:
         total, flat, seen = 0, self._modules(), set()
         for module, parameters in zip(flat.modules, flat.parameters, strict=True):
             for name, parameter in parameters.items():
@@ -170,18 +123,12 @@ class Walks:
 
     def _modules(self) -> _Flat:
         if self._flat is None or not self._flat.is_the_models():
-            self._flat = _Flat.of(self._model)
+            modules = list(self._model.modules())
+            children = [module._modules for module in modules]
+            were = [dict(each) for each in children]
+            parameters: list[dict[str, Any]] = [module._parameters for module in modules]
+            self._flat = _Flat(modules, children, were, parameters, all(map(_is_plain, modules)))
         return self._flat
-
-
-def _all(dicts: list[dict[str, Any]]) -> list[Any]:
-    """What dictionaries hold, one after another."""
-    return list(chain.from_iterable(map(dict.values, dicts)))
-
-
-def _are_same(these: list[Any], those: list[Any]) -> bool:
-    """Whether two lists hold the same objects; tensors must not be compared."""
-    return len(these) == len(those) and all(map(operator.is_, these, those))
 
 
 def _is_plain(module: nn.Module) -> bool:
