@@ -130,16 +130,16 @@ def write_model(shape: str, layers: int, folder: Path, seed: int = 0, **override
             module.to_empty(device=device).apply(model._init_weights)
         return {f"{name}.{key}": x for name, module in part for key, x in module.state_dict().items()}
 
-    def save(number: int, tensors: dict[str, Any]) -> str:
+    def save(number: int, tensors: dict[str, Any]) -> dict[str, str]:
         model.save_pretrained(folder / str(number), state_dict=tensors, max_shard_size="100GB")
-        return str(number)
+        return _take_in(folder, str(number))
 
     files: dict[str, str] = {}
     with ThreadPoolExecutor(_AT_ONCE) as pool, torch.no_grad():
         for first in range(0, len(parts), _AT_ONCE):
             some = parts[first : first + _AT_ONCE]
-            for number in pool.map(save, range(first, first + len(some)), list(map(draw, some))):
-                files |= _take_in(folder, number)
+            for held in pool.map(save, range(first, first + len(some)), list(map(draw, some))):
+                files |= held
             for _, module in itertools.chain.from_iterable(some):
                 module.to_empty(device="meta")
     total = sum(path.stat().st_size for path in folder.glob("*.safetensors"))

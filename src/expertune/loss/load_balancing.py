@@ -50,7 +50,7 @@ class _Balance(torch.autograd.Function):
         count_E, probability_E = (logits[0].new_zeros(num_experts, dtype=wide) for _ in range(2))
         for group in _groups(logits):
             p_ME = torch.cat(group).softmax(-1, dtype=wide)
-            weight_M = _weights(mask_N, group, wide)
+            weight_M = p_ME.new_ones(len(p_ME)) if mask_N is None else _weights(mask_N, p_ME)
             chosen_Mk = p_ME.topk(top_k, dim=-1).indices
             count_E.scatter_add_(0, chosen_Mk.flatten(), weight_M.unsqueeze(1).expand_as(chosen_Mk).flatten())
             probability_E += p_ME.mul_(weight_M.unsqueeze(1)).sum(0)
@@ -90,7 +90,7 @@ def plain_gradient(logits_ME: Tensor, dmean_E: Tensor, mask_N: Tensor | None) ->
     d_ME = p_ME * dmean_E
     d_ME.addcmul_(p_ME, d_ME.sum(-1, keepdim=True), value=-1)
     if mask_N is not None:
-        d_ME *= mask_N.to(d_ME.dtype).repeat(len(d_ME) // len(mask_N)).unsqueeze(1)
+        d_ME *= _weights(mask_N, d_ME).unsqueeze(1)
     return d_ME.to(logits_ME.dtype)
 
 
@@ -101,11 +101,9 @@ def _groups(logits: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         yield list(logits[start : start + size])
 
 
-def _weights(mask_N: Tensor | None, group: list[Tensor], dtype: torch.dtype) -> Tensor:
-    """Of each row of a group, what it counts."""
-    if mask_N is None:
-        return group[0].new_ones(sum(map(len, group)), dtype=dtype)
-    return mask_N.to(dtype).repeat(len(group))
+def _weights(mask_N: Tensor, rows_ME: Tensor) -> Tensor:
+    """Of each row of some layers, what it counts."""
+    return mask_N.to(rows_ME.dtype).repeat(len(rows_ME) // max(1, len(mask_N)))
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

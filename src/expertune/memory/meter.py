@@ -1,6 +1,6 @@
 """How much memory of a device is taken, and how much is left."""
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -31,11 +31,11 @@ class CudaMeter:
 
     def allocated(self) -> int:
         """By tensors, now."""
-        return self._stats("allocated_bytes")["current"]
+        return _of(self._stats(), "allocated_bytes", "current")
 
     def peak(self) -> int:
         """By tensors, at most since someone last reset it."""
-        return self._stats("allocated_bytes")["peak"]
+        return _of(self._stats(), "allocated_bytes", "peak")
 
     def room(self) -> int:
         """What the driver and the allocator have left: more cannot be had while others hold the rest."""
@@ -47,14 +47,19 @@ class CudaMeter:
         return room - int(total * _RESERVE)
 
     def _room_and_total(self) -> tuple[int, int]:
-        unused = self._stats("reserved_bytes")["current"] - self.allocated()
+        stats = self._stats()
+        unused = _of(stats, "reserved_bytes", "current") - _of(stats, "allocated_bytes", "current")
         free, total = torch.cuda.mem_get_info(self._device)
         return free + unused, total
 
-    def _stats(self, kind: str) -> dict[str, int]:
-        """Of one kind, without the sorting of all kinds that `torch.cuda.memory_allocated` does, which takes long."""
-        stats = torch.cuda.memory_stats_as_nested_dict(self._device)
-        return stats[kind]["all"] if stats else {"current": 0, "peak": 0}
+    def _stats(self) -> dict[str, Any]:
+        """As the allocator gives them: `torch.cuda.memory_allocated` sorts all of them first, which takes long."""
+        return torch.cuda.memory_stats_as_nested_dict(self._device)
+
+
+def _of(stats: dict[str, Any], kind: str, when: str) -> int:
+    """Bytes; there are no statistics before a device has been used."""
+    return int(stats[kind]["all"][when]) if stats else 0
 
 
 def meter_of(device: torch.device) -> Meter | None:
