@@ -21,6 +21,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from expertune.graphs.piece import Recorder
 from expertune.hosts import (
     attention,
+    formulas,
     forwards,
     graphs,
     latent_attention,
@@ -114,10 +115,10 @@ def attach(
 
     if is_attention_ours:
         state.attentions = [(decoder, attention.take_over(decoder)) for decoder in taken]
-    state.norms = norms.bind(found_norms)
+    state.norms = formulas.bind(found_norms, norms.forward)
     state.latents = forwards.bind(found_latents, latent_attention.forward)
     state.rotaries = forwards.bind(found_rotaries, rotary.forward)
-    state.routers = router.bind(found_routers, state.replay)
+    state.routers = formulas.bind(found_routers, router.forward, state.replay)
     transformers.register()
     configs: dict[int, Any] = {}
     for module, plan in plans:

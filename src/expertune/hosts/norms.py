@@ -6,14 +6,13 @@ gives: `x / sqrt(mean(x²) + eps) · (w + offset)`, with offset 0, or 1 for weig
 
 import copy
 import inspect
-from collections.abc import Callable, Iterable
-from functools import partial
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from expertune.hosts import forwards
+from expertune.hosts import formulas
 from expertune.rms_norm import rms_norm
 
 _AGREES = 1e-5  # float32 rounding, relative; a norm of another kind is off by more than a tenth
@@ -35,26 +34,7 @@ class Formula(NamedTuple):
 
 def find(model: nn.Module) -> list[tuple[nn.Module, Formula]]:
     """The norms that follow the formula, and how. Changes nothing."""
-    known: dict[Any, Formula | None] = {}
-    found = []
-    for module in model.modules():
-        if "RMSNorm" not in type(module).__name__:
-            continue
-        settings = {name: value for name, value in vars(module).items() if not name.startswith("_")}
-        key = (type(module), repr(settings))
-        if key not in known:
-            known[key] = formula_of(module)
-        if (formula := known[key]) is not None:
-            found.append((module, formula))
-    return found
-
-
-def bind(found: Iterable[tuple[nn.Module, Formula]]) -> list[nn.Module]:
-    """Give norms our forward, but those with one of their own. Returns the former, for `unbind`."""
-    ours = [(module, formula) for module, formula in found if forwards.given(module) is None]
-    for module, formula in ours:
-        forwards.give(module, partial(forward, module, formula))
-    return [module for module, _ in ours]
+    return formulas.find(model, "RMSNorm", formula_of)
 
 
 def formula_of(norm: nn.Module) -> Formula | None:

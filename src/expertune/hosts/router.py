@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from expertune.hosts import forwards
+from expertune.hosts import formulas
 from expertune.memory.replay import RoutingReplay, Tape
 from expertune.router import Rule, choose, has_kernel, route
 
@@ -41,31 +41,7 @@ class Formula(NamedTuple):
 
 def find(model: nn.Module) -> list[tuple[nn.Module, Formula]]:
     """The routers that follow a formula, and which. Changes nothing."""
-    known: dict[Any, Formula | None] = {}
-    found = []
-    for module in model.modules():
-        if "Router" not in type(module).__name__:
-            continue
-        settings = {name: value for name, value in vars(module).items() if not name.startswith("_")}
-        key = (type(module), repr(settings))
-        if key not in known:
-            known[key] = formula_of(module)
-        if (formula := known[key]) is not None:
-            found.append((module, formula))
-    return found
-
-
-def bind(found: Iterable[tuple[nn.Module, Formula]], replay: RoutingReplay) -> list[nn.Module]:
-    """Give routers our forward, but those with one of their own. Returns the former, for `unbind`.
-
-    Args:
-        found: by `find`.
-        replay: of their model.
-    """
-    ours = [(module, formula) for module, formula in found if forwards.given(module) is None]
-    for module, formula in ours:
-        forwards.give(module, partial(forward, module, formula, replay))
-    return [module for module, _ in ours]
+    return formulas.find(model, "Router", formula_of)
 
 
 def has_bias(router: nn.Module) -> bool:

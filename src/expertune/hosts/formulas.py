@@ -1,0 +1,52 @@
+"""Modules whose class computes a formula of ours, which is found by trying it: once for all that are alike."""
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, TypeVar
+
+from torch import nn
+
+from expertune.hosts import forwards
+
+_Formula = TypeVar("_Formula")
+
+
+def find(
+    model: nn.Module, word: str, formula_of: Callable[[nn.Module], _Formula | None]
+) -> list[tuple[nn.Module, _Formula]]:
+    """The modules that follow a formula, and which. Changes nothing.
+
+    Args:
+        model: holds them.
+        word: is in the names of their classes.
+        formula_of: tries a module; None if it follows none.
+    """
+    known: dict[Any, _Formula | None] = {}
+    found = []
+    for module in model.modules():
+        if word not in type(module).__name__:
+            continue
+        settings = {name: value for name, value in vars(module).items() if not name.startswith("_")}
+        key = (type(module), repr(settings))
+        if key not in known:
+            known[key] = formula_of(module)
+        if (formula := known[key]) is not None:
+            found.append((module, formula))
+    return found
+
+
+def bind(found: Iterable[tuple[nn.Module, Any]], forward: Callable[..., Any], *others: Any) -> list[nn.Module]:
+    """Let modules run `forward(module, formula, *others, …)`, but those with a forward of their own.
+
+    Args:
+        found: by `find`.
+        forward: ours.
+        others: what it takes after the formula.
+
+    Returns:
+        those that do, for `forwards.unbind`.
+    """
+    ours = [(module, formula) for module, formula in found if forwards.given(module) is None]
+    for module, formula in ours:
+        forwards.give(module, partial(forward, module, formula, *others))
+    return [module for module, _ in ours]
