@@ -4,51 +4,26 @@ Hosts write it in six operations where a softmax is taken, in twenty where sigmo
 backward; at short context a layer waits for the CPU that submits them.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from expertune.kernels import has_triton
+from expertune.shapes import RoutingRule
 
-_EPS = 1e-20  # is added to a sum of sigmoids by the hosts that normalise by it
 _MOST_EXPERTS = 1024
 
 
-class Rule(NamedTuple):
-    """How one router differs from another.
-
-    Args:
-        top_k: experts a token.
-        is_sigmoid: whether scores are sigmoids of the logits; else their softmax.
-        is_normed: whether the scores of the chosen are divided by their sum.
-        scale: multiplies the scores.
-        num_groups: into which the experts are cut, in order.
-        top_groups: those of a token's choice: where the two best experts are best together (DeepSeek-V3).
-    """
-
-    top_k: int
-    is_sigmoid: bool
-    is_normed: bool
-    scale: float = 1.0
-    num_groups: int = 1
-    top_groups: int = 1
-
-    @property
-    def eps(self) -> float:
-        """Is added to the sum by which scores are divided."""
-        return _EPS if self.is_sigmoid else 0.0
-
-
-def has_kernel(x: Tensor, num_experts: int, rule: Rule) -> bool:
+def has_kernel(x: Tensor, num_experts: int, rule: RoutingRule) -> bool:
     """Whether our kernel computes a rule from numbers that lie where those of `x` do, in a dtype as theirs."""
     is_read = x.is_cuda and x.dtype != torch.float64 and num_experts <= _MOST_EXPERTS
     is_cut = rule.num_groups == 1 or all(n & (n - 1) == 0 for n in (num_experts, rule.num_groups))  # powers of two
     return is_read and is_cut and has_triton() and not torch.compiler.is_compiling()
 
 
-def choose(logits_TE: Tensor, bias_E: Tensor | None, rule: Rule) -> Tensor:
+def choose(logits_TE: Tensor, bias_E: Tensor | None, rule: RoutingRule) -> Tensor:
     """The experts of each token, int64 `(T, K)`, the best first; of equals the first.
 
     Args:
@@ -61,7 +36,7 @@ def choose(logits_TE: Tensor, bias_E: Tensor | None, rule: Rule) -> Tensor:
 
 
 def route(
-    logits_TE: Tensor, bias_E: Tensor | None, rule: Rule, index_TK: Tensor | None = None
+    logits_TE: Tensor, bias_E: Tensor | None, rule: RoutingRule, index_TK: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Scores in float32, or in float64 if that is the logits', `(T, K)`; and the experts, int64 `(T, K)`.
 
@@ -81,7 +56,7 @@ def route(
 class _Route(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits_TE: Tensor, bias_E: Tensor | None, rule: Rule, index_TK: Tensor | None
+        ctx: Any, logits_TE: Tensor, bias_E: Tensor | None, rule: RoutingRule, index_TK: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         from expertune.kernels.router import route as kernel  # imports Triton, which is optional
 
@@ -89,9 +64,7 @@ class _Route(torch.autograd.Function):
         index = logits_TE.new_empty(size, dtype=torch.int64) if index_TK is None else index_TK.contiguous()
         score = logits_TE.new_empty(size, dtype=torch.float32)
         bias_E = bias_E.contiguous() if bias_E is not None and index_TK is None else None
-        is_chosen = index_TK is not None
-        constants = _constants(rule) | _groups(rule)
-        kernel(logits_TE, bias_E, index, score, constants, scale=rule.scale, eps=rule.eps, is_chosen=is_chosen)
+        kernel(logits_TE, bias_E, index, score, rule, is_chosen=index_TK is not None)
         ctx.save_for_backward(logits_TE, index)
         ctx.rule = rule
         ctx.mark_non_differentiable(index)
@@ -103,13 +76,12 @@ class _Route(torch.autograd.Function):
         from expertune.kernels.router import route_backward
 
         logits_TE, index = ctx.saved_tensors
-        rule, dscore_TK = ctx.rule, dscore_TK.contiguous()
-        dlogits = route_backward(logits_TE, index, dscore_TK, _constants(rule), scale=rule.scale, eps=rule.eps)
+        dlogits = route_backward(logits_TE, index, dscore_TK.contiguous(), ctx.rule)
         return dlogits, None, None, None
 
 
 def plain_route(
-    logits_TE: Tensor, bias_E: Tensor | None, rule: Rule, index_TK: Tensor | None = None
+    logits_TE: Tensor, bias_E: Tensor | None, rule: RoutingRule, index_TK: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """The kernels' work by torch's own operations, on any device; for the arguments see `route`."""
     z = logits_TE if logits_TE.dtype == torch.float64 else logits_TE.float()
@@ -129,7 +101,7 @@ def _best(x: Tensor, number: int) -> Tensor:
     return x.sort(dim=-1, descending=True, stable=True).indices[..., :number].contiguous()
 
 
-def _of_groups(choice_TE: Tensor, rule: Rule) -> Tensor:
+def _of_groups(choice_TE: Tensor, rule: RoutingRule) -> Tensor:
     """What is compared, -inf where a token does not use the group."""
     if rule.num_groups == 1:
         return choice_TE
@@ -137,11 +109,3 @@ def _of_groups(choice_TE: Tensor, rule: Rule) -> Tensor:
     score_TG = grouped_TGS.gather(2, _best(grouped_TGS, 2)).sum(-1)
     is_used_TG = torch.zeros_like(score_TG, dtype=torch.bool).scatter(1, _best(score_TG, rule.top_groups), True)
     return grouped_TGS.masked_fill(~is_used_TG.unsqueeze(2), -float("inf")).flatten(1)
-
-
-def _constants(rule: Rule) -> dict[str, Any]:
-    return {"IS_SIGMOID": rule.is_sigmoid, "IS_NORMED": rule.is_normed}
-
-
-def _groups(rule: Rule) -> dict[str, int]:
-    return {"G": rule.num_groups, "USED": rule.top_groups}

@@ -118,6 +118,31 @@ class RoutingShape(NamedTuple):
         return -(-self.num_rows // self.tile_rows) + min(self.num_experts, self.num_rows)
 
 
+class RoutingRule(NamedTuple):
+    """How a router comes from logits to choice and scores.
+
+    Args:
+        top_k: experts a token.
+        is_sigmoid: whether scores are sigmoids of the logits; else their softmax.
+        is_normed: whether the scores of the chosen are divided by their sum.
+        scale: multiplies the scores.
+        num_groups: into which the experts are cut, in order.
+        top_groups: those of a token's choice: where the two best experts are best together (DeepSeek-V3).
+    """
+
+    top_k: int
+    is_sigmoid: bool
+    is_normed: bool
+    scale: float = 1.0
+    num_groups: int = 1
+    top_groups: int = 1
+
+    @property
+    def eps(self) -> float:
+        """Is added to the sum by which scores are divided."""
+        return 1e-20 if self.is_sigmoid else 0.0  # as the hosts that normalise sigmoids do
+
+
 @dataclass(frozen=True)
 class Dispatch:
     """Where each routed row comes from and where each token's rows lie: one int32 tensor, and views of it.

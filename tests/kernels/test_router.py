@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from expertune.backends import triton
-from expertune.router import Rule, _constants, _groups, _Route, plain_route
+from expertune.router import _Route, plain_route
+from expertune.shapes import RoutingRule
 from tests.cases import DEVICE, problem
 from tests.numerics import assert_no_worse
 
@@ -14,7 +15,7 @@ from expertune.kernels.router import route, route_backward
 
 DTYPES = [d for d in (torch.float32, torch.float16, torch.bfloat16) if triton.BACKEND.why_not(problem(d, 16)) is None]
 pytestmark = pytest.mark.skipif(not DTYPES, reason="needs a GPU, or TRITON_INTERPRET=1 for Triton's interpreter")
-RULES = [Rule(3, is_sigmoid, is_normed, 1.5) for is_sigmoid in (False, True) for is_normed in (False, True)]
+RULES = [RoutingRule(3, is_sigmoid, is_normed, 1.5) for is_sigmoid in (False, True) for is_normed in (False, True)]
 
 
 def draw(num_tokens: int, num_experts: int, dtype: torch.dtype) -> Tensor:
@@ -24,19 +25,21 @@ def draw(num_tokens: int, num_experts: int, dtype: torch.dtype) -> Tensor:
     return torch.stack(rows).to(DEVICE, dtype)
 
 
-def kernels(logits: Tensor, bias: Tensor | None, rule: Rule, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def kernels(
+    logits: Tensor, bias: Tensor | None, rule: RoutingRule, index: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     chosen = torch.full((len(logits), rule.top_k), -1, device=DEVICE) if index is None else index
     score = torch.full((len(logits), rule.top_k), torch.nan, device=DEVICE)
-    is_chosen = index is not None
-    constants = _constants(rule) | _groups(rule)
-    route(logits, bias, chosen, score, constants, scale=rule.scale, eps=rule.eps, is_chosen=is_chosen)
+    route(logits, bias, chosen, score, rule, is_chosen=index is not None)
     return score, chosen
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
 @pytest.mark.parametrize("shape", [(1, 3), (7, 5), (40, 60), (9, 128), (5, 300)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_scores_and_gradients_are_no_worse_than_torchs(dtype: torch.dtype, shape: tuple[int, int], rule: Rule) -> None:
+def test_scores_and_gradients_are_no_worse_than_torchs(
+    dtype: torch.dtype, shape: tuple[int, int], rule: RoutingRule
+) -> None:
     logits = draw(*shape, dtype)
     score, index = kernels(logits, None, rule)
     # in float32: in 16 bits neighbouring sigmoids round to one
@@ -47,13 +50,13 @@ def test_scores_and_gradients_are_no_worse_than_torchs(dtype: torch.dtype, shape
     for other in others:
         other.backward(dscore.to(other.dtype))
     assert_no_worse(score, others[0].detach(), others[1].detach(), "score")
-    dlogits = route_backward(logits, index, dscore, _constants(rule), scale=rule.scale, eps=rule.eps)
+    dlogits = route_backward(logits, index, dscore, rule)
     assert dlogits.dtype == dtype
     assert_no_worse(dlogits, leaves[0].grad, leaves[1].grad, "dlogits")
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
-def test_a_bias_moves_the_choice_and_no_score(rule: Rule) -> None:
+def test_a_bias_moves_the_choice_and_no_score(rule: RoutingRule) -> None:
     logits = draw(20, 60, torch.float32)
     bias = torch.randn(60, generator=torch.Generator().manual_seed(2)).to(DEVICE)
     score, index = kernels(logits, bias, rule)
@@ -66,7 +69,7 @@ def test_a_bias_moves_the_choice_and_no_score(rule: Rule) -> None:
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("groups", [(2, 1), (8, 3), (16, 4)], ids=str)
 @pytest.mark.parametrize("rule", RULES, ids=str)
-def test_only_the_best_groups_count(rule: Rule, groups: tuple[int, int], has_bias: bool) -> None:
+def test_only_the_best_groups_count(rule: RoutingRule, groups: tuple[int, int], has_bias: bool) -> None:
     logits = draw(40, 64, torch.float32)
     bias = torch.randn(64, generator=torch.Generator().manual_seed(2)).to(DEVICE) if has_bias else None
     num_groups, used = groups
@@ -79,7 +82,7 @@ def test_only_the_best_groups_count(rule: Rule, groups: tuple[int, int], has_bia
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
-def test_given_experts_are_scored(rule: Rule) -> None:
+def test_given_experts_are_scored(rule: RoutingRule) -> None:
     logits = draw(20, 60, torch.float32)
     index = draw(20, 60, torch.float64).argsort(-1)[:, : rule.top_k].contiguous()
     score, _ = kernels(logits, None, rule, index)
@@ -88,7 +91,7 @@ def test_given_experts_are_scored(rule: Rule) -> None:
 
 @pytest.mark.parametrize("is_chosen", [False, True])
 @pytest.mark.parametrize("rule", RULES, ids=str)
-def test_it_is_one_node_of_autograd(rule: Rule, is_chosen: bool) -> None:
+def test_it_is_one_node_of_autograd(rule: RoutingRule, is_chosen: bool) -> None:
     logits = draw(20, 60, torch.float32)
     bias = torch.randn(60, generator=torch.Generator().manual_seed(2)).to(DEVICE)
     index = draw(20, 60, torch.float64).argsort(-1)[:, : rule.top_k].contiguous() if is_chosen else None

@@ -24,7 +24,8 @@ from expertune.kernels import has_triton
 from expertune.loss.log_probs import Head, label_log_probs
 from expertune.optim.adamw_8bit import AdamW8bit
 from expertune.rms_norm import rms_norm
-from expertune.router import Rule, route
+from expertune.router import route
+from expertune.shapes import RoutingRule
 
 _NUM_TOKENS = 1024  # of attention: on fewer, cuDNN may take another kernel
 
@@ -125,7 +126,7 @@ def _routers(model: PreTrainedModel) -> Iterator[Call]:
 
 @dataclass(frozen=True)
 class _Router:
-    rule: Rule
+    rule: RoutingRule
     has_bias: bool
 
     def __call__(self, logits_TE: Tensor) -> Tensor:

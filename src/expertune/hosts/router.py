@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from expertune.hosts import formulas
 from expertune.memory.replay import RoutingReplay, Tape
-from expertune.router import Rule, choose, has_kernel, route
+from expertune.router import choose, has_kernel, route
+from expertune.shapes import RoutingRule
 
 _BIAS = "e_score_correction_bias"
 _AGREES = 1e-5  # float32 rounding, relative
@@ -34,7 +35,7 @@ class Formula(NamedTuple):
         flattens: whether it takes batches of sequences, and gives tokens.
     """
 
-    rule: Rule
+    rule: RoutingRule
     is_wide: bool
     flattens: bool
 
@@ -127,7 +128,7 @@ def _try(router: Any, narrow: Any, x_BTD: Tensor) -> Formula | None:
     scale, groups = float(getattr(router, "routed_scaling_factor", 1.0)), int(getattr(router, "num_group", None) or 1)
     used = int(router.topk_group) if groups > 1 else 1
     for is_sigmoid, is_normed in product((False, True), repeat=2):
-        formula = Formula(Rule(router.top_k, is_sigmoid, is_normed, scale, groups, used), is_wide, flattens)
+        formula = Formula(RoutingRule(router.top_k, is_sigmoid, is_normed, scale, groups, used), is_wide, flattens)
         mine = _numbers(partial(routed, router, formula, None), x_BTD[0])
         if all(torch.allclose(a, b, rtol=_AGREES, atol=_AGREES) for a, b in zip(given, mine, strict=True)):
             return formula

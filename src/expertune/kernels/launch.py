@@ -29,6 +29,27 @@ def next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
+class RowBlocks(NamedTuple):
+    """How rows are cut for a kernel of which a program holds a few whole ones.
+
+    Args:
+        grid: programs.
+        rows: of a program.
+        columns: the width, to the next power of two.
+    """
+
+    grid: tuple[int, int, int]
+    rows: int
+    columns: int
+
+    @classmethod
+    def of(cls, num_rows: int, width: int, elements: int) -> "RowBlocks":
+        """For so many rows, where a program holds so many elements, but at least a row."""
+        columns = next_power_of_2(width)
+        rows = max(1, elements // columns)
+        return cls((ceil_div(num_rows, rows), 1, 1), rows, columns)
+
+
 def launch(
     kernel: Any,
     grid: tuple[int, int, int],

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from expertune.kernels.launch import ceil_div, launch, next_power_of_2
+from expertune.kernels.launch import RowBlocks, launch
 
 _ELEMENTS = 2048  # of the rows that a program holds
 
@@ -46,15 +46,14 @@ def balance_backward(logits_ME: Tensor, dmean_E: Tensor, mask_N: Tensor | None) 
     out_ME = torch.empty_like(logits_ME)
     if num_rows == 0:
         return out_ME
-    columns = next_power_of_2(num_experts)
-    rows = max(1, _ELEMENTS // columns)
+    blocks = RowBlocks.of(num_rows, num_experts, _ELEMENTS)
     launch(
         _balance_backward_kernel,
-        (ceil_div(num_rows, rows), 1, 1),
+        blocks.grid,
         (logits_ME, dmean_E, dmean_E if mask_N is None else mask_N, out_ME),
         (num_rows, num_rows if mask_N is None else len(mask_N)),
         (num_experts,),
-        {"HAS_MASK": mask_N is not None, "BR": rows, "BE": columns},
+        {"HAS_MASK": mask_N is not None, "BR": blocks.rows, "BE": blocks.columns},
         num_warps=4,
     )
     return out_ME

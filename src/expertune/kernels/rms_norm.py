@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from expertune.kernels.launch import ceil_div, launch, next_power_of_2
+from expertune.kernels.launch import RowBlocks, launch
 
 _ELEMENTS = 4096  # of the rows that a program holds
 
@@ -84,7 +84,6 @@ def _launch(kernel: object, tensors: tuple[Tensor, ...], numbers: tuple[int | fl
     num_rows, width = tensors[0].shape if kernel is _norm_kernel else tensors[1].shape
     if num_rows == 0:
         return
-    columns = next_power_of_2(width)
-    rows = max(1, _ELEMENTS // columns)
-    constants = {"BR": rows, "BD": columns}
-    launch(kernel, (ceil_div(num_rows, rows), 1, 1), tensors, (num_rows,), numbers, constants, num_warps=4)
+    blocks = RowBlocks.of(num_rows, width, _ELEMENTS)
+    constants = {"BR": blocks.rows, "BD": blocks.columns}
+    launch(kernel, blocks.grid, tensors, (num_rows,), numbers, constants, num_warps=4)

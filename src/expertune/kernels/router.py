@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from expertune.kernels.launch import ceil_div, launch, next_power_of_2
+from expertune.kernels.launch import RowBlocks, launch, next_power_of_2
+from expertune.shapes import RoutingRule
 
 _ELEMENTS = 1024  # of the rows that a program holds
 
@@ -33,29 +34,33 @@ def _scores(logits_ptr, row, inside, E, IS_SIGMOID: tl.constexpr, BE: tl.constex
 
 
 @triton.jit
+def _best(x, place, last):
+    """Of each row the place of its highest number, of equals the first; where nothing is a number, `last`."""
+    return tl.min(tl.where(x == tl.max(x, axis=1)[:, None], place[None, :], last), axis=1)
+
+
+@triton.jit
 def _of_groups(choice, G: tl.constexpr, USED: tl.constexpr, BR: tl.constexpr, BE: tl.constexpr):
     """What is compared, -inf where a row does not use the group."""
     SIZE: tl.constexpr = BE // G
-    grouped = tl.reshape(choice, (BR, G, SIZE))
+    grouped = tl.reshape(choice, (BR * G, SIZE))
     g, place = tl.arange(0, G), tl.arange(0, SIZE)
-    highest = tl.max(grouped, axis=2)
-    first = tl.min(tl.where(grouped == highest[:, :, None], place[None, None, :], SIZE - 1), axis=2)
-    others = tl.where(place[None, None, :] == first[:, :, None], -float("inf"), grouped)
-    score = highest + tl.max(others, axis=2)
+    others = tl.where(place[None, :] == _best(grouped, place, SIZE - 1)[:, None], -float("inf"), grouped)
+    score = tl.reshape(tl.max(grouped, axis=1) + tl.max(others, axis=1), (BR, G))
     is_used = tl.zeros((BR, G), tl.int32)
     for _ in tl.static_range(USED):
-        best = tl.min(tl.where(score == tl.max(score, axis=1)[:, None], g[None, :], G - 1), axis=1)
-        is_used = tl.where(g[None, :] == best[:, None], 1, is_used)
-        score = tl.where(g[None, :] == best[:, None], -float("inf"), score)
-    return tl.reshape(tl.where(is_used[:, :, None] > 0, grouped, -float("inf")), (BR, BE))
+        is_best = g[None, :] == _best(score, g, G - 1)[:, None]
+        is_used = tl.where(is_best, 1, is_used)
+        score = tl.where(is_best, -float("inf"), score)
+    is_used = tl.reshape(is_used, (BR * G, 1))
+    return tl.reshape(tl.where(is_used > 0, grouped, -float("inf")), (BR, BE))
 
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _route_kernel(
     logits_ptr, bias_ptr, index_ptr, score_ptr, num_rows, E, scale, eps,
-    IS_SIGMOID: tl.constexpr, IS_NORMED: tl.constexpr, G: tl.constexpr, USED: tl.constexpr,
-    HAS_BIAS: tl.constexpr, IS_CHOSEN: tl.constexpr,
-    K: tl.constexpr, BR: tl.constexpr, BE: tl.constexpr, BK: tl.constexpr,
+    IS_SIGMOID: tl.constexpr, IS_NORMED: tl.constexpr, K: tl.constexpr, BR: tl.constexpr, BE: tl.constexpr,
+    G: tl.constexpr, USED: tl.constexpr, HAS_BIAS: tl.constexpr, IS_CHOSEN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """One program per block of rows. With `IS_CHOSEN` the experts are read, else they are written."""
     row = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
@@ -75,8 +80,7 @@ def _route_kernel(
         if IS_CHOSEN:
             expert = tl.load(index_ptr + row * K + k, mask=inside, other=0).to(tl.int32)
         else:
-            is_best = choice == tl.max(choice, axis=1)[:, None]
-            expert = tl.min(tl.where(is_best, e[None, :], E - 1), axis=1)  # where nothing is a number, the last
+            expert = _best(choice, e, E - 1)
             tl.store(index_ptr + row * K + k, expert.to(tl.int64), mask=inside)
             choice = tl.where(e[None, :] == expert[:, None], -float("inf"), choice)
         s_k = tl.sum(tl.where(e[None, :] == expert[:, None], s, 0.0), axis=1)
@@ -121,9 +125,8 @@ def _route_backward_kernel(
 
 
 def route(
-    logits_TE: Tensor, bias_E: Tensor | None, index_TK: Tensor, score_TK: Tensor, constants: dict[str, Any],
-    *, scale: float, eps: float, is_chosen: bool,
-) -> None:  # fmt: skip
+    logits_TE: Tensor, bias_E: Tensor | None, index_TK: Tensor, score_TK: Tensor, rule: RoutingRule, *, is_chosen: bool
+) -> None:
     """Fill the scores, and the experts unless they are chosen.
 
     Args:
@@ -131,53 +134,39 @@ def route(
         bias_E: is added to what is compared; None for none.
         index_TK: int64.
         score_TK: float32.
-        constants: `IS_SIGMOID`, `IS_NORMED`, and the groups of experts, `G` in all and `USED`; with more than one both
-            `E` and `G` are powers of two.
-        scale: of the scores.
-        eps: is added to the sum of the chosen.
+        rule: of the router; with groups, their number and that of the experts are powers of two.
         is_chosen: whether the experts are given.
     """
-    num_rows, num_experts = logits_TE.shape
-    if num_rows == 0:
-        return
-    top_k, columns = index_TK.shape[1], next_power_of_2(num_experts)
-    rows = max(1, _ELEMENTS // columns)
-    launch(
-        _route_kernel,
-        (ceil_div(num_rows, rows), 1, 1),
-        (logits_TE, logits_TE if bias_E is None else bias_E, index_TK, score_TK),
-        (num_rows,),
-        (num_experts, scale, eps),
-        constants
-        | {"HAS_BIAS": bias_E is not None, "IS_CHOSEN": is_chosen}
-        | {"K": top_k, "BR": rows, "BE": columns, "BK": next_power_of_2(top_k)},
-        num_warps=4,
-    )
+    constants = {
+        "G": rule.num_groups,
+        "USED": rule.top_groups,
+        "HAS_BIAS": bias_E is not None,
+        "IS_CHOSEN": is_chosen,
+        "BK": next_power_of_2(rule.top_k),
+    }
+    tensors = (logits_TE, logits_TE if bias_E is None else bias_E, index_TK, score_TK)
+    _launch(_route_kernel, tensors, rule, constants)
 
 
-def route_backward(
-    logits_TE: Tensor, index_TK: Tensor, dscore_TK: Tensor, constants: dict[str, Any], *, scale: float, eps: float
-) -> Tensor:
-    """`dlogits_TE` in the dtype of the logits; for the arguments see `route`.
+def route_backward(logits_TE: Tensor, index_TK: Tensor, dscore_TK: Tensor, rule: RoutingRule) -> Tensor:
+    """`dlogits_TE` in the dtype of the logits.
 
     Args:
         logits_TE, index_TK: as in forward.
         dscore_TK: contiguous, float32.
-        constants, scale, eps: as in forward.
+        rule: as in forward.
     """
-    num_rows, num_experts = logits_TE.shape
     dlogits_TE = torch.empty_like(logits_TE)
-    if num_rows == 0:
-        return dlogits_TE
-    columns = next_power_of_2(num_experts)
-    rows = max(1, _ELEMENTS // columns)
-    launch(
-        _route_backward_kernel,
-        (ceil_div(num_rows, rows), 1, 1),
-        (logits_TE, index_TK, dscore_TK, dlogits_TE),
-        (num_rows,),
-        (num_experts, scale, eps),
-        constants | {"K": index_TK.shape[1], "BR": rows, "BE": columns},
-        num_warps=4,
-    )
+    _launch(_route_backward_kernel, (logits_TE, index_TK, dscore_TK, dlogits_TE), rule, {})
     return dlogits_TE
+
+
+def _launch(kernel: object, tensors: tuple[Tensor, ...], rule: RoutingRule, constants: dict[str, Any]) -> None:
+    num_rows, num_experts = tensors[0].shape
+    if num_rows == 0:
+        return
+    blocks = RowBlocks.of(num_rows, num_experts, _ELEMENTS)
+    known = {"IS_SIGMOID": rule.is_sigmoid, "IS_NORMED": rule.is_normed, "K": rule.top_k}
+    cut = {"BR": blocks.rows, "BE": blocks.columns}
+    numbers = (num_experts, rule.scale, rule.eps)
+    launch(kernel, blocks.grid, tensors, (num_rows,), numbers, known | cut | constants, num_warps=4)
