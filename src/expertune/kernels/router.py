@@ -4,6 +4,9 @@ s[t, e] = exp(z[t, e] − max z[t]), or sigmoid(z[t, e])
 chosen are the top_k highest of z, or of p + bias, where p is s, or its share of the sum; of equals the first
 of experts in groups only those of a token's best groups count, by the sum of their two highest p + bias
 score[t, k] = scale · s[t, e(k)] / total      total: the sum of the chosen s, or of all; of sigmoids, if not normed, 1
+
+Shares sum to 1, so a gradient less what all of it have in common is the same: the first score's is taken off before the
+sums, or nothing would be left of the digits of an expert that has nearly all. For the same, divisions are rounded.
 """
 
 from typing import Any
@@ -69,7 +72,7 @@ def _route_kernel(
     z, s = _scores(logits_ptr, row, inside, E, IS_SIGMOID, BE)
     choice = z
     if HAS_BIAS or G > 1:
-        p = s if IS_SIGMOID else s / tl.sum(s, axis=1)[:, None]
+        p = s if IS_SIGMOID else tl.div_rn(s, tl.sum(s, axis=1)[:, None])
         choice = tl.where(e[None, :] < E, p, -float("inf"))
     if HAS_BIAS:
         choice += tl.load(bias_ptr + e, mask=e < E, other=0.0).to(tl.float32)[None, :]
@@ -86,9 +89,9 @@ def _route_kernel(
         s_k = tl.sum(tl.where(e[None, :] == expert[:, None], s, 0.0), axis=1)
         chosen = tl.where(slot[None, :] == k, s_k[:, None], chosen)
     if IS_NORMED:
-        chosen /= (tl.sum(chosen, axis=1) + eps)[:, None]
+        chosen = tl.div_rn(chosen, (tl.sum(chosen, axis=1) + eps)[:, None])
     elif not IS_SIGMOID:
-        chosen /= tl.sum(s, axis=1)[:, None]
+        chosen = tl.div_rn(chosen, tl.sum(s, axis=1)[:, None])
     places = score_ptr + row[:, None] * K + slot[None, :]
     mask = inside[:, None] & (slot[None, :] < K)
     tl.store(places, chosen * scale, mask=mask)
@@ -112,13 +115,16 @@ def _route_backward_kernel(
         here = (e[None, :] == expert[:, None]).to(tl.float32)
         ds += here * dscore[:, None]
         is_chosen += here
+    p = s
+    counts = is_chosen if IS_NORMED else tl.full((BR, BE), 1.0, tl.float32)
     if IS_NORMED:
-        total = tl.sum(is_chosen * s, axis=1) + eps
-        ds = (ds - is_chosen * (tl.sum(ds * s, axis=1) / total)[:, None]) / total[:, None]
+        p = tl.div_rn(s, (tl.sum(is_chosen * s, axis=1) + eps)[:, None])
     elif not IS_SIGMOID:
-        total = tl.sum(s, axis=1)
-        ds = (ds - (tl.sum(ds * s, axis=1) / total)[:, None]) / total[:, None]
-    slope = s * (1 - s) if IS_SIGMOID else s
+        p = tl.div_rn(s, tl.sum(s, axis=1)[:, None])
+    if IS_NORMED or not IS_SIGMOID:
+        ds -= counts * tl.load(dscore_ptr + row * K, mask=inside, other=0.0)[:, None]
+        ds -= counts * tl.sum(ds * p, axis=1)[:, None]
+    slope = p * (1 - s) if IS_SIGMOID else p
     places = dlogits_ptr + row[:, None] * E + e[None, :]
     mask = inside[:, None] & (e[None, :] < E)
     tl.store(places, (scale * ds * slope).to(dlogits_ptr.dtype.element_ty), mask=mask)
