@@ -66,10 +66,11 @@ def test_each_card_has_a_configuration_that_fits_and_candidates(
 
 
 def test_what_was_measured_on_hopper_is_shipped() -> None:
-    few, many = ShrinkConfig(128, 128, 8, 3), ShrinkConfig(128, 64, 8, 2)
+    few, some, many = ShrinkConfig(128, 128, 8, 3), ShrinkConfig(128, 64, 4, 3), ShrinkConfig(128, 128, 4, 3)
     assert shipped(LINEAR, (9, 0), 2, 256) == LinearConfig(256, 64, 8, 4)
-    for is_gathered, rows, config in ((True, 128, few), (True, 256, many), (False, 128, few), (False, 256, few)):
-        assert shipped(SHRINK._replace(is_gathered=is_gathered), (9, 0), 2, rows) == config
+    for is_gathered, by_rows in ((True, {128: few, 256: some, 1024: many}), (False, {128: few, 256: some, 1024: some})):
+        for rows, config in by_rows.items():
+            assert shipped(SHRINK._replace(is_gathered=is_gathered), (9, 0), 2, rows) == config
 
 
 @pytest.mark.parametrize(("rank", "block"), [(1, 16), (16, 16), (17, 32), (64, 64), (65, 128), (512, 128)])
