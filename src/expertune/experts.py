@@ -11,6 +11,7 @@ routed row: `2D + K(4F + 4R + 16)` bytes a token in bfloat16. `a` is computed ag
 """
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias, cast
 from weakref import WeakValueDictionary
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from expertune import lora
+from expertune import accumulate, lora
 from expertune.activations import Gate
 from expertune.backends.protocol import Backend, FactorSide, PackedFactors, Steps
 from expertune.shapes import Dispatch, ExpertsLayout, LoraFactors, RoutingShape, Tensors
@@ -132,6 +133,11 @@ class Walk(NamedTuple):
     wants: tuple[bool, ...] = ()
 
     @property
+    def num_parts(self) -> int:
+        """How many tensors `w1, b1, w2, b2` and the factors are."""
+        return 4 + 2 * sum(map(len, self.scales))
+
+    @property
     def wants_factors(self) -> tuple[bool, bool]:
         """Whether any LoRA factor of the first and of the second projection wants a gradient."""
         factors = self.wants[6:]
@@ -181,17 +187,17 @@ class _Linear(NamedTuple):
         low_rank = None if packed is None or dmid_NR is None else (dmid_NR, packed.a_ERI)
         return self.steps.linear(dy_NO, self.weights.w_EOI, self.routing, low_rank=low_rank)
 
-    def weight_grad(self, dy_NO: Tensor, x_NI: Tensor) -> Tensor:
-        """`dW` in the host's layout. Only called where the weight is trained."""
+    def weight_grad(self, dy_NO: Tensor, x_NI: Tensor, total: Tensor | None) -> Tensor | None:
+        """`dW` in the host's layout, or None if it was added to `total`. Only called where the weight is trained."""
         u, v = (x_NI, dy_NO) if self.weights.is_transposed else (dy_NO, x_NI)
-        return self.steps.outer(u, v, self.routing)
+        return self.steps.outer(u, v, self.routing, total)
 
     def bias_grad(self, dy_NO: Tensor, weight_N1: Tensor | None) -> Tensor:
         """`(E, O)`: each expert's rows summed, as a product with a column so that the order is fixed."""
         column_N8 = dy_NO.new_ones((dy_NO.shape[0], lora.RANK_MULTIPLE))
         if weight_N1 is not None:
             column_N8.mul_(weight_N1)
-        return self.steps.outer(dy_NO, column_N8, self.routing)[:, :, 0]
+        return cast(Tensor, self.steps.outer(dy_NO, column_N8, self.routing))[:, :, 0]
 
 
 def _pack(first: _Linear, second: _Linear) -> list[PackedFactors | None]:
@@ -217,18 +223,20 @@ def _forward(walk: Walk, tensors: Tensors) -> tuple[Tensor | None, ...]:
 
 
 def _backward(walk: Walk, tensors: Tensors) -> tuple[Tensor | None, ...]:
-    """Gradients of `x, weight, w1, b1, w2, b2`, then of the factors.
+    """Gradients of `x, weight, w1, b1, w2, b2`, then of the factors, but None for what is added to a sum.
 
     Of `weight` only `⟨a, da⟩`; `_bias_part` is missing.
     """
     dout_TD, x_TD, h_NG, mid1_NR, mid2_NR, weight_TK = cast(tuple[Tensor, ...], tensors[:6])
     steps = walk.step.backend.steps()
-    routing, first, second = walk.linears(tensors[6:])
+    routing, first, second = walk.linears(tensors[6 : -walk.num_parts])
     wants_x, wants_weight, wants_w1, wants_b1, wants_w2, wants_b2 = walk.wants[:6]
     wants_first, wants_second = walk.wants_factors
+    sum1, _, sum2, _, *sums = tensors[-walk.num_parts :]
+    cut = 2 * len(first.adapters)
     dx_TD = dw1 = db1 = dw2 = db2 = None
-    dfirst: list[Tensor] | list[None] = [None] * 2 * len(first.adapters)
-    dsecond: list[Tensor] | list[None] = [None] * 2 * len(second.adapters)
+    dfirst: list[Tensor | None] = [None] * cut
+    dsecond: list[Tensor | None] = [None] * (len(sums) - cut)
 
     # Down. The router's weight of a row multiplies the narrow side of every product, never a (N, D) tensor.
     packed1, packed2 = _pack(first, second)
@@ -244,11 +252,11 @@ def _backward(walk: Walk, tensors: Tensors) -> tuple[Tensor | None, ...]:
     if wants_b2 or wants_w2:
         weight_N1 = routing.by_row(weight_TK).to(dout_TD.dtype)
         db2 = second.bias_grad(dout_ND, weight_N1) if wants_b2 else None
-        dw2 = second.weight_grad(dout_ND, a_NF * weight_N1) if wants_w2 else None
+        dw2 = second.weight_grad(dout_ND, a_NF * weight_N1, sum2) if wants_w2 else None
         del dout_ND
     if wants_second:
         a, b = FactorSide(a_NF, cast(Tensor, dmid2_NR)), FactorSide(dout_TD, mid2_NR, by_token=True)
-        dsecond = steps.factor_grads(a, b, second.adapters, routing, weight_TK)
+        dsecond = steps.factor_grads(a, b, second.adapters, routing, sums[cut:], weight_TK)
         del a, b
     del a_NF, mid2_NR, dmid2_NR
 
@@ -259,10 +267,10 @@ def _backward(walk: Walk, tensors: Tensors) -> tuple[Tensor | None, ...]:
     del packed1
     db1 = first.bias_grad(dh_NG, None) if wants_b1 else None
     if wants_w1:
-        dw1 = first.weight_grad(dh_NG, x_TD.index_select(0, routing.row_token_N))
+        dw1 = first.weight_grad(dh_NG, x_TD.index_select(0, routing.row_token_N), sum1)
     if wants_first:
         a, b = FactorSide(x_TD, cast(Tensor, dmid1_NR), by_token=True), FactorSide(dh_NG, mid1_NR)
-        dfirst = steps.factor_grads(a, b, first.adapters, routing)
+        dfirst = steps.factor_grads(a, b, first.adapters, routing, sums[:cut])
     return (dx_TD, dweight_TK if wants_weight else None, dw1, db1, dw2, db2, *dfirst, *dsecond)
 
 
@@ -278,7 +286,8 @@ def _forward_and_backward(walk: Walk, tensors: Tensors) -> tuple[Tensor | None, 
     if x_TD.requires_grad or any(wants):
         walk = walk._replace(wants=(True, True, *wants), overwrites=True)
         dout_TD = torch.empty_like(x_TD)
-        _backward(walk, (dout_TD, x_TD, h_NG, mid1_NR, mid2_NR, weight_TK, words, *parts))
+        no_sums = [None] * len(parts)
+        _backward(walk, (dout_TD, x_TD, h_NG, mid1_NR, mid2_NR, weight_TK, words, *parts, *no_sums))
     return (out_TD,)
 
 
@@ -317,16 +326,21 @@ def kept(walk: Walk, x_TD: Tensor, weight_TK: Tensor, made: Tensors, tensors: Te
     )
 
 
-def run_backward(walk: Walk, dout_TD: Tensor, saved: Tensors) -> tuple[Tensor | None, ...]:
+def run_backward(
+    walk: Walk, dout_TD: Tensor, saved: Tensors, sums: Sequence[Tensor | None] | None = None
+) -> tuple[Tensor | None, ...]:
     """Gradients of `x, weight, w1, b1, w2, b2`, then of the factors; None where `walk.wants` none.
 
     Args:
         walk: what else it needs.
         dout_TD: the gradient of the output.
         saved: as `kept` gives it.
+        sums: of `w1, b1, w2, b2` and the factors each what its gradient is added to in place, contiguous, or None; the
+            gradient is then None too. Those of biases are not added.
     """
     dout_TD = dout_TD.contiguous()
-    dx_TD, dweight_TK, *others = walk.step.backend.steps().run(_backward, walk, (dout_TD, *saved))
+    sums = [None] * walk.num_parts if sums is None else sums
+    dx_TD, dweight_TK, *others = walk.step.backend.steps().run(_backward, walk, (dout_TD, *saved, *sums))
     if dweight_TK is not None:
         weight_TK, words, _, _, _, b2, *_ = saved[4:]
         if b2 is not None:
@@ -354,7 +368,9 @@ class _ExpertsFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout_TD: Tensor) -> tuple[Tensor | None, ...]:
         walk: Walk = ctx.walk._replace(overwrites=not torch._C._autograd._get_current_graph_task_keep_graph())
-        dx_TD, dweight_TK, *others = run_backward(walk, dout_TD, ctx.saved_tensors)
+        saved = ctx.saved_tensors
+        sums = accumulate.sums(ctx, saved[-walk.num_parts :])
+        dx_TD, dweight_TK, *others = run_backward(walk, dout_TD, saved, sums)
         return (None, dx_TD, dweight_TK, None, *others)
 
 

@@ -138,9 +138,10 @@ class TestProducts:
         # both ways of reading rows, each on both sides
         sides = FactorSide(x, mid_NR, by_token), FactorSide(dy, mid_NR.flip(0), by_token)
         exact_sides = [FactorSide(s.wide.double(), s.narrow_NR.double(), by_token) for s in sides]
-        ours = steps().factor_grads(*sides, adapters, routing, weight_TK)
-        plain = native_torch.STEPS.factor_grads(*sides, adapters, routing, weight_TK)
-        truth = native_torch.STEPS.factor_grads(*exact_sides, adapters, routing, exact)
+        no_sums = [None] * 2 * len(ranks)
+        ours = steps().factor_grads(*sides, adapters, routing, no_sums, weight_TK)
+        plain = native_torch.STEPS.factor_grads(*sides, adapters, routing, no_sums, weight_TK)
+        truth = native_torch.STEPS.factor_grads(*exact_sides, adapters, routing, no_sums, exact)
         assert len(ours) == 2 * len(ranks)
         for i, (got, expected, true) in enumerate(zip(ours, plain, truth, strict=True)):
             assert got.shape == true.shape

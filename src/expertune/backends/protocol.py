@@ -118,8 +118,9 @@ class Steps(Protocol):
         b: FactorSide,
         adapters: Sequence[LoraFactors],
         routing: Dispatch,
+        sums: Tensors,
         weight_TK: Tensor | None = None,
-    ) -> list[Tensor]:
+    ) -> list[Tensor | None]:
         """The gradients of a projection's LoRA factors, `a, b` of each adapter, in PEFT's layout and their own dtypes.
 
         Args:
@@ -127,12 +128,17 @@ class Steps(Protocol):
             b: for the `b`s: the gradient of its output and its mid; the scale is multiplied here.
             adapters: in the order in which they were joined.
             routing: where each expert's rows lie.
+            sums: of each factor what its gradient is added to in place, contiguous, of any floating dtype; None is then
+                given for it. Where there is None, the gradient is given.
             weight_TK: multiplies each row, if given.
         """
         ...
 
-    def outer(self, u_NO: Tensor, v_NI: Tensor, routing: Dispatch) -> Tensor:
-        """`Σ u[n] ⊗ v[n]` over each expert's rows, `(E, O, I)`; zero for an expert without rows."""
+    def outer(self, u_NO: Tensor, v_NI: Tensor, routing: Dispatch, total: Tensor | None = None) -> Tensor | None:
+        """`Σ u[n] ⊗ v[n]` over each expert's rows, `(E, O, I)`; zero for an expert without rows.
+
+        With `total`, which is contiguous, it is added to that in place, and None is given.
+        """
         ...
 
 

@@ -106,18 +106,29 @@ class TorchSteps:
         b: FactorSide,
         adapters: Sequence[LoraFactors],
         routing: Dispatch,
+        sums: Tensors,
         weight_TK: Tensor | None = None,
-    ) -> list[Tensor]:
+    ) -> list[Tensor | None]:
         weight_N1 = None if weight_TK is None else routing.by_row(weight_TK).to(a.narrow_NR.dtype)
         wide_NI, narrow_NR = _by_row(a, routing, weight_N1)
         das = lora.unpack_a_grads(self.outer_product(narrow_NR, wide_NI, routing.ends_E), adapters)
         del wide_NI
         wide_NO, narrow_NR = _by_row(b, routing, weight_N1)
         dbs = lora.unpack_b_grads(self.outer_product(wide_NO, narrow_NR, routing.ends_E), adapters)
-        return lora.alternate(das, dbs)
+        return add_each(lora.alternate(das, dbs), sums)
 
-    def outer(self, u_NO: Tensor, v_NI: Tensor, routing: Dispatch) -> Tensor:
-        return self.outer_product(u_NO, v_NI, routing.ends_E)
+    def outer(self, u_NO: Tensor, v_NI: Tensor, routing: Dispatch, total: Tensor | None = None) -> Tensor | None:
+        return add_each([self.outer_product(u_NO, v_NI, routing.ends_E)], [total])[0]
+
+
+def add_each(grads: Sequence[Tensor], sums: Tensors) -> list[Tensor | None]:
+    """Add each gradient to its sum in place; those that have none are given, in their places."""
+    left: list[Tensor | None] = []
+    for grad, total in zip(grads, sums, strict=True):
+        if total is not None:
+            total.add_(grad)
+        left.append(grad if total is None else None)
+    return left
 
 
 def gate_backward(

@@ -109,38 +109,48 @@ class TritonSteps:
         b: FactorSide,
         adapters: Sequence[LoraFactors],
         routing: Dispatch,
+        sums: Tensors,
         weight_TK: Tensor | None = None,
-    ) -> list[Tensor]:
+    ) -> list[Tensor | None]:
         num_experts, rank = routing.ends_E.shape[0], a.narrow_NR.shape[1]
-        first, width, width_out = adapters[0], a.wide.shape[1], b.wide.shape[1]
-        da_ERI = a.wide.new_empty((num_experts, rank, width), dtype=_widest(adapter.a for adapter in adapters))
+        width, width_out = a.wide.shape[1], b.wide.shape[1]
+        is_plain = lora.is_plain(adapters, num_experts)
+        total = sums[0] if is_plain else None
+        da_ERI = (
+            a.wide.new_empty((num_experts, rank, width), dtype=_widest(adapter.a for adapter in adapters))
+            if total is None
+            else total.view(num_experts, rank, width)
+        )
         db_EOR = b.wide.new_empty((num_experts, width_out, rank), dtype=_widest(adapter.b for adapter in adapters))
         outer.outer(
-            outer.Sum(a.wide.contiguous(), a.narrow_NR, da_ERI, a.by_token),
+            outer.Sum(a.wide.contiguous(), a.narrow_NR, da_ERI, a.by_token, adds=total is not None),
             outer.Sum(b.wide.contiguous(), b.narrow_NR, db_EOR, b.by_token, is_wide_first=True),
             routing.ends_E,
             row_slot_N=routing.row_slot_N,
             top_k=routing.top_k,
             weight_TK=weight_TK,
         )
-        if not lora.is_plain(adapters, num_experts):
+        if not is_plain:
             das, dbs = lora.unpack_a_grads(da_ERI, adapters), lora.unpack_b_grads(db_EOR, adapters)
-            return lora.alternate(das, dbs)
+            return torch_steps.add_each(lora.alternate(das, dbs), sums)
+        (adapter,) = adapters
         # written to PEFT's layout at once, every element would be a memory transaction of its own: 4 times the time
-        db = torch.empty_like(first.b, memory_format=torch.contiguous_format)
-        repack.repack([Job(db_EOR, db, first.scale, (1, num_experts, 1, width_out * rank))])
-        return [da_ERI.view(first.a.shape), db]
+        db = torch.empty_like(adapter.b, memory_format=torch.contiguous_format) if sums[1] is None else sums[1]
+        sides = (1, num_experts, 1, width_out * rank)
+        repack.repack([Job(db_EOR, db, adapter.scale, sides, adds=sums[1] is not None)])
+        return [da_ERI.view(adapter.a.shape) if total is None else None, db if sums[1] is None else None]
 
-    def outer(self, u_NO: Tensor, v_NI: Tensor, routing: Dispatch) -> Tensor:
-        out_EOI = u_NO.new_empty((routing.ends_E.shape[0], u_NO.shape[1], v_NI.shape[1]))
+    def outer(self, u_NO: Tensor, v_NI: Tensor, routing: Dispatch, total: Tensor | None = None) -> Tensor | None:
+        shape = (routing.ends_E.shape[0], u_NO.shape[1], v_NI.shape[1])
+        out_EOI = u_NO.new_empty(shape) if total is None else total
         outer.outer(
-            outer.Sum(v_NI.contiguous(), u_NO.contiguous(), out_EOI),
+            outer.Sum(v_NI.contiguous(), u_NO.contiguous(), out_EOI, adds=total is not None),
             None,
             routing.ends_E,
             row_slot_N=routing.row_slot_N,
             top_k=routing.top_k,
         )
-        return out_EOI
+        return out_EOI if total is None else None
 
 
 def _widest(factors: Iterable[Tensor]) -> torch.dtype:

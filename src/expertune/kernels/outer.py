@@ -26,6 +26,7 @@ class Sum(NamedTuple):
         out: `(E, R, I)`, or with `is_wide_first` `(E, I, R)`; contiguous, any floating dtype.
         by_token: whether a row of `wide` is a token.
         is_wide_first: how `out` lies.
+        adds: whether it is added to what `out` holds, instead of written.
     """
 
     wide: Tensor
@@ -33,6 +34,7 @@ class Sum(NamedTuple):
     out: Tensor
     by_token: bool = False
     is_wide_first: bool = False
+    adds: bool = False
 
 
 @triton.jit
@@ -51,6 +53,7 @@ def _sum_rows(
     BY_TOKEN: tl.constexpr,
     IS_WIDE_FIRST: tl.constexpr,
     IS_WEIGHTED: tl.constexpr,
+    ADDS: tl.constexpr,
     BN: tl.constexpr,
     BI: tl.constexpr,
     BR: tl.constexpr,
@@ -85,7 +88,10 @@ def _sum_rows(
         offset = i.to(tl.int64)[:, None] * R + rank[None, :]
     else:
         offset = i.to(tl.int64)[:, None] + rank[None, :] * I
-    tl.store(out_ptr + offset, acc.to(out_ptr.dtype.element_ty), mask=(i < I)[:, None] & (rank < R)[None, :])
+    mask = (i < I)[:, None] & (rank < R)[None, :]
+    if ADDS:
+        acc += tl.load(out_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr + offset, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -106,8 +112,10 @@ def _outer_kernel(
     top_k,
     BY_TOKEN0: tl.constexpr,
     IS_WIDE_FIRST0: tl.constexpr,
+    ADDS0: tl.constexpr,
     BY_TOKEN1: tl.constexpr,
     IS_WIDE_FIRST1: tl.constexpr,
+    ADDS1: tl.constexpr,
     IS_WEIGHTED: tl.constexpr,
     BN: tl.constexpr,
     BI: tl.constexpr,
@@ -123,13 +131,13 @@ def _outer_kernel(
         out0_ptr += expert.to(tl.int64) * R0 * I0
         _sum_rows(
             wide0_ptr, narrow0_ptr, weight_ptr, row_slot_ptr, out0_ptr, start, end, block, I0, R0, top_k,
-            BY_TOKEN0, IS_WIDE_FIRST0, IS_WEIGHTED, BN, BI, BR,
+            BY_TOKEN0, IS_WIDE_FIRST0, IS_WEIGHTED, ADDS0, BN, BI, BR,
         )  # fmt: skip
     else:
         out1_ptr += expert.to(tl.int64) * R1 * I1
         _sum_rows(
             wide1_ptr, narrow1_ptr, weight_ptr, row_slot_ptr, out1_ptr, start, end, block - num_blocks0, I1, R1, top_k,
-            BY_TOKEN1, IS_WIDE_FIRST1, IS_WEIGHTED, BN, BI, BR,
+            BY_TOKEN1, IS_WIDE_FIRST1, IS_WEIGHTED, ADDS1, BN, BI, BR,
         )  # fmt: skip
 
 
@@ -142,7 +150,7 @@ def outer(
     top_k: int,
     weight_TK: Tensor | None = None,
 ) -> None:
-    """Write every expert's sums; zero for an expert without rows.
+    """Write every expert's sums, or add them to what is there; zero for an expert without rows.
 
     Args:
         first, second: what is summed; one or two of the same number of ranks.
@@ -172,8 +180,10 @@ def outer(
         {
             "BY_TOKEN0": sums[0].by_token,
             "IS_WIDE_FIRST0": sums[0].is_wide_first,
+            "ADDS0": sums[0].adds,
             "BY_TOKEN1": sums[1].by_token,
             "IS_WIDE_FIRST1": sums[1].is_wide_first,
+            "ADDS1": sums[1].adds,
             "IS_WEIGHTED": weight_TK is not None,
             "BN": 64 if is_narrow else 32,
             "BI": block,

@@ -18,19 +18,23 @@ _MOST = 4  # tensors a launch
 
 
 class Job(NamedTuple):
-    """`out = scale · source`, rounded to the dtype of `out`; with `sides`, the second and the last of four are swapped.
+    """`out = scale · source` or, with `adds`, `out += scale · source`, rounded once to the dtype of `out`.
+
+    With `sides`, the second and the last of four are swapped.
 
     Args:
         source: contiguous.
         out: contiguous; of the shape of `source`, or `(G, M, S, P)`.
         scale: multiplies every element before it is rounded.
         sides: None, or `(G, P, S, M)`, as which `source` is read. `(1, P, 1, M)` is a matrix to be transposed.
+        adds: whether to what `out` holds.
     """
 
     source: Tensor
     out: Tensor
     scale: float = 1.0
     sides: tuple[int, int, int, int] | None = None
+    adds: bool = False
 
     @property
     def size(self) -> tuple[int, int, int]:
@@ -47,7 +51,9 @@ class Job(NamedTuple):
 
 
 @triton.jit
-def _repack_tile(in_ptr, out_ptr, P, S, M, scale, tile, IS_TURNED: tl.constexpr, SIDE: tl.constexpr):
+def _repack_tile(
+    in_ptr, out_ptr, P, S, M, scale, tile, IS_TURNED: tl.constexpr, ADDS: tl.constexpr, SIDE: tl.constexpr
+):
     """One tile of one job."""
     i, j = tl.arange(0, SIDE), tl.arange(0, SIDE)
     Q = S * M
@@ -59,15 +65,21 @@ def _repack_tile(in_ptr, out_ptr, P, S, M, scale, tile, IS_TURNED: tl.constexpr,
         q = (tile % num_columns) * SIDE + j
         mask = (p < P)[:, None] & (q < Q)[None, :]
         source = in_ptr + start + p.to(tl.int64)[:, None] * Q + q[None, :]
-        values = tl.load(source, mask=mask, other=0.0).to(tl.float32)
-        turned = tl.trans((values * scale).to(out_ptr.dtype.element_ty))
+        values = tl.load(source, mask=mask, other=0.0).to(tl.float32) * scale
         row = (q % M) * S + q // M
         out = out_ptr + start + row.to(tl.int64)[:, None] * P + p[None, :]
-        tl.store(out, turned, mask=(q < Q)[:, None] & (p < P)[None, :])
+        mask = (q < Q)[:, None] & (p < P)[None, :]
+        if ADDS:
+            turned = tl.trans(values) + tl.load(out, mask=mask, other=0.0).to(tl.float32)
+            tl.store(out, turned.to(out_ptr.dtype.element_ty), mask=mask)
+        else:  # half as many bytes are turned
+            tl.store(out, tl.trans(values.to(out_ptr.dtype.element_ty)), mask=mask)
     else:
         offset = tile.to(tl.int64) * (SIDE * SIDE) + (i * SIDE)[:, None] + j[None, :]
-        values = tl.load(in_ptr + offset, mask=offset < Q, other=0.0).to(tl.float32)
-        tl.store(out_ptr + offset, (values * scale).to(out_ptr.dtype.element_ty), mask=offset < Q)
+        values = tl.load(in_ptr + offset, mask=offset < Q, other=0.0).to(tl.float32) * scale
+        if ADDS:
+            values += tl.load(out_ptr + offset, mask=offset < Q, other=0.0).to(tl.float32)
+        tl.store(out_ptr + offset, values.to(out_ptr.dtype.element_ty), mask=offset < Q)
 
 
 @triton.jit(do_not_specialize=["end0", "end1", "end2"])
@@ -103,18 +115,22 @@ def _repack_kernel(
     TURNED1: tl.constexpr,
     TURNED2: tl.constexpr,
     TURNED3: tl.constexpr,
+    ADDS0: tl.constexpr,
+    ADDS1: tl.constexpr,
+    ADDS2: tl.constexpr,
+    ADDS3: tl.constexpr,
     SIDE: tl.constexpr,
 ):
     """One program per tile; the jobs' tiles lie one after another, and job `i` ends at tile `end_i`."""
     tile = tl.program_id(0)
     if tile < end0:
-        _repack_tile(in0_ptr, out0_ptr, P0, S0, M0, scale0, tile, TURNED0, SIDE)
+        _repack_tile(in0_ptr, out0_ptr, P0, S0, M0, scale0, tile, TURNED0, ADDS0, SIDE)
     elif tile < end1:
-        _repack_tile(in1_ptr, out1_ptr, P1, S1, M1, scale1, tile - end0, TURNED1, SIDE)
+        _repack_tile(in1_ptr, out1_ptr, P1, S1, M1, scale1, tile - end0, TURNED1, ADDS1, SIDE)
     elif tile < end2:
-        _repack_tile(in2_ptr, out2_ptr, P2, S2, M2, scale2, tile - end1, TURNED2, SIDE)
+        _repack_tile(in2_ptr, out2_ptr, P2, S2, M2, scale2, tile - end1, TURNED2, ADDS2, SIDE)
     else:
-        _repack_tile(in3_ptr, out3_ptr, P3, S3, M3, scale3, tile - end2, TURNED3, SIDE)
+        _repack_tile(in3_ptr, out3_ptr, P3, S3, M3, scale3, tile - end2, TURNED3, ADDS3, SIDE)
 
 
 def repack(jobs: Sequence[Job]) -> None:
@@ -136,6 +152,10 @@ def _launch(jobs: Sequence[Job]) -> None:
         tuple(tensor for job in filled for tensor in (job.source, job.out)),
         tuple(ends[:3]),
         (*[side for job in filled for side in job.size], *[job.scale for job in filled]),
-        {f"TURNED{i}": job.sides is not None for i, job in enumerate(filled)} | {"SIDE": _SIDE},
+        {
+            **{f"TURNED{i}": job.sides is not None for i, job in enumerate(filled)},
+            **{f"ADDS{i}": job.adds for i, job in enumerate(filled)},
+            "SIDE": _SIDE,
+        },
         num_warps=4,
     )

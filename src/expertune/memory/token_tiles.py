@@ -113,7 +113,7 @@ class _TiledFunction(torch.autograd.Function):
         dweight_TK = torch.empty_like(weight_TK) if wants_weight else None
         sums: list[Tensor | None] = [None] * len(tensors[len(walks) :])
         for walk, tile, of_tile in _tiles(walks, tensors):
-            dx, dweight, *others = _walk_back(walk, dout_TD[tile], x_TD[tile], weight_TK[tile], of_tile)
+            dx, dweight, *others = _walk_back(walk, dout_TD[tile], x_TD[tile], weight_TK[tile], of_tile, sums)
             if dx_TD is not None:
                 dx_TD[tile] = cast(Tensor, dx)
             if dweight_TK is not None:
@@ -136,16 +136,18 @@ def _tiles(walks: tuple[Walk, ...], tensors: Tensors) -> Iterator[tuple[Walk, sl
         start = stop
 
 
-def _walk_back(walk: Walk, dout_TD: Tensor, x_TD: Tensor, weight_TK: Tensor, tensors: Tensors) -> Tensors:
-    """The gradients of one tile, which is walked once more for what they need."""
+def _walk_back(
+    walk: Walk, dout_TD: Tensor, x_TD: Tensor, weight_TK: Tensor, tensors: Tensors, sums: Sequence[Tensor | None]
+) -> Tensors:
+    """The gradients of one tile, as `run_backward` gives them; it is walked once more for what they need."""
     _, *made = run_forward(walk._replace(leaves_out=True), x_TD, weight_TK, tensors)
     saved = kept(walk, x_TD, weight_TK, made, tensors)
     del made
-    return run_backward(walk._replace(overwrites=True), dout_TD, saved)
+    return run_backward(walk._replace(overwrites=True), dout_TD, saved, sums)
 
 
 def _plus(place: int, total: Tensor | None, grad: Tensor | None) -> Tensor | None:
-    """A sum over tiles with one tile more, in place; of `w1, b1, w2, b2` and the factors, by their place."""
+    """A sum over tiles with one tile more, unless it holds it; of `w1, b1, w2, b2` and the factors, by their place."""
     is_base_weight = place in (0, 2)
     if grad is None:
         return total

@@ -1,0 +1,54 @@
+"""Accumulate: which gradients of a backward pass may be added to `.grad` by whoever computes them.
+
+Autograd is otherwise given a new tensor to add: for the factors of many experts that costs more traffic than all else
+that is done with them. So it is left out where nobody could tell.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def sums(ctx: Any, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Of each tensor its `.grad`, where a gradient of this backward pass may be added to it in place; else None.
+
+    That is so of a leaf that has a gradient from before, without hooks that would want to see the new one, in a
+    backward pass that adds to `.grad` rather than handing the gradient out.
+
+    Args:
+        ctx: of the `torch.autograd.Function` whose backward runs.
+        tensors: among its inputs.
+    """
+    nodes = (node for node, _ in ctx.next_functions if node is not None)
+    leaves = {id(node.variable): node for node in nodes if getattr(node, "variable", None) is not None}
+    found: list[Tensor | None] = []
+    for tensor in tensors:
+        node = leaves.get(id(tensor))
+        may_add = tensor is not None and node is not None and _is_plain(tensor) and _will_run(node)
+        found.append(tensor.grad if tensor is not None and may_add else None)
+    return found
+
+
+def _is_plain(leaf: Tensor) -> bool:
+    grad = leaf.grad
+    return (
+        grad is not None
+        and type(grad) is Tensor
+        and grad.dtype == leaf.dtype
+        and grad.is_contiguous()
+        and not grad.requires_grad
+        and not leaf._backward_hooks
+        and not getattr(leaf, "_post_accumulate_grad_hooks", None)
+        # autograd lets the caller wait for the stream of what it adds itself
+        and (not grad.is_cuda or torch._C._cuda_getCurrentRawStream(grad.device.index) == 0)
+    )
+
+
+def _will_run(node: Any) -> bool:
+    """Whether the pass will add to the leaf's `.grad`."""
+    try:
+        return bool(torch._C._will_engine_execute_node(node))
+    except RuntimeError:  # torch's word for `autograd.grad` of the leaf
+        return False

@@ -1,0 +1,150 @@
+"""Gradients that the walk adds to `.grad` itself: the same sums as autograd's, and only where nobody could tell."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from expertune import accumulate
+from expertune.activations import SwiGlu
+from expertune.backends import native_torch
+from expertune.backends.protocol import Backend
+from expertune.experts import ExpertsStep, Projection, experts
+from expertune.shapes import ExpertsLayout, LoraFactors
+from tests.cases import DEVICE, NUM_EXPERTS, ROUTINGS, pair_id, runnable
+from tests.numerics import assert_no_worse
+
+WIDTH, INNER, TOKENS = 16, 24, len(ROUTINGS["even"])
+
+
+class Block:
+    """Experts whose weights and factors are all trained."""
+
+    def __init__(
+        self, backend: Backend, dtype: torch.dtype, *, ranks: tuple[int, ...] = (8,), transposed: bool
+    ) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.dtype = dtype
+        self.parameters: dict[str, Tensor] = {}
+
+        def parameter(name: str, *shape: int) -> Tensor:
+            drawn = torch.randn(shape, generator=generator, dtype=torch.float64) / 4
+            made = self.parameters[name] = drawn.to(DEVICE, dtype).requires_grad_()
+            return made
+
+        def projection(name: str, i: int, o: int) -> Projection:
+            return Projection(
+                weight=parameter(f"{name}.weight", NUM_EXPERTS, *((i, o) if transposed else (o, i))),
+                bias=parameter(f"{name}.bias", NUM_EXPERTS, o),
+                adapters=tuple(
+                    LoraFactors(
+                        a=parameter(f"{name}.a{n}", NUM_EXPERTS * rank, i),
+                        b=parameter(f"{name}.b{n}", o, rank * NUM_EXPERTS),
+                        scale=0.5,
+                    )
+                    for n, rank in enumerate(ranks)
+                ),
+            )
+
+        self.projections = (projection("up", WIDTH, 2 * INNER), projection("down", INNER, WIDTH))
+        layout = ExpertsLayout(
+            num_experts=NUM_EXPERTS, model_width=WIDTH, expert_width=INNER, has_gate=True, is_transposed=transposed,
+            has_bias=True,
+        )  # fmt: skip
+        self.step = ExpertsStep(layout=layout, gate=SwiGlu(), backend=backend)
+
+    def loss(self, seed: int) -> Tensor:
+        """Of a batch of its own."""
+        expert_TK = ROUTINGS["even"].to(DEVICE)
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(TOKENS, WIDTH, generator=generator, dtype=torch.float64)
+        weight, dout = torch.rand(expert_TK.shape, generator=generator), torch.randn(x.shape, generator=generator)
+        routing = self.step.dispatch(expert_TK)
+        out = experts(x.to(DEVICE, self.dtype), routing, weight.to(DEVICE, self.dtype), self.projections, self.step)
+        return (out * dout.to(DEVICE, self.dtype)).sum()
+
+    def grads(self, seed: int) -> dict[str, Tensor]:
+        """Handed out by autograd."""
+        found = torch.autograd.grad(self.loss(seed), list(self.parameters.values()))
+        return dict(zip(self.parameters, found, strict=True))
+
+
+@pytest.fixture
+def added(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Of each backward how many gradients it was to add itself."""
+    counts: list[int] = []
+    real: Callable[..., list[Tensor | None]] = accumulate.sums
+
+    def counted(ctx: object, tensors: list[Tensor | None]) -> list[Tensor | None]:
+        sums = real(ctx, tensors)
+        counts.append(sum(total is not None for total in sums))
+        return sums
+
+    monkeypatch.setattr(accumulate, "sums", counted)
+    return counts
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("ranks", [(8,), (4, 9)], ids=str)
+@pytest.mark.parametrize(("backend", "dtype"), runnable(torch.float32, torch.bfloat16, torch.float16), ids=pair_id)
+def test_later_batches_are_added_in_place(
+    backend: Backend, dtype: torch.dtype, ranks: tuple[int, ...], transposed: bool, added: list[int]
+) -> None:
+    block = Block(backend, dtype, ranks=ranks, transposed=transposed)
+    exact = Block(native_torch.BACKEND, torch.float64, ranks=ranks, transposed=transposed)
+    for name, parameter in exact.parameters.items():
+        parameter.data.copy_(block.parameters[name])
+    seeds = range(5)  # what a pass launches is noted in the second of a kind, and repeated from the third on
+    batches = [block.grads(seed) for seed in seeds]
+    exact_batches = [exact.grads(seed) for seed in seeds]
+    assert added == [0] * 10
+    added.clear()
+    for seed in seeds:
+        block.loss(seed).backward()
+    assert added == [0, *[len(block.parameters)] * 4]
+    for name, parameter in block.parameters.items():
+        plain, *more = [batch[name].clone() for batch in batches]
+        for each in more:
+            plain += each
+        truth = torch.stack([batch[name] for batch in exact_batches]).sum(0)
+        assert parameter.grad is not None
+        assert_no_worse(parameter.grad, plain, truth, name)
+
+
+def test_a_gradient_that_is_handed_out_is_not_added(added: list[int]) -> None:
+    block = Block(native_torch.BACKEND, torch.float32, transposed=False)
+    block.loss(0).backward()
+    before = {name: p.grad.clone() for name, p in block.parameters.items()}
+    block.grads(1)
+    factor = block.parameters["up.a0"]
+    block.loss(1).backward(inputs=[factor])
+    assert added == [0, 0, 1]
+    for name, parameter in block.parameters.items():
+        assert torch.equal(parameter.grad, before[name]) is (parameter is not factor)
+
+
+def test_hooks_see_what_is_added(added: list[int]) -> None:
+    block = Block(native_torch.BACKEND, torch.float32, transposed=False)
+    block.loss(0).backward()
+    seen: list[Tensor] = []
+    a, b = block.parameters["up.a0"], block.parameters["up.b0"]
+    a.register_hook(seen.append)
+    b.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.clone()))
+    block.loss(1).backward()
+    assert added == [0, len(block.parameters) - 2]
+    expected = block.grads(1)
+    assert any(torch.equal(each, expected["up.a0"]) for each in seen)
+    assert any(torch.equal(each, b.grad) for each in seen)
+
+
+@pytest.mark.filterwarnings("ignore:grad and param do not obey")
+def test_a_gradient_of_another_kind_is_left_to_autograd(added: list[int]) -> None:
+    block = Block(native_torch.BACKEND, torch.float32, transposed=False)
+    block.loss(0).backward()
+    a, w = block.parameters["up.a0"], block.parameters["up.weight"]
+    a.grad = a.grad.t().contiguous().t()
+    w.grad = None
+    block.loss(1).backward()
+    assert added == [0, len(block.parameters) - 2]
+    torch.testing.assert_close(w.grad, block.grads(1)["up.weight"])
