@@ -178,7 +178,7 @@ def optimize(
         attention: "auto" runs it through ours where the host would form all scores (sinks, sliding windows); "host"
             leaves it as it is.
         graphs: whether layers with adapters, or parts of them, may be replayed as CUDA graphs, once calls of the same
-            shapes, on at most 4,096 tokens, have come twice.
+            shapes, on at most 8,192 tokens, have come twice.
 
     Raises:
         ValueError: a layer, an adapter or a setting cannot be honoured, or the model has neither experts nor attention

@@ -12,23 +12,27 @@ from torch import nn
 from transformers import Cache
 
 import expertune
+from expertune.graphs import recording
 from expertune.graphs.piece import Piece
 from expertune.graphs.pool import Pool
+from expertune.hosts import graphs
 from expertune.hosts.attach import attached
 from tests.conftest import Checkpoint
 from tests.graphs.replayed import FakeCapture
 from tests.hosts import memories
 from tests.hosts.models import load_tiny
 
+_LAYERS = [f"layers.{i}{part}" for i in range(2) for part in ("", ".self_attn", ".mlp")]
 PIECES = {
-    "qwen3_moe": ["layers.0", "layers.0.self_attn", "layers.1", "layers.1.self_attn"],
-    "gpt_oss": ["layers.0", "layers.0.self_attn", "layers.1", "layers.1.self_attn"],
+    "qwen3_moe": _LAYERS,
+    "gpt_oss": _LAYERS,
     "glm4_moe_lite": [
         "layers.0",
         "layers.0.self_attn",
         "layers.0.mlp",
         "layers.1",
         "layers.1.self_attn",
+        "layers.1.mlp",
         "layers.1.mlp.shared_experts",
     ],
 }
@@ -267,7 +271,7 @@ def test_modules_that_are_saved_whole(checkpoint: Checkpoint) -> None:
 
 
 def test_a_cache_that_a_call_fills_is_not_kept(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The host's default outside trainers: such calls are not recorded, and nothing holds their caches."""
+    """The host's default outside trainers: such layers are not recorded, and nothing holds their caches."""
     made: list[weakref.ref[Cache]] = []
     init = Cache.__init__
     monkeypatch.setattr(
@@ -280,11 +284,15 @@ def test_a_cache_that_a_call_fills_is_not_kept(checkpoint: Checkpoint, monkeypat
     assert len(made) == 10
     gc.collect()
     assert not any(cache() for cache in made)
-    assert not capture.replays
+    assert "0 of 2 layers and 2 parts of layers" in str(expertune.explain(ours))
+    assert capture.replays == 3 * 2 * 2, "their experts are"
 
 
 def test_packed_padded_and_longer_batches_between(checkpoint: Checkpoint) -> None:
-    """Ours looks at positions and padding before a layer runs, so such a batch is not replayed as a plain one."""
+    """Ours looks at positions and padding before a layer runs, so such a batch is not replayed as a plain one.
+
+    Its experts are: they do not depend on where samples lie.
+    """
     ours, stock, capture = both(checkpoint("gpt_oss"))
     packed = torch.cat((torch.arange(5), torch.arange(7)))[None]
     padding = torch.ones(1, 12, dtype=torch.long)
@@ -292,11 +300,36 @@ def test_packed_padded_and_longer_batches_between(checkpoint: Checkpoint) -> Non
     for seed in range(5):
         ids = tokens(seed, batch=1)
         torch.testing.assert_close(step(ours, ids), step(stock, ids))
-        before = capture.replays
         for inputs in ({"position_ids": packed}, {"attention_mask": padding}):
             torch.testing.assert_close(step(ours, ids, **inputs), step(stock, ids, **inputs))
-        assert capture.replays == before
-    assert capture.replays == 3 * 2 * 2
+    assert "2 of 2 layers and 2 parts of layers" in str(expertune.explain(ours))
+    # of 15 steps the first two are seen, and each of the others replays two layers or the experts of two
+    assert capture.replays == 13 * 2 * 2
+
+
+def test_long_batches_are_replayed_as_layers_alone(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From some length on the experts by themselves keep a device busy, and the rest of a layer still does not."""
+    monkeypatch.setattr(graphs, "_MOST_TOKENS_OF_BLOCK", 11)
+    ours, stock, capture = both(checkpoint("qwen3_moe"))
+    for cache, replays in ((True, 0), (False, 3 * 2 * 2)):
+        for seed in range(5):
+            ids = tokens(seed, batch=1)
+            torch.testing.assert_close(step(ours, ids, use_cache=cache), step(stock, ids, use_cache=cache))
+        assert capture.replays == replays
+
+
+def test_batches_are_added_to_gradients_from_before(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradient accumulation: large gradients go from the recording's memory straight to `.grad`."""
+    monkeypatch.setattr(recording, "_LARGE", 1)
+    ours, stock, capture = both(checkpoint("qwen3_moe"))
+    for seed in range(4):
+        torch.testing.assert_close(step(ours, tokens(seed)), step(stock, tokens(seed)))
+    for seed in range(4):
+        for model in (ours, stock):
+            model(input_ids=tokens(seed), labels=tokens(seed), use_cache=False).loss.backward()
+        both_grads = ([p.grad for p in model.parameters()] for model in (ours, stock))
+        torch.testing.assert_close(*both_grads)
+    assert capture.replays == 6 * 2 * 2
 
 
 def test_adapters_that_change_are_seen(checkpoint: Checkpoint) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from expertune import accumulate
 from expertune.graphs.pool import Pool
 from expertune.graphs.structure import put_together, take_apart
 
@@ -84,12 +85,15 @@ class Recording:
         self._pool.begin(self)
         return tuple(out.detach().clone() for out in self._outs), begun
 
-    def backward(self, begun: "_Pass", douts: Sequence[Tensor], *, is_last: bool) -> list[Tensor | None]:
+    def backward(
+        self, begun: "_Pass", douts: Sequence[Tensor], sums: Sequence[Tensor | None], *, is_last: bool
+    ) -> list[Tensor | None]:
         """The gradients of the inputs that want one, then of the parameters.
 
         Args:
             begun: from `forward`.
             douts: of the outputs that want one.
+            sums: of each parameter what a large gradient is added to in place, or None; it is then None too.
             is_last: whether no other backward of this forward follows.
 
         Raises:
@@ -109,9 +113,18 @@ class Recording:
         for leaving in self._leaving:
             for number, part in zip(leaving.numbers, _parts(leaving.flat.clone(), leaving.shapes), strict=True):
                 grads[number] = part
+        all_sums = [*[None] * len(self._own), *sums]
         for number, grad in zip(self._numbers_of_large, self._large, strict=True):
-            grads[number] = grad.clone()
+            if (total := all_sums[number]) is None:
+                grads[number] = grad.clone()
+            else:
+                total.add_(grad)
         return grads
+
+    @property
+    def parameters(self) -> tuple[Tensor, ...]:
+        """Those that want a gradient."""
+        return self._parameters
 
     @property
     def wants(self) -> list[int]:
@@ -220,7 +233,9 @@ class _Replay(torch.autograd.Function):
     def backward(ctx: Any, *douts: Tensor) -> tuple[Tensor | None, ...]:
         recording: Recording = ctx.recording
         is_last = not torch._C._autograd._get_current_graph_task_keep_graph()
-        grads = iter(recording.backward(ctx.begun, [douts[i] for i in recording.wanted_outs], is_last=is_last))
+        asked = [douts[i] for i in recording.wanted_outs]
+        sums = accumulate.sums(ctx, recording.parameters)
+        grads = iter(recording.backward(ctx.begun, asked, sums, is_last=is_last))
         of_inputs: list[Tensor | None] = [None] * ctx.num_inputs
         for place in recording.wants:
             of_inputs[place] = next(grads)
