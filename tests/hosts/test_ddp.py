@@ -1,5 +1,6 @@
 """Two processes under DDP, each with a batch of its own: the gradients of one process on both batches."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,11 @@ def _train(rank: int, folder: Path, results: Path) -> None:
             parallel(**_batch(rank, step)).loss.backward()
             grads[memory, step] = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
         num_copies[memory] = len(lane.bytes_moved)
+        parallel.zero_grad()
+        with parallel.no_sync():
+            parallel(**_batch(rank, 0)).loss.backward()
+        parallel(**_batch(rank, 1)).loss.backward()  # some of it is added to `.grad` by us, before DDP reduces it
+        grads[memory, NUM_STEPS] = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
     torch.save((grads, num_copies), results / f"{rank}.pt")
     distributed.destroy_process_group()
 
@@ -67,10 +73,11 @@ def test_gradients_are_those_of_one_process_on_both_batches(checkpoint: Checkpoi
     multiprocessing.spawn(_train, (folder, tmp_path), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     model = _model(folder)
-    for step in range(NUM_STEPS):
+    for step in range(NUM_STEPS + 1):
         model.zero_grad()
-        for rank in range(2):
-            (model(**_batch(rank, step)).loss / 2).backward()
+        batches = range(NUM_STEPS) if step == NUM_STEPS else [step]  # the last is of both
+        for rank, number in itertools.product(range(2), batches):
+            (model(**_batch(rank, number)).loss / 2).backward()
         truth = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
         assert any("experts" in name for name in truth)
         assert any("self_attn" in name for name in truth)
