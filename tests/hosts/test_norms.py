@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import expertune
 from expertune.hosts import norms
+from expertune.hosts.attach import attached
 from expertune.hosts.norms import Formula, formula_of
 from expertune.rms_norm import rms_norm
 from tests.conftest import Checkpoint
@@ -53,6 +54,18 @@ def test_the_formula_of_a_class_is_found_by_trying_it(checkpoint: Checkpoint) ->
     assert formula_of(Gemma3RMSNorm(8)) == Formula(1e-6, 1.0, keeps_dtype=True)
     for other in (ScaledRMSNorm(), BesideRMSNorm(), GatedRMSNorm(), nn.LayerNorm(8)):
         assert formula_of(other) is None
+
+
+def test_formulas_are_found_wherever_torch_makes_tensors_by_default(checkpoint: Checkpoint) -> None:
+    """As where a model is made on the GPU by `with torch.device("cuda")`, and optimized there."""
+    model = load_tiny(checkpoint("glm4_moe_lite"), torch.float32)
+    with torch.device("meta"):
+        expertune.optimize(model)
+    state = attached(model)
+    assert state is not None
+    found = {name: len(getattr(state, name)) for name in ("norms", "routers", "latents", "rotaries", "mlps")}
+    assert found == {"norms": 9, "routers": 1, "latents": 2, "rotaries": 0, "mlps": 2}
+    assert "silu" in str(expertune.explain(model))
 
 
 def test_the_formula_is_found_whatever_torch_makes_by_default() -> None:

@@ -185,7 +185,7 @@ def test_both_schedules_on_hopper_have_the_same_bits(
 ) -> None:
     if not is_hopper(CUDA):
         pytest.skip("needs a Hopper GPU")
-    from expertune.backends.triton_steps import STEPS, _gate_kernel  # Triton and Gluon, where they are
+    from expertune.backends.triton_steps import STEPS, gate_kernel  # Triton and Gluon, where they are
     from expertune.kernels import linear_hopper
 
     torch.manual_seed(0)
@@ -194,7 +194,7 @@ def test_both_schedules_on_hopper_have_the_same_bits(
     if hot_rows:  # more row tiles than one group takes
         expert_TK = torch.cat([expert_TK.reshape(-1, 1), torch.full((hot_rows, 1), 5, device=CUDA)])
     routing = STEPS.dispatch(expert_TK, E)
-    kernel = None if gate is None else _gate_kernel(gate)
+    kernel = None if gate is None else gate_kernel(gate)
     x, mid, bias = normal(expert_TK.numel(), width), normal(expert_TK.numel(), R), normal(E, width_out)
     w, b = normal(E, width, width_out), normal(E, R, width_out)
     if is_k_contiguous:

@@ -73,7 +73,7 @@ class TritonSteps:
         low_rank: tuple[Tensor, Tensor] | None = None,
         bias_EO: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        kernel = _gate_kernel(gate)
+        kernel = gate_kernel(gate)
         if kernel is not None and _runs_on_hopper(x_NI) and linear_hopper.fuses(kernel, w_EIO):
             mid_NR, b_ERO = low_rank or (None, None)
             return linear_hopper.linear(
@@ -83,7 +83,7 @@ class TritonSteps:
         return h_NG, self.gate_forward(gate, h_NG)
 
     def gate_forward(self, gate: Gate, h_NG: Tensor) -> Tensor:
-        kernel = _gate_kernel(gate)
+        kernel = gate_kernel(gate)
         return gate.forward(h_NG) if kernel is None else gates.gate_forward(h_NG, kernel)
 
     def gate_backward(
@@ -96,7 +96,7 @@ class TritonSteps:
         *,
         overwrites: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        if (kernel := _gate_kernel(gate)) is None:
+        if (kernel := gate_kernel(gate)) is None:
             return torch_steps.gate_backward(gate, h_NG, da_NF, weight_TK, routing)
         return gates.gate_backward(h_NG, da_NF, weight_TK, routing.row_slot_N, kernel, overwrites=overwrites)
 
@@ -197,7 +197,7 @@ def _runs_on_hopper(x_NI: Tensor) -> bool:
     return x_NI.dtype != torch.float32 and is_hopper(x_NI.device)
 
 
-def _gate_kernel(gate: Gate) -> gates.GateKernel | None:
+def gate_kernel(gate: Gate) -> gates.GateKernel | None:
     """Our device code for a gate, or None where only the host's own function knows it."""
     if isinstance(gate, SwiGlu):
         return gates.GateKernel(*gates.SILU, is_concatenated=gate.is_concatenated)

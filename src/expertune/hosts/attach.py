@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import torch
 from peft.tuners.lora.layer import ParamWrapper
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
@@ -26,6 +27,7 @@ from expertune.hosts import (
     graphs,
     latent_attention,
     llama4,
+    mlps,
     norms,
     peft,
     rotary,
@@ -56,6 +58,7 @@ class Attached:
         latents: the attentions that put their heads together by our function.
         rotaries: the others that rotate queries and keys by our function.
         routers: those that choose and score by our function.
+        mlps: the dense ones that run as one node of autograd.
         memory: what its layers spare memory by; None where nobody has set it.
         recorder: of the parts that are replayed as CUDA graphs; None if none is to be.
     """
@@ -71,6 +74,7 @@ class Attached:
     latents: list[nn.Module] = field(default_factory=list)
     rotaries: list[nn.Module] = field(default_factory=list)
     routers: list[nn.Module] = field(default_factory=list)
+    mlps: list[nn.Module] = field(default_factory=list)
     memory: Policy | None = None
     recorder: Recorder | None = None
 
@@ -101,13 +105,14 @@ def attach(
     _refuse_unknown_blocks(model)
     _refuse_all_the_hosts(model, is_attention_ours)
     state = Attached(requested=requested)
-    plans = [
-        (module, transformers.make_plan(name, module, _model_type(module, model), requested, state.replay))
-        for name, module in transformers.named_experts(model)
-    ]
+    with torch.device("cpu"):  # where formulas are tried, wherever the caller makes tensors by default
+        plans = [
+            (module, transformers.make_plan(name, module, _model_type(module, model), requested, state.replay))
+            for name, module in transformers.named_experts(model)
+        ]
+        found_norms, found_latents, found_rotaries = norms.find(model), latent_attention.find(model), rotary.find(model)
+        found_routers, found_mlps = router.find(model), mlps.find(model)
     peft.check(model, {id(module): plan for module, plan in plans})
-    found_norms, found_latents, found_rotaries = norms.find(model), latent_attention.find(model), rotary.find(model)
-    found_routers = router.find(model)
     taken = [each for each in decoders(model) if attention.is_ours(each) or attention.why_not(each) is None]
     if (before := attached(model)) is not None:
         state.memory = before.memory
@@ -119,6 +124,7 @@ def attach(
     state.latents = forwards.bind(found_latents, latent_attention.forward)
     state.rotaries = forwards.bind(found_rotaries, rotary.forward)
     state.routers = formulas.bind(found_routers, router.forward, state.replay)
+    state.mlps = forwards.bind(found_mlps, mlps.forward)
     transformers.register()
     configs: dict[int, Any] = {}
     for module, plan in plans:
@@ -136,7 +142,6 @@ def attach(
     state.recorder = Recorder(graphs.TransformersHost(state.replay)) if uses_graphs else None
     model._expertune = state
     bind_all(model)
-    state.adapters = _adapters_of(model)
     return state
 
 
@@ -162,6 +167,7 @@ def detach(model: PreTrainedModel) -> None:
     forwards.unbind(state.latents, latent_attention.forward)
     forwards.unbind(state.rotaries, rotary.forward)
     forwards.unbind(state.routers, router.forward)
+    forwards.unbind(state.mlps, mlps.forward)
     trl_head.unbind(model)
     for decoder, had in state.attentions:
         attention.give_back(decoder, had)
@@ -193,8 +199,10 @@ def bind_all(model: PreTrainedModel) -> None:
     for module in model.modules():
         if id(module) not in inner:
             peft.bind(module)
-    state = attached(model)
-    if state is not None and state.recorder is not None:
+    if (state := attached(model)) is None:
+        return
+    state.adapters = _adapters_of(model)
+    if state.recorder is not None:
         graphs.bind(state.layers, state.recorder)
 
 
@@ -332,7 +340,6 @@ def _before_decoder(model: PreTrainedModel, state: Attached, _decoder: nn.Module
         return
     if state.adapters != _adapters_of(model) or any(_is_unbound(c) for b in state.blocks for c in b.children()):
         bind_all(model)
-        state.adapters = _adapters_of(model)
     if state.memory is None:
         for layer in theirs:
             _replay(layer, state)

@@ -17,13 +17,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import output_capturing
 
 from expertune.graphs.piece import MOST_TOKENS, Piece, Recorder
-from expertune.hosts import attention, collected, forwards, latent_attention, rotary
+from expertune.hosts import attention, collected, forwards, latent_attention, mlps, rotary
 from expertune.hosts.transformers import is_experts
 from expertune.hosts.twins import twin_around
 from expertune.memory.replay import RoutingReplay
 
 _OBSERVERS = (output_capturing.__name__, "expertune.hosts.attach")  # whose hooks do nothing else
-_OURS = (latent_attention.forward, rotary.forward)  # forwards of modules that are recorded
+_OURS = (latent_attention.forward, mlps.forward, rotary.forward)  # forwards of modules that are recorded
 # Above, the walk by itself waits for the device (H200: 2.2 ms at 4,096 tokens, of which the CPU takes 1.6).
 _MOST_TOKENS_OF_BLOCK = 2048
 

@@ -24,6 +24,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from expertune import lora
+from expertune.gated_mlp import Linear
 from expertune.hosts import forwards
 from expertune.hosts.transformers import ExpertsPlan, first_name, is_experts, is_transposed, named_experts
 from expertune.lora_linear import lora_linear
@@ -273,6 +274,8 @@ def _experts_forward(wrapper: ParamWrapper, *args: Any, **kwargs: Any) -> Any:
 
 def _linear_forward(wrapper: ParamWrapper, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """`xW + s(xA)B` for a linear whose weight is targeted as a parameter."""
+    if _is_watched(wrapper.base_layer):  # PEFT adapts the weight, so hooks see what the adapter adds
+        return cast(Tensor, ParamWrapper.forward(wrapper, x, *args, **kwargs))
     _refuse_mixed_batches(kwargs)
     factors = _active_factors(wrapper)  # first: it may unmerge
     return _add_low_rank(cast(Tensor, wrapper.base_layer(x, *args, **kwargs)), x, factors)
@@ -280,16 +283,45 @@ def _linear_forward(wrapper: ParamWrapper, x: Tensor, *args: Any, **kwargs: Any)
 
 def _lora_linear_forward(layer: LoraLinear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """The same for PEFT's own layer, where it does nothing but that; otherwise PEFT's own forward."""
-    names = [name for name in layer.active_adapters if name in layer.lora_A]
-    is_plain = not (args or kwargs or layer.merged or layer.disable_adapters or layer.lora_variant) and all(
-        isinstance(layer.lora_dropout[name], nn.Identity) and not layer.lora_bias[name] for name in names
-    )
-    if not is_plain:
+    if args or kwargs or not _is_plain(layer):
         return cast(Tensor, LoraLinear.forward(layer, x, *args, **kwargs))
     base, factors = layer.base_layer, _active_factors(layer)
     if len(factors) == 1 and _is_frozen_linear(base) and _computes_in(base.weight.dtype, x, factors[0]):
         return lora_linear(x, base.weight, base.bias, factors[0])
     return _add_low_rank(cast(Tensor, base(x)), x, factors)
+
+
+def _is_plain(layer: LoraLinear) -> bool:
+    """Whether its active adapters do nothing but `s(xA)B`."""
+    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    return not (layer.merged or layer.disable_adapters or layer.lora_variant) and all(
+        isinstance(layer.lora_dropout[name], nn.Identity) and not layer.lora_bias[name] for name in names
+    )
+
+
+def plain_linear(layer: Any, x: Tensor) -> Linear | None:
+    """What a linear computes of `x`, if it is frozen, with at most one plain adapter, and nobody looks on; else None.
+
+    Args:
+        layer: a linear, or what PEFT put in its place.
+        x: in the dtype in which everything is computed.
+    """
+    if _is_frozen_linear(layer):
+        return Linear(layer.weight, layer.bias) if _computes_in(layer.weight.dtype, x) else None
+    if not _adds_plainly(layer) or _is_watched(layer):
+        return None
+    base, factors = layer.base_layer, _active_factors(layer)
+    if len(factors) > 1 or not _is_frozen_linear(base) or not _computes_in(base.weight.dtype, x, *factors):
+        return None
+    return Linear(base.weight, base.bias, *factors)
+
+
+def _adds_plainly(layer: Any) -> bool:
+    """Whether a module is PEFT's, around a linear or its weight, and computes `xW + s(xA)B` by PEFT's code or ours."""
+    if type(layer) is ParamWrapper:
+        return forwards.runs(layer, _linear_forward) and not (layer.merged or layer.disable_adapters)
+    is_theirs_or_ours = forwards.given(layer) is None or forwards.runs(layer, _lora_linear_forward)
+    return type(layer) is LoraLinear and is_theirs_or_ours and _is_plain(layer)
 
 
 def _is_frozen_linear(base: nn.Module) -> bool:
@@ -298,15 +330,21 @@ def _is_frozen_linear(base: nn.Module) -> bool:
         type(base) is nn.Linear
         and not (base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad))
         and "forward" not in vars(base)
-        and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
+        and not _is_watched(base)
     )
 
 
-def _computes_in(dtype: torch.dtype, x: Tensor, adapter: LoraFactors) -> bool:
+def _is_watched(module: nn.Module) -> bool:
+    """Whether a module has hooks."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks)
+
+
+def _computes_in(dtype: torch.dtype, x: Tensor, *adapters: LoraFactors) -> bool:
     """Whether PEFT would compute everything in one dtype: by autocast, or because nothing has another."""
     if torch.is_autocast_enabled(x.device.type):
         return x.dtype == torch.get_autocast_dtype(x.device.type) == dtype
-    return x.dtype == adapter.a.dtype == adapter.b.dtype == dtype
+    return x.dtype == dtype and all(adapter.a.dtype == adapter.b.dtype == dtype for adapter in adapters)
 
 
 def _add_low_rank(result: Tensor, x: Tensor, adapters: tuple[LoraFactors, ...]) -> Tensor:

@@ -232,6 +232,34 @@ def _backward_kernel(
     tl.store(dweight_ptr + slot, dweight, mask=in_rows)
 
 
+@triton.jit(do_not_specialize=["N"])
+def _plain_backward_kernel(
+    h_ptr,
+    da_ptr,
+    N,
+    F,
+    GRAD: tl.constexpr,
+    ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr,
+    HAS_UP: tl.constexpr,
+    IS_CONCATENATED: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program per block of rows and columns, of two halves. `dh` comes to lie where `h` lay, `a` where `da` lay."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    first = tl.program_id(1) * BLOCK
+    f = first + tl.arange(0, BLOCK)
+    mask = (row < N)[:, None] & (f < F)[None, :]
+    g, u = _load_gate_up(h_ptr, row, row < N, first, F, HAS_UP, IS_CONCATENATED, BLOCK)
+    at = row[:, None] * F + f[None, :]
+    a, dg, du = GRAD(g, u, tl.load(da_ptr + at, mask=mask, other=0.0).to(tl.float32), ALPHA, LIMIT)
+    tl.store(da_ptr + at, a.to(da_ptr.dtype.element_ty), mask=mask)
+    at += row[:, None] * F  # a row of `h` is twice as long
+    tl.store(h_ptr + at, dg.to(h_ptr.dtype.element_ty), mask=mask)
+    tl.store(h_ptr + at + F, du.to(h_ptr.dtype.element_ty), mask=mask)
+
+
 def _constants(gate: GateKernel) -> dict[str, Any]:
     return {
         "ALPHA": gate.alpha,
@@ -282,3 +310,22 @@ def gate_backward(
         grid = (ceil_div(num_rows, _ROWS), 1, 1)
         launch(_backward_kernel, grid, tensors, (num_rows,), (width,), constants, num_warps=4)
     return da_NF, dh_NG, dweight_TK
+
+
+def plain_gate_backward(h_NG: Tensor, da_NF: Tensor, gate: GateKernel, *, overwrites: bool) -> tuple[Tensor, Tensor]:
+    """`a_NF` (written where `da_NF` lay) and `dh_NG`, of a gate of two halves without a router.
+
+    Args:
+        h_NG, da_NF: contiguous.
+        gate: the device functions.
+        overwrites: write `dh_NG` where `h_NG` lay.
+    """
+    assert gate.has_up
+    assert gate.is_concatenated
+    num_rows, width = da_NF.shape
+    dh_NG = h_NG if overwrites else h_NG.clone()
+    if num_rows:
+        constants = {"GRAD": gate.grad} | _constants(gate)
+        grid = (ceil_div(num_rows, _ROWS), ceil_div(width, _BLOCK), 1)
+        launch(_plain_backward_kernel, grid, (dh_NG, da_NF), (num_rows,), (width,), constants, num_warps=4)
+    return da_NF, dh_NG
