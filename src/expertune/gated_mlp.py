@@ -88,10 +88,8 @@ class _GatedMlp(torch.autograd.Function):
         inner, width = parts[0].weight_OI.shape[0], parts[2].weight_OI.shape[0]
         h_NG = x_NI.new_empty((len(x_NI), 2 * inner))
         y_NO = x_NI.new_empty((len(x_NI), width))
-        mids = [
-            part.forward(x_NI, bias, half)
-            for part, bias, half in zip(parts, biases, h_NG.chunk(2, dim=1), strict=False)
-        ]
+        halves = zip(parts, biases, h_NG.chunk(2, dim=1), strict=False)  # of gate and up
+        mids = [part.forward(x_NI, bias, half) for part, bias, half in halves]
         mids.append(parts[2].forward(_forward(gate, h_NG), biases[2], y_NO))
         ctx.save_for_backward(x_NI, h_NG, *mids, *weights, *cast)
         ctx.gate, ctx.scales, ctx.shape = gate, scales, x.shape
