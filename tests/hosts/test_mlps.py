@@ -59,6 +59,13 @@ class Swapped(Plain):
         return self.down_proj(self.gate_proj(x) * self.act_fn(self.up_proj(x)))  # type: ignore[no-any-return]
 
 
+class Clamped(Plain):
+    """As GLM-5's and DeepSeek-V4's, which most numbers do not reach."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x).clamp(max=100.0)) * self.up_proj(x))  # type: ignore[no-any-return]
+
+
 class Dropping(Plain):
     """Holds something else."""
 
@@ -77,7 +84,7 @@ class Asking(Plain):
 def test_the_formula_is_found_by_trying_it() -> None:
     for activation in ("silu", "gelu", "gelu_pytorch_tanh"):
         assert len(mlps.find(Plain(activation))) == 1
-    for other in (Plain("relu"), Scaled(), Swapped(), Dropping(), Asking(), nn.Linear(8, 8)):
+    for other in (Plain("relu"), Scaled(), Swapped(), Clamped(), Dropping(), Asking(), nn.Linear(8, 8)):
         assert not mlps.find(other), type(other)
 
 
