@@ -5,7 +5,7 @@ walks twice as many in backward. Here `h = [gate(x) | up(x)]` is kept alone, as 
 needs the inner activation only for a gradient of the last factor, and computes it again.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -30,44 +30,50 @@ class Linear(NamedTuple):
     adapter: LoraFactors | None = None
 
 
-def gated_mlp(x: Tensor, gate: Gate, linears: tuple[Linear, Linear, Linear]) -> Tensor:
+def gated_mlp(x: Tensor, gate: Gate, linears: tuple[Linear, Linear, Linear], tile: int | None = None) -> Tensor:
     """`down(act(gate(x)) · up(x))`, `(…, O)` in the dtype of the weights.
 
     Args:
         x: `(…, I)`, in the dtype of the weights, which under autocast is autocast's.
         gate: of two halves side by side.
         linears: gate, up and down, all of one dtype. Factors are cast to it, and receive gradients.
+        tile: tokens that are computed at a time, of a batch of more: then nothing but `x` is kept for backward, which
+            computes `h` of one tile after another again, and sums their gradients in float32 or wider.
     """
     tensors, scales = [], []
     for linear in linears:
         adapter = linear.adapter
         tensors += [linear.weight_OI, linear.bias_O, *((None, None) if adapter is None else (adapter.a, adapter.b))]
         scales.append(1.0 if adapter is None else adapter.scale)
-    return _GatedMlp.apply(gate, tuple(scales), x, *tensors)  # type: ignore[no-untyped-call,no-any-return]
+    return _GatedMlp.apply(gate, tuple(scales), tile, x, *tensors)  # type: ignore[no-untyped-call,no-any-return]
 
 
 class _Part(NamedTuple):
     """One of the three linears during a pass, its factors in the dtype of the weight."""
 
     weight_OI: Tensor
+    bias_O: Tensor | None
     a_RI: Tensor | None
     b_OR: Tensor | None
     scale: float
 
-    def forward(self, x_NI: Tensor, bias_O: Tensor | None, out_NO: Tensor) -> Tensor | None:
-        """Fill `out_NO`, and give `x_NI a_RIᵀ`."""
-        if bias_O is None:
+    def mid(self, x_NI: Tensor) -> Tensor | None:
+        """`x_NI a_RIᵀ`."""
+        return None if self.a_RI is None else x_NI @ self.a_RI.mT
+
+    def forward(self, x_NI: Tensor, out_NO: Tensor) -> Tensor | None:
+        """Fill `out_NO`, and give `mid`."""
+        if self.bias_O is None:
             torch.mm(x_NI, self.weight_OI.mT, out=out_NO)
         else:
-            torch.addmm(bias_O, x_NI, self.weight_OI.mT, out=out_NO)
-        if self.a_RI is None or self.b_OR is None:
-            return None
-        mid_NR = x_NI @ self.a_RI.mT
-        out_NO.addmm_(mid_NR, self.b_OR.mT, alpha=self.scale)
+            torch.addmm(self.bias_O, x_NI, self.weight_OI.mT, out=out_NO)
+        mid_NR = self.mid(x_NI)
+        if mid_NR is not None and self.b_OR is not None:
+            out_NO.addmm_(mid_NR, self.b_OR.mT, alpha=self.scale)
         return mid_NR
 
     def dmid(self, dy_NO: Tensor) -> Tensor | None:
-        """The gradient of `x_NI a_RIᵀ`."""
+        """The gradient of `mid`."""
         return None if self.b_OR is None else (dy_NO @ self.b_OR).mul_(self.scale)
 
     def input_grad(self, dy_NO: Tensor, dmid_NR: Tensor | None, out_NI: Tensor | None = None) -> Tensor:
@@ -75,65 +81,124 @@ class _Part(NamedTuple):
         dx_NI = dy_NO @ self.weight_OI if out_NI is None else out_NI.addmm_(dy_NO, self.weight_OI)
         return dx_NI if self.a_RI is None or dmid_NR is None else dx_NI.addmm_(dmid_NR, self.a_RI)
 
+    def factor_grads(
+        self, x_NI: Tensor, dy_NO: Tensor, mid_NR: Tensor | None, dmid_NR: Tensor | None
+    ) -> list[Tensor | None]:
+        """Of `a` and `b`."""
+        if mid_NR is None or dmid_NR is None:
+            return [None, None]
+        return [dmid_NR.mT @ x_NI, (dy_NO.mT @ mid_NR).mul_(self.scale)]
+
+
+class _Parts(NamedTuple):
+    """All three."""
+
+    gate: _Part
+    up: _Part
+    down: _Part
+
+    @classmethod
+    def of(cls, tensors: Any, scales: tuple[float, ...]) -> "_Parts":
+        """From weight, bias, `a` and `b` of each."""
+        each = zip(tensors[::4], tensors[1::4], tensors[2::4], tensors[3::4], scales, strict=True)
+        gate, up, down = (_Part(*part) for part in each)
+        return cls(gate, up, down)
+
+    def first(self, x_NI: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """`h_NG`, and the mids of gate and up."""
+        h_NG = x_NI.new_empty((len(x_NI), 2 * len(self.gate.weight_OI)))
+        gate_NF, up_NF = h_NG.chunk(2, dim=1)
+        return h_NG, self.gate.forward(x_NI, gate_NF), self.up.forward(x_NI, up_NF)
+
 
 class _GatedMlp(torch.autograd.Function):
-    """Arguments: gate, scales, x, then weight, bias, `a` and `b` of each of the three linears."""
+    """Arguments: gate, scales, tile, x, then weight, bias, `a` and `b` of each of the three linears."""
 
     @staticmethod
-    def forward(ctx: Any, gate: Gate, scales: tuple[float, ...], x: Tensor, *tensors: Tensor | None) -> Tensor:
-        weights, biases, factors = tensors[::4], tensors[1::4], list(zip(tensors[2::4], tensors[3::4], strict=True))
-        dtype, x_NI = x.dtype, x.reshape(-1, x.shape[-1])
-        cast = [None if factor is None else factor.to(dtype) for pair in factors for factor in pair]
-        parts = _parts(weights, cast, scales)
-        inner, width = parts[0].weight_OI.shape[0], parts[2].weight_OI.shape[0]
-        h_NG = x_NI.new_empty((len(x_NI), 2 * inner))
-        y_NO = x_NI.new_empty((len(x_NI), width))
-        halves = zip(parts, biases, h_NG.chunk(2, dim=1), strict=False)  # of gate and up
-        mids = [part.forward(x_NI, bias, half) for part, bias, half in halves]
-        mids.append(parts[2].forward(_forward(gate, h_NG), biases[2], y_NO))
-        ctx.save_for_backward(x_NI, h_NG, *mids, *weights, *cast)
+    def forward(
+        ctx: Any, gate: Gate, scales: tuple[float, ...], tile: int | None, x: Tensor, *tensors: Tensor | None
+    ) -> Tensor:
+        x_NI = x.reshape(-1, x.shape[-1])
+        narrow = [t if t is None or i % 4 < 2 else t.to(x.dtype) for i, t in enumerate(tensors)]  # the factors are cast
+        parts = _Parts.of(narrow, scales)
+        y_NO = x_NI.new_empty((len(x_NI), len(parts.down.weight_OI)))
+        ctx.tile = tile if tile is not None and tile < len(x_NI) else None
+        kept: list[Tensor | None] = [None] * 4
+        for tile_NI, tile_NO in zip(_tiles(x_NI, ctx.tile), _tiles(y_NO, ctx.tile), strict=True):
+            h_NG, *mids = parts.first(tile_NI)
+            made = [h_NG, *mids, parts.down.forward(_forward(gate, h_NG), tile_NO)]
+            if ctx.tile is None:
+                kept = made
+        ctx.save_for_backward(x_NI, *kept, *narrow)
         ctx.gate, ctx.scales, ctx.shape = gate, scales, x.shape
-        ctx.dtypes = [None if factor is None else factor.dtype for pair in factors for factor in pair]
-        return y_NO.view(*x.shape[:-1], width)
+        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in tensors]
+        return y_NO.view(*x.shape[:-1], y_NO.shape[1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x_NI, h_NG, *rest = ctx.saved_tensors
-        mids, weights, cast = rest[:3], rest[3:6], rest[6:]
-        parts = _parts(weights, cast, ctx.scales)
-        _, _, wants_x, *wants = ctx.needs_input_grad
+        x_NI, *rest = ctx.saved_tensors
+        parts = _Parts.of(rest[4:], ctx.scales)
+        _, _, _, wants_x, *wants = ctx.needs_input_grad
         dy_NO = dy.reshape(-1, dy.shape[-1])
-
-        dmid_NR = parts[2].dmid(dy_NO)
-        a_NF, dh_NG = _backward(ctx.gate, h_NG, parts[2].input_grad(dy_NO, dmid_NR))
-        of_down = _factor_grads(parts[2], a_NF, dy_NO, mids[2], dmid_NR)
-        del a_NF
-        dx_NI, grads = None, []
-        for part, mid_NR, dh_NF in zip(parts, mids, dh_NG.chunk(2, dim=1), strict=False):
-            dmid_NR = part.dmid(dh_NF)
-            if wants_x:
-                dx_NI = part.input_grad(dh_NF, dmid_NR, dx_NI)
-            grads += _factor_grads(part, x_NI, dh_NF, mid_NR, dmid_NR)
-        results: list[Tensor | None] = []
-        for i, grad in enumerate([*grads, *of_down]):
-            if i % 2 == 0:
-                results += [None, None]  # weight and bias
-            results.append(grad.to(ctx.dtypes[i]) if grad is not None and wants[len(results)] else None)
-        return (None, None, None if dx_NI is None else dx_NI.view(ctx.shape), *results)
+        if ctx.tile is None:
+            dx_NI, *sums = _walk_back(ctx.gate, parts, x_NI, dy_NO, rest[:4], wants_x=wants_x)
+        else:
+            dx_NI, *sums = _walk_tiles_back(ctx.gate, parts, x_NI, dy_NO, ctx.tile, wants_x=wants_x)
+        results: list[Tensor | None] = [None] * len(wants)
+        for place, total in zip((2, 3, 6, 7, 10, 11), sums, strict=True):
+            if total is not None and wants[place]:
+                results[place] = total.to(ctx.dtypes[place])
+        return (None, None, None, None if dx_NI is None else dx_NI.view(ctx.shape), *results)
 
 
-def _parts(weights: Any, factors: Any, scales: tuple[float, ...]) -> list[_Part]:
-    return [_Part(*each) for each in zip(weights, factors[::2], factors[1::2], scales, strict=True)]
+def _tiles(x: Tensor, tile: int | None) -> tuple[Tensor, ...]:
+    return (x,) if tile is None else torch.split(x, tile)
 
 
-def _factor_grads(
-    part: _Part, x_NI: Tensor, dy_NO: Tensor, mid_NR: Tensor | None, dmid_NR: Tensor | None
+def _walk_back(
+    gate: Gate, parts: _Parts, x_NI: Tensor, dy_NO: Tensor, kept: Any, *, wants_x: bool
 ) -> list[Tensor | None]:
-    """Of `a` and `b`."""
-    if mid_NR is None or dmid_NR is None:
-        return [None, None]
-    return [dmid_NR.mT @ x_NI, (dy_NO.mT @ mid_NR).mul_(part.scale)]
+    """The gradient of `x`, then of `a` and `b` of each linear.
+
+    `kept` is `h_NG` and the three mids; that of down may be None, and is computed.
+    """
+    h_NG, gate_mid, up_mid, down_mid = kept
+    dmid_NR = parts.down.dmid(dy_NO)
+    a_NF, dh_NG = _backward(gate, h_NG, parts.down.input_grad(dy_NO, dmid_NR))
+    down_mid = parts.down.mid(a_NF) if down_mid is None else down_mid
+    of_down = parts.down.factor_grads(a_NF, dy_NO, down_mid, dmid_NR)
+    del a_NF, h_NG
+    dx_NI: Tensor | None = None
+    grads: list[Tensor | None] = []
+    halves = dh_NG.chunk(2, dim=1)
+    for part, dh_NF, mid_NR in ((parts.gate, halves[0], gate_mid), (parts.up, halves[1], up_mid)):
+        dmid_NR = part.dmid(dh_NF)
+        if wants_x:
+            dx_NI = part.input_grad(dh_NF, dmid_NR, dx_NI)
+        grads += part.factor_grads(x_NI, dh_NF, mid_NR, dmid_NR)
+    return [dx_NI, *grads, *of_down]
+
+
+def _walk_tiles_back(
+    gate: Gate, parts: _Parts, x_NI: Tensor, dy_NO: Tensor, tile: int, *, wants_x: bool
+) -> list[Tensor | None]:
+    """The same of all tiles, each with `h` computed again."""
+    dx_NI = torch.empty_like(x_NI) if wants_x else None
+    sums: list[Tensor | None] = [None] * 6
+    for i, (tile_NI, tile_NO) in enumerate(zip(_tiles(x_NI, tile), _tiles(dy_NO, tile), strict=True)):
+        kept = [*parts.first(tile_NI), None]
+        dx, *grads = _walk_back(gate, parts, tile_NI, tile_NO, kept, wants_x=wants_x)
+        if dx_NI is not None:
+            dx_NI[i * tile : (i + 1) * tile] = cast(Tensor, dx)
+        sums = [_plus(total, grad) for total, grad in zip(sums, grads, strict=True)]
+    return [dx_NI, *sums]
+
+
+def _plus(total: Tensor | None, grad: Tensor | None) -> Tensor | None:
+    if grad is None or total is None:
+        return None if grad is None else grad.to(torch.promote_types(grad.dtype, torch.float32))
+    return total.add_(grad)
 
 
 def _forward(gate: Gate, h_NG: Tensor) -> Tensor:

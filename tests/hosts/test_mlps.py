@@ -10,12 +10,15 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 import expertune
-from expertune.gated_mlp import gated_mlp
+from expertune.activations import Gate
+from expertune.gated_mlp import Linear, gated_mlp
 from expertune.hosts import forwards, mlps
 from expertune.hosts.attach import attached
 from tests.conftest import Checkpoint
+from tests.hosts.memories import lean
 from tests.hosts.models import batch, load_tiny
 from tests.hosts.passes import assert_equal_within, run
+from tests.memory.lanes import Lane
 
 MLPS = {"glm4_moe_lite": 2, "deepseek_v3": 2, "qwen2_moe": 2, "gemma3_text": 2, "qwen3_moe": 0, "gpt_oss": 0}
 LINEARS = ["gate_proj", "up_proj", "down_proj"]
@@ -111,6 +114,26 @@ def test_models_compute_what_stock_does(checkpoint: Checkpoint, nodes: list[Tens
     assert len(nodes) == MLPS[family]
     expertune.restore(ours)
     assert not any(forwards.runs(module, mlps.forward) for module in ours.modules())
+
+
+def test_a_lean_layer_computes_a_long_batch_in_tiles(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiles: list[tuple[int, int | None]] = []
+
+    def spy(x: Tensor, gate: Gate, linears: tuple[Linear, Linear, Linear], tile: int | None) -> Tensor:
+        tiles.append((x.shape[:-1].numel(), tile))
+        return gated_mlp(x, gate, linears, tile)
+
+    monkeypatch.setattr(mlps, "gated_mlp", spy)
+    ours, truth = adapted(checkpoint("glm4_moe_lite"), LINEARS)
+    expertune.optimize(ours, memory="lean")
+    assert_equal_within(run(ours, batch()), run(truth, batch()), 1e-11)
+    assert {tile for _, tile in tiles} == {tokens for tokens, _ in tiles}, "a short one whole"
+    lean(ours, Lane())
+    for _ in range(2):  # in the first it is seen that something is kept after the experts
+        tiles.clear()
+        assert_equal_within(run(ours, batch()), run(truth, batch()), 1e-11)
+    assert len(tiles) == 4, "two, in forward and again"
+    assert all(tile is not None and tile < tokens for tokens, tile in tiles)
 
 
 def test_an_mlp_without_adapters_is_one_node_too(checkpoint: Checkpoint, nodes: list[Tensor]) -> None:

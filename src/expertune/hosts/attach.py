@@ -124,7 +124,7 @@ def attach(
     state.latents = forwards.bind(found_latents, latent_attention.forward)
     state.rotaries = forwards.bind(found_rotaries, rotary.forward)
     state.routers = formulas.bind(found_routers, router.forward, state.replay)
-    state.mlps = forwards.bind(found_mlps, mlps.forward)
+    state.mlps = forwards.bind(found_mlps, mlps.forward, state.replay)
     transformers.register()
     configs: dict[int, Any] = {}
     for module, plan in plans:

@@ -7,6 +7,7 @@ At short context the many small operations of a layer take longer to submit than
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from functools import cache, partial
 from types import FunctionType
 from typing import Any
@@ -26,6 +27,29 @@ _OBSERVERS = (output_capturing.__name__, "expertune.hosts.attach")  # whose hook
 _OURS = (latent_attention.forward, mlps.forward, rotary.forward)  # forwards of modules that are recorded
 # Above, the walk by itself waits for the device (H200: 2.2 ms at 4,096 tokens, of which the CPU takes 1.6).
 _MOST_TOKENS_OF_BLOCK = 2048
+
+
+@dataclass(frozen=True)
+class _Forward:
+    """A forward of ours as a function of any module.
+
+    Args:
+        forward: takes the module, and these others after it.
+    """
+
+    forward: Callable[..., Any]
+    others: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, module: nn.Module) -> "_Forward | None":
+        """The one that a module runs, if it may be recorded."""
+        if any(forwards.runs(module, forward) for forward in _OURS):
+            given = forwards.given(module)
+            return cls(given.func, given.args[1:])
+        return None
+
+    def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return self.forward(module, *self.others, *args, **kwargs)
 
 
 class TransformersHost:
@@ -80,11 +104,13 @@ def bind(layers: Sequence[nn.Module], recorder: Recorder) -> None:
     """Let the pieces of these layers be recorded, those that are not yet."""
     for layer in layers:
         for module in parts(layer):
-            ours = next((each for each in _OURS if forwards.runs(module, each)), None)
+            ours = _Forward.of(module)
             if ours is not None or forwards.given(module) is None:
                 wrapper = _checkpointing(type(module).forward) if ours is None else None
                 around = None if wrapper is None else partial(twin_around, wrapper, "forward")
-                function = ours if wrapper is None else wrapper.__wrapped__  # type: ignore[attr-defined]
+                function: Callable[..., Any] | None = ours
+                if wrapper is not None:
+                    function = wrapper.__wrapped__  # type: ignore[attr-defined]
                 most_tokens = _MOST_TOKENS_OF_BLOCK if module is not layer and _is_block(module) else MOST_TOKENS
                 forwards.give(module, Piece(module, recorder, function, around, most_tokens))
 
@@ -109,8 +135,8 @@ def unbind(recorder: Recorder) -> None:
         if forwards.given(piece.module) is not piece:
             continue
         forwards.take_back(piece.module)
-        if piece.function in _OURS:
-            forwards.give(piece.module, partial(piece.function, piece.module))
+        if isinstance(piece.function, _Forward):
+            forwards.give(piece.module, partial(piece.function.forward, piece.module, *piece.function.others))
     recorder.pieces.clear()
 
 

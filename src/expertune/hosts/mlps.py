@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from expertune.activations import Gate, HostGate
 from expertune.gated_mlp import gated_mlp
 from expertune.hosts import gates, peft
+from expertune.memory.replay import RoutingReplay
 
 _LINEARS = ("gate_proj", "up_proj", "down_proj")
 _AGREES = 1e-5  # float32 rounding, relative; another formula is off by more than a tenth
@@ -40,20 +41,27 @@ def find(model: nn.Module) -> list[nn.Module]:
     return found
 
 
-def forward(mlp: Any, x: Tensor) -> Tensor:
+def forward(mlp: Any, replay: RoutingReplay, x: Tensor) -> Tensor:
     """Ours where its linears are plain and frozen, all in one dtype; otherwise the host's own.
 
     Args:
         mlp: the module.
+        replay: of its model, which knows whether the layer runs again, and in tiles.
         x: `(…, I)`.
     """
     gate = _gate_of(mlp)
     if gate is not None and not torch.compiler.is_compiling():
         gate_proj, up_proj, down_proj = (peft.plain_linear(getattr(mlp, name), x) for name in _LINEARS)
         if gate_proj is not None and up_proj is not None and down_proj is not None:
-            return gated_mlp(x, gate, (gate_proj, up_proj, down_proj))
+            return gated_mlp(x, gate, (gate_proj, up_proj, down_proj), _tile(replay, x))
     given: Tensor = type(mlp).forward(mlp, x)
     return given
+
+
+def _tile(replay: RoutingReplay, x: Tensor) -> int | None:
+    """Tokens of a tile, where the layer is a lean one and the batch long."""
+    tiles = None if replay.tape is None else replay.tape.tiles
+    return None if tiles is None else tiles.dense_length(x.shape[:-1].numel())
 
 
 def _gate_of(mlp: Any) -> Gate | None:

@@ -36,11 +36,11 @@ class TokenTiles:
 
     def length(self, num_tokens: int, top_k: int, layout: ExpertsLayout) -> int:
         """Tokens of every tile but the last, which may be shorter; `num_tokens` where there is but one."""
-        least = max(self.least_tokens, -(-self.least_rows * layout.num_experts // max(top_k, 1)))
-        if num_tokens < 2 * least:
-            return num_tokens
-        even = -(-num_tokens // (num_tokens // least))
-        return -(-even // _ALIGNED_TOKENS) * _ALIGNED_TOKENS
+        return _even(num_tokens, max(self.least_tokens, -(-self.least_rows * layout.num_experts // max(top_k, 1))))
+
+    def dense_length(self, num_tokens: int) -> int:
+        """The same for a layer whose weights all tokens read."""
+        return _even(num_tokens, self.least_tokens)
 
     def cuts(self, expert_TK: Tensor, layout: ExpertsLayout) -> bool:
         """Whether a batch is walked in more than one tile."""
@@ -52,6 +52,14 @@ class TokenTiles:
         num_tokens, top_k = expert_TK.shape
         tiles = torch.split(expert_TK, self.length(num_tokens, top_k, step.layout))
         return tuple(step.dispatch(tile_TK) for tile_TK in tiles)
+
+
+def _even(num_tokens: int, least: int) -> int:
+    """Tokens of tiles of one length, at least so many."""
+    if num_tokens < 2 * least:
+        return num_tokens
+    even = -(-num_tokens // (num_tokens // least))
+    return -(-even // _ALIGNED_TOKENS) * _ALIGNED_TOKENS
 
 
 def experts(
