@@ -3,12 +3,14 @@
 import argparse
 import gc
 import json
+import shutil
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
 
+from idle import Run, idle
 from parts import sum_by_part
 from shapes import SHAPES, attention_targets, expert_targets, longest_context
 
@@ -137,7 +139,11 @@ def train(peer: str, model: Any, args: argparse.Namespace, context: int, steps: 
     trainer = SFTTrainer(
         model=model, args=config, train_dataset=data, processing_class=tokenizer, callbacks=[clock], **ours
     )
-    trainer.train()
+    try:
+        trainer.train()
+    finally:
+        clock.close()
+        shutil.rmtree(config.output_dir, ignore_errors=True)
     spans = clock.spans
     counted = spans[4:-1] or spans[-1:]  # of ours, the fourth step records graphs
     ms = statistics.median(counted)
@@ -154,6 +160,7 @@ def train(peer: str, model: Any, args: argparse.Namespace, context: int, steps: 
         row["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
         row["reserved_gib"] = round(torch.cuda.max_memory_reserved() / 2**30, 2)
         row["part_ms"] = _by_part(clock.profiler)
+        row["idle_ms"] = _idle(clock.profiler, spans[-1])
     return row
 
 
@@ -172,18 +179,25 @@ def _clock(steps: int) -> Any:
     class Clock(TrainerCallback):
         def __init__(self) -> None:
             self.spans: list[float] = []
+            self.is_profiling = False
             self.profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
 
         def on_step_begin(self, *_: Any, **__: Any) -> None:
             _synchronize()
             if len(self.spans) == steps - 1 and torch.cuda.is_available():
+                self.is_profiling = True
                 self.profiler.start()
             self.start = time.perf_counter()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
             _synchronize()
             self.spans.append(1000 * (time.perf_counter() - self.start))
-            if len(self.spans) == steps and torch.cuda.is_available():
+            self.close()
+
+        def close(self) -> None:
+            """End the profile, also where its step failed."""
+            if self.is_profiling:
+                self.is_profiling = False
                 self.profiler.stop()
 
     return Clock()
@@ -202,3 +216,11 @@ def _by_part(profiler: Any) -> dict[str, float]:
 
     events = [e for e in profiler.key_averages() if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
     return sum_by_part([(event.key, event.self_device_time_total / 1000) for event in events])
+
+
+def _idle(profiler: Any, step_ms: float) -> dict[str, Any]:
+    """Where the GPU waited in the step that was profiled."""
+    from torch.autograd import DeviceType
+
+    events = [e for e in profiler.events() if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
+    return idle([Run(e.time_range.start, e.time_range.end, e.name) for e in events], step_ms)

@@ -45,7 +45,14 @@ def tables(report: dict[str, Any]) -> list[Table]:
     found[0].rows.extend(_ratios(rows, contexts))
     if _has(rows, "peak_gib"):
         found.append(_by_context("peak (reserved) GiB", rows, contexts, _memory))
+    if _has(rows, "idle_ms"):
+        found.append(_by_context("GPU idle ms: around all, in long gaps, in short", rows, contexts, _idle))
     return [*found, _once(report, rows), *_parts(report, rows, contexts)]
+
+
+def _idle(row: dict[str, Any]) -> str:
+    found = row.get("idle_ms")
+    return "not profiled" if found is None else " / ".join(f"{found[kind]:.1f}" for kind in ("around", "long", "short"))
 
 
 def _has(rows: dict[str, dict[int, Any]], key: str) -> bool:

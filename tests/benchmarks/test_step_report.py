@@ -57,6 +57,15 @@ def test_the_tables_say_what_was_measured() -> None:
     ]
 
 
+def test_a_table_says_where_the_gpu_waited() -> None:
+    measured = report()
+    measured["peers"]["expertune"][0]["idle_ms"] = {"around": 1.25, "short": 0.5, "long": 3.0, "longest": []}
+    by_header = {table.header[0]: table.rows for table in tables(measured)}
+    waits = by_header["GPU idle ms: around all, in long gaps, in short"]
+    assert waits[0] == ["transformers", "not profiled", "out of memory"]
+    assert waits[1] == ["expertune", "1.2 / 3.0 / 0.5", "not profiled"]
+
+
 def test_parts_stand_against_their_roofline() -> None:
     table = tables(report())[-1]
     assert table.header == ["expertune: GPU ms / roofline ms (ratio)", "1,024", "4,096"]
