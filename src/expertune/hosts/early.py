@@ -17,8 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from expertune.activations import Gate
 from expertune.attention.attend import attend
-from expertune.hosts import attention, forwards, norms, router
+from expertune.gated_mlp import Linear, gated_mlp
+from expertune.hosts import attention, forwards, mlps, norms, router
 from expertune.hosts.attach import decoders
 from expertune.kernels import has_triton
 from expertune.loss.log_probs import Head, label_log_probs
@@ -28,6 +30,7 @@ from expertune.router import route
 from expertune.shapes import RoutingRule
 
 _NUM_TOKENS = 1024  # of attention: on fewer, cuDNN may take another kernel
+_MLP_WIDTH = 16  # of what goes in and out of an MLP, which its kernels do not see
 
 
 class Call(NamedTuple):
@@ -71,8 +74,8 @@ def begin(model: PreTrainedModel) -> list["Future[Any]"]:
 
 
 def calls(model: PreTrainedModel) -> list[Call]:
-    """Attention, norms and routers of a model, one call of each kind, the longest first."""
-    return list(dict.fromkeys([*_attentions(model), *_norms(model), *_routers(model)]))
+    """Attention, norms, routers and dense MLPs of a model, one call of each kind, the longest first."""
+    return list(dict.fromkeys([*_attentions(model), *_norms(model), *_routers(model), *_mlps(model)]))
 
 
 def _attentions(model: PreTrainedModel) -> Iterator[Call]:
@@ -132,6 +135,24 @@ class _Router:
     def __call__(self, logits_TE: Tensor) -> Tensor:
         bias_E = logits_TE.new_zeros(logits_TE.shape[1], dtype=torch.float32) if self.has_bias else None
         return route(logits_TE, bias_E, self.rule)[0]
+
+
+def _mlps(model: PreTrainedModel) -> Iterator[Call]:
+    for module in model.modules():
+        if forwards.runs(module, mlps.forward) and (gate := mlps.gate_of(module)) is not None:
+            yield Call(_Mlp(gate, mlps.inner_width(module)), ((4, _MLP_WIDTH),), model.dtype)
+
+
+@dataclass(frozen=True)
+class _Mlp:
+    """The kernels of its gate; its products are torch's own."""
+
+    gate: Gate
+    inner: int
+
+    def __call__(self, x: Tensor) -> Tensor:
+        gate, up = (Linear(x.new_zeros(self.inner, _MLP_WIDTH)) for _ in range(2))
+        return gated_mlp(x, self.gate, (gate, up, Linear(x.new_zeros(_MLP_WIDTH, self.inner))))
 
 
 def _log_probs(weight_VD: Tensor, device: torch.device) -> None:

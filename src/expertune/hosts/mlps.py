@@ -49,7 +49,7 @@ def forward(mlp: Any, replay: RoutingReplay, x: Tensor) -> Tensor:
         replay: of its model, which knows whether the layer runs again, and in tiles.
         x: `(…, I)`.
     """
-    gate = _gate_of(mlp)
+    gate = gate_of(mlp)
     if gate is not None and not torch.compiler.is_compiling():
         gate_proj, up_proj, down_proj = (peft.plain_linear(getattr(mlp, name), x) for name in _LINEARS)
         if gate_proj is not None and up_proj is not None and down_proj is not None:
@@ -64,12 +64,18 @@ def _tile(replay: RoutingReplay, x: Tensor) -> int | None:
     return None if tiles is None else tiles.dense_length(x.shape[:-1].numel())
 
 
-def _gate_of(mlp: Any) -> Gate | None:
+def gate_of(mlp: Any) -> Gate | None:
+    """Ours that an MLP's activation makes, if one does."""
     kind = type(mlp.act_fn)
     if kind not in _gates:
         gate = gates.gate_of(mlp)
         _gates[kind] = None if isinstance(gate, HostGate) else gate
     return _gates[kind]
+
+
+def inner_width(mlp: Any) -> int:
+    """Of its activation."""
+    return len(mlp.gate_proj.weight)
 
 
 def _follows(mlp: nn.Module) -> bool:
@@ -78,7 +84,7 @@ def _follows(mlp: nn.Module) -> bool:
     others = mlp._modules.keys() - {*_LINEARS, "act_fn"}
     if others or mlp._parameters or mlp._buffers or len(inspect.signature(host).parameters) != 2:
         return False
-    gate = _gate_of(mlp)
+    gate = gate_of(mlp)
     if gate is None:
         return False
     draw = torch.Generator().manual_seed(0)
