@@ -102,32 +102,14 @@ def train(peer: str, model: Any, args: argparse.Namespace, context: int, steps: 
     import torch
     from datasets import Dataset
     from transformers import AutoTokenizer
-    from trl import SFTConfig, SFTTrainer
+    from trl import SFTTrainer
 
     on_gpu = torch.cuda.is_available()
     vocab = SHAPES[args.shape][1]["vocab_size"]
     ids = torch.randint(4, vocab, (steps, context), generator=torch.Generator().manual_seed(context)).tolist()
     data = Dataset.from_dict({"input_ids": ids, "attention_mask": [[1] * context] * steps, "labels": ids})
     clock = _clock(steps)
-    config = SFTConfig(
-        output_dir=tempfile.mkdtemp(),
-        max_length=context,
-        per_device_train_batch_size=1,
-        gradient_accumulation_steps=1,  # said, because Unsloth's own default is 2
-        warmup_steps=0,
-        max_steps=steps,
-        learning_rate=1e-4,
-        logging_steps=1,
-        bf16=on_gpu,
-        use_cpu=not on_gpu,
-        optim="adamw_8bit" if on_gpu else "adamw_torch",
-        gradient_checkpointing=peer == "transformers",
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
-        dataset_kwargs={"skip_prepare_dataset": True},
-        lr_scheduler_type="constant",
-    )
+    config = _config(peer, context, steps)
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     tokenizer = AutoTokenizer.from_pretrained(args.folder)
@@ -162,6 +144,33 @@ def train(peer: str, model: Any, args: argparse.Namespace, context: int, steps: 
         row["part_ms"] = _by_part(clock.profiler)
         row["idle_ms"] = _idle(clock.profiler, spans[-1])
     return row
+
+
+def _config(peer: str, context: int, steps: int) -> Any:
+    """The trainer's settings."""
+    import torch
+    from trl import SFTConfig
+
+    on_gpu = torch.cuda.is_available()
+    return SFTConfig(
+        output_dir=tempfile.mkdtemp(),
+        max_length=context,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=1,  # said, because Unsloth's own default is 2
+        warmup_steps=0,
+        max_steps=steps,
+        learning_rate=1e-4,
+        logging_steps=1,
+        bf16=on_gpu,
+        use_cpu=not on_gpu,
+        optim="adamw_8bit" if on_gpu else "adamw_torch",
+        gradient_checkpointing=peer == "transformers",
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        lr_scheduler_type="constant",
+    )
 
 
 def _recorded(model: Any) -> str | None:
