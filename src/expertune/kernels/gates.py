@@ -236,6 +236,7 @@ def _backward_kernel(
 def _plain_backward_kernel(
     h_ptr,
     da_ptr,
+    dh_ptr,
     N,
     F,
     GRAD: tl.constexpr,
@@ -246,7 +247,7 @@ def _plain_backward_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program per block of rows and columns, of two halves. `dh` comes to lie where `h` lay, `a` where `da` lay."""
+    """One program per block of rows and columns, of two halves. `a` comes to lie where `da` lay; `dh` may where `h` lay."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     first = tl.program_id(1) * BLOCK
     f = first + tl.arange(0, BLOCK)
@@ -256,8 +257,8 @@ def _plain_backward_kernel(
     a, dg, du = GRAD(g, u, tl.load(da_ptr + at, mask=mask, other=0.0).to(tl.float32), ALPHA, LIMIT)
     tl.store(da_ptr + at, a.to(da_ptr.dtype.element_ty), mask=mask)
     at += row[:, None] * F  # a row of `h` is twice as long
-    tl.store(h_ptr + at, dg.to(h_ptr.dtype.element_ty), mask=mask)
-    tl.store(h_ptr + at + F, du.to(h_ptr.dtype.element_ty), mask=mask)
+    tl.store(dh_ptr + at, dg.to(dh_ptr.dtype.element_ty), mask=mask)
+    tl.store(dh_ptr + at + F, du.to(dh_ptr.dtype.element_ty), mask=mask)
 
 
 def _constants(gate: GateKernel) -> dict[str, Any]:
@@ -323,9 +324,9 @@ def plain_gate_backward(h_NG: Tensor, da_NF: Tensor, gate: GateKernel, *, overwr
     assert gate.has_up
     assert gate.is_concatenated
     num_rows, width = da_NF.shape
-    dh_NG = h_NG if overwrites else h_NG.clone()
+    dh_NG = h_NG if overwrites else torch.empty_like(h_NG)
     if num_rows:
         constants = {"GRAD": gate.grad} | _constants(gate)
         grid = (ceil_div(num_rows, _ROWS), ceil_div(width, _BLOCK), 1)
-        launch(_plain_backward_kernel, grid, (dh_NG, da_NF), (num_rows,), (width,), constants, num_warps=4)
+        launch(_plain_backward_kernel, grid, (h_NG, da_NF, dh_NG), (num_rows,), (width,), constants, num_warps=4)
     return da_NF, dh_NG
