@@ -16,8 +16,8 @@ from expertune.memory.meter import meter_of
 
 _SEEN = 2  # calls of a kind before the one that is recorded: the first finds kernels, the second runs as planned
 _MOST_KINDS = 2  # of calls that a module is recorded for: each takes memory of its own
-# Above, a step waits for the device. At 8,192 tokens recording saves 14 of 188 ms of GLM's shape and none of Qwen3's (on
-# an H200; on an H100, where it took 2.5 GiB, 1 of 188).
+# Above, a step waits for the device. At 8,192 tokens recording saves 14 of 188 ms of GLM's shape and none of Qwen3's
+# (H200); on an H100 1 of 188, for 2.5 GiB.
 MOST_TOKENS = 8192
 _PAYS = 20  # replays of a recording, after which it has been worth making
 _MOST_RELEASES = 3  # of recordings that had not paid

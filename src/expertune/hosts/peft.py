@@ -306,12 +306,13 @@ def plain_linear(layer: Any, x: Tensor) -> Linear | None:
         layer: a linear, or what PEFT put in its place.
         x: in the dtype in which everything is computed.
     """
-    if _is_frozen_linear(layer):
-        return Linear(layer.weight, layer.bias) if _computes_in(layer.weight.dtype, x) else None
-    if not _adds_plainly(layer) or _is_watched(layer):
-        return None
-    base, factors = layer.base_layer, _active_factors(layer)
-    if len(factors) > 1 or not _is_frozen_linear(base) or not _computes_in(base.weight.dtype, x, *factors):
+    base, factors = layer, cast(tuple[LoraFactors, ...], ())
+    if not _is_frozen_linear(layer):
+        if not _adds_plainly(layer) or _is_watched(layer) or not _is_frozen_linear(layer.base_layer):
+            return None
+        base, factors = layer.base_layer, _active_factors(layer)
+    dtypes = {tensor.dtype for tensor in (base.weight, base.bias) if tensor is not None}
+    if len(factors) > 1 or len(dtypes) > 1 or not _computes_in(base.weight.dtype, x, *factors):
         return None
     return Linear(base.weight, base.bias, *factors)
 

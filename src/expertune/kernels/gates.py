@@ -247,7 +247,7 @@ def _plain_backward_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program per block of rows and columns, of two halves. `a` comes to lie where `da` lay; `dh` may where `h` lay."""
+    """One program per block of rows and columns, of two halves. `a` comes where `da` lay, `dh` maybe where `h` lay."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     first = tl.program_id(1) * BLOCK
     f = first + tl.arange(0, BLOCK)
