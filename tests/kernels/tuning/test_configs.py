@@ -1,5 +1,7 @@
 """What a card can run, and the tables that are shipped."""
 
+from dataclasses import replace
+
 import pytest
 
 from expertune.kernels.tuning.configs import (
@@ -40,7 +42,7 @@ SHAPES += [ShrinkShape(7168, rank, False, False) for rank in (64, 128, 512)]
         (LinearConfig(64, 64, 0, 3), LINEAR, (9, 0), 2, "num_warps must be from 1 to 16, got 0"),
         (LinearConfig(64, 64, 4, -1), LINEAR, (9, 0), 2, "num_stages must be from 1 to 8, got -1"),
         (ShrinkConfig(128, 64, 4, 3), SHRINK, (7, 5), 2, None),
-        (ShrinkConfig(128, 64, 4, 3), SHRINK._replace(rank=100), (7, 5), 2, "96 KiB"),
+        (ShrinkConfig(128, 64, 4, 3), replace(SHRINK, rank=100), (7, 5), 2, "96 KiB"),
     ],
 )
 def test_why_not(config: Config, shape: Shape, card: tuple[int, int], itemsize: int, words: str | None) -> None:
@@ -70,7 +72,7 @@ def test_what_was_measured_on_hopper_is_shipped() -> None:
     assert shipped(LINEAR, (9, 0), 2, 256) == LinearConfig(256, 64, 8, 4)
     for is_gathered, by_rows in ((True, {128: few, 256: some, 1024: many}), (False, {128: few, 256: some, 1024: some})):
         for rows, config in by_rows.items():
-            assert shipped(SHRINK._replace(is_gathered=is_gathered), (9, 0), 2, rows) == config
+            assert shipped(replace(SHRINK, is_gathered=is_gathered), (9, 0), 2, rows) == config
 
 
 @pytest.mark.parametrize(("rank", "block"), [(1, 16), (16, 16), (17, 32), (64, 64), (65, 128), (512, 128)])

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,14 @@ def test_the_shipped_configuration_and_then_the_tuned_one(tmp_path: Path) -> Non
     assert list(second.answers().items()) == [(KEY, TUNED)]
 
 
+def test_two_kernels_of_the_same_numbers_are_two(tmp_path: Path) -> None:
+    """A linear without LoRA from 24 to 16, and a product with a factor of rank 16 of rows of 24."""
+    configs = TunedConfigs(tmp_path)
+    for shape, kind in ((LinearShape(24, 16, 0, True), LinearConfig), (ShrinkShape(24, 16, False, True), ShrinkConfig)):
+        assert type(configs.config(shape, CPU, torch.float32, 12, 4)) is kind
+    assert len(configs.answers()) == 2
+
+
 @pytest.mark.parametrize(
     ("num_rows", "num_experts", "bucket"),
     [(1, 128, 32), (128, 4, 32), (129, 4, 64), (256, 4, 64), (257, 4, 128), (4096, 4, 1024), (9999, 4, 2048)],
@@ -58,9 +67,9 @@ def test_buckets_of_rows_an_expert(tmp_path: Path, num_rows: int, num_experts: i
     [
         KEY._replace(bucket=64),
         KEY._replace(dtype=torch.float16),
-        KEY._replace(shape=SHAPE._replace(rank=16)),
-        KEY._replace(shape=SHAPE._replace(is_k_contiguous=False)),
-        KEY._replace(shape=SHAPE._replace(width_in=32, width_out=64)),
+        KEY._replace(shape=replace(SHAPE, rank=16)),
+        KEY._replace(shape=replace(SHAPE, is_k_contiguous=False)),
+        KEY._replace(shape=replace(SHAPE, width_in=32, width_out=64)),
     ],
     ids=str,
 )

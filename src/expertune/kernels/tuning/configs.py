@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -25,7 +25,8 @@ _REGISTERS = 65536  # of a multiprocessor
 _REGISTERS_A_THREAD = 256
 
 
-class LinearShape(NamedTuple):
+@dataclass(frozen=True)
+class LinearShape:
     """A grouped linear: the widths of its rows, the rank beside them, and which dimension of the weights is dense."""
 
     width_in: int
@@ -37,7 +38,8 @@ class LinearShape(NamedTuple):
         return f"{self.width_in}→{self.width_out} r{self.rank}" + (", K dense" if self.is_k_contiguous else "")
 
 
-class ShrinkShape(NamedTuple):
+@dataclass(frozen=True)
+class ShrinkShape:
     """A product with the narrow factor: width, rank, whether tokens are gathered, whether its rows are dense."""
 
     width: int

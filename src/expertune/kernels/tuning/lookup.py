@@ -42,7 +42,7 @@ class Key(NamedTuple):
 
     def text(self) -> str:
         """The key of the cache: also of the kernel's source, so that a changed kernel is tuned anew."""
-        shape = " ".join(f"{name}={int(value)}" for name, value in self.shape._asdict().items())
+        shape = " ".join(f"{name}={int(value)}" for name, value in asdict(self.shape).items())
         dtype = str(self.dtype).removeprefix("torch.")
         return f"{_source(self.operation)}{dtype} {shape} rows={self.bucket}"
 
