@@ -110,6 +110,7 @@ def test_models_compute_what_stock_does(checkpoint: Checkpoint, nodes: list[Tens
     state = attached(ours.get_base_model())
     assert state is not None
     assert len(state.mlps) == MLPS[family]
+    assert ("dense MLPs: 2, each as one step" in str(expertune.explain(ours))) is (MLPS[family] == 2)
     assert_equal_within(run(ours, batch()), run(truth, batch()), 1e-11)
     assert len(nodes) == MLPS[family]
     expertune.restore(ours)

@@ -43,6 +43,7 @@ class Explanation:
         layers: a report a layer.
         kernels: which configurations our kernels run with, where any layer runs on them.
         routers: how many of them are ours, where any can be.
+        mlps: how many dense ones are ours, if any.
         attention: whose attention each decoder runs, and why not ours.
         graphs: which parts of layers are replayed as CUDA graphs, where any can be.
         head: whose log-probabilities a trainer's loss is made of, once it trains; None before.
@@ -53,6 +54,7 @@ class Explanation:
     layers: tuple[LayerReport, ...]
     kernels: str | None = None
     routers: str | None = None
+    mlps: str | None = None
     attention: tuple[str, ...] = ()
     graphs: str | None = None
     head: str | None = None
@@ -64,14 +66,14 @@ class Explanation:
         memory = [f"memory {self.memory}"] if self.memory is not None else []
         if not self.layers:
             lines = ["no experts: this model's layers run as stock Transformers.", *self.attention]
-            return "\n".join(lines + [line for line in (self.head, *memory) if line is not None])
+            return "\n".join(lines + [line for line in (self.mlps, self.head, *memory) if line is not None])
         lines = [f"{len(self.layers)} layers with experts, backend asked for: {self.requested}"]
         for layer in self.layers:
             lines.append(f"{layer.name}: {layer.backend} · {layer.weights} · gate {layer.gate}")
             lines += [f"    adapter  {adapter}" for adapter in layer.adapters] or ["    adapter  none"]
             lines += [f"    passed over  {reason}" for reason in layer.passed_over]
         lines += [f"kernels: {self.kernels}"] if self.kernels is not None else []
-        lines += [self.routers] if self.routers is not None else []
+        lines += [line for line in (self.routers, self.mlps) if line is not None]
         lines += self.attention
         lines += [line for line in (self.graphs, self.head) if line is not None]
         lines += memory
@@ -91,6 +93,7 @@ def explain(model: PreTrainedModel) -> Explanation:
         layers=tuple(layers),
         kernels=kernels,
         routers=_routers(state) if any(layer.backend == "triton" for layer in layers) else None,
+        mlps=_mlps(state) if state.mlps else None,
         attention=tuple(_attention(decoder) for decoder in decoders(model)),
         graphs=graphs.status(state.recorder) if state.recorder is not None and state.recorder.pieces else None,
         head=_HEAD if trl_head.is_bound(model) else None,
@@ -101,6 +104,13 @@ def explain(model: PreTrainedModel) -> Explanation:
 def _routers(state: Attached) -> str:
     others = "" if len(state.routers) == len(state.blocks) else "; the others run the host's code"
     return f"routers: {len(state.routers)} of {len(state.blocks)} choose and score in one kernel{others}"
+
+
+def _mlps(state: Attached) -> str:
+    return (
+        f"dense MLPs: {len(state.mlps)}, each as one step that keeps half as much for backward, unless it has hooks, "
+        "dropout, trained weights or several adapters"
+    )
 
 
 def _attention(decoder: PreTrainedModel) -> str:
