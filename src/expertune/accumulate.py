@@ -1,4 +1,4 @@
-"""Accumulate: which gradients of a backward pass may be added to `.grad` by whoever computes them.
+"""Accumulate: which gradients of a backward pass may be added to `.grad` by whoever computes them, and sums of them.
 
 Autograd is otherwise given a new tensor to add: for the factors of many experts that costs more traffic than all else
 that is done with them. So it is left out where nobody could tell.
@@ -29,6 +29,21 @@ def sums(ctx: Any, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
         may_add = tensor is not None and node is not None and _is_plain(tensor) and _will_run(node)
         found.append(tensor.grad if tensor is not None and may_add else None)
     return found
+
+
+def plus(total: Tensor | None, grad: Tensor | None, *, widens: bool = True) -> Tensor | None:
+    """A sum of gradients with one more, in place.
+
+    Args:
+        total: None before the first.
+        grad: None for none.
+        widens: whether a sum is held in float32 or wider.
+    """
+    if grad is None:
+        return total
+    if total is None:
+        return grad.to(torch.promote_types(grad.dtype, torch.float32)) if widens else grad
+    return total.add_(grad)
 
 
 def _is_plain(leaf: Tensor) -> bool:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from expertune import accumulate
 from expertune.activations import Gate
 from expertune.kernels import has_triton
 from expertune.shapes import LoraFactors
@@ -191,40 +192,33 @@ def _walk_tiles_back(
         dx, *grads = _walk_back(gate, parts, tile_NI, tile_NO, kept, wants_x=wants_x)
         if dx_NI is not None:
             dx_NI[i * tile : (i + 1) * tile] = cast(Tensor, dx)
-        sums = [_plus(total, grad) for total, grad in zip(sums, grads, strict=True)]
+        sums = [accumulate.plus(total, grad) for total, grad in zip(sums, grads, strict=True)]
     return [dx_NI, *sums]
-
-
-def _plus(total: Tensor | None, grad: Tensor | None) -> Tensor | None:
-    if grad is None or total is None:
-        return None if grad is None else grad.to(torch.promote_types(grad.dtype, torch.float32))
-    return total.add_(grad)
 
 
 def _forward(gate: Gate, h_NG: Tensor) -> Tensor:
     """`a_NF`."""
-    if not _has_kernel(h_NG):
+    if (kernel := _kernel(gate, h_NG)) is None:
         return gate.forward(h_NG)
-    from expertune.backends.triton_steps import gate_kernel  # imports Triton, which is optional
-    from expertune.kernels.gates import gate_forward
+    from expertune.kernels.gates import gate_forward  # imports Triton, which is optional
 
-    kernel = gate_kernel(gate)
-    return gate.forward(h_NG) if kernel is None else gate_forward(h_NG, kernel)
+    return gate_forward(h_NG, kernel)
 
 
 def _backward(gate: Gate, h_NG: Tensor, da_NF: Tensor) -> tuple[Tensor, Tensor]:
     """`a_NF` and `dh_NG`, which may come to lie where `da_NF` and `h_NG` lay."""
-    if not _has_kernel(h_NG):
+    if (kernel := _kernel(gate, h_NG)) is None:
         return gate.backward(h_NG, da_NF)
-    from expertune.backends.triton_steps import gate_kernel
     from expertune.kernels.gates import plain_gate_backward
 
-    kernel = gate_kernel(gate)
-    if kernel is None:
-        return gate.backward(h_NG, da_NF)
     is_last = not torch._C._autograd._get_current_graph_task_keep_graph()
     return plain_gate_backward(h_NG, da_NF, kernel, overwrites=is_last)
 
 
-def _has_kernel(h_NG: Tensor) -> bool:
-    return h_NG.is_cuda and h_NG.dtype != torch.float64 and has_triton()
+def _kernel(gate: Gate, h_NG: Tensor) -> Any:
+    """Our device code, where it runs and knows the gate; else None."""
+    if not h_NG.is_cuda or h_NG.dtype == torch.float64 or not has_triton():
+        return None
+    from expertune.backends.triton_steps import gate_kernel
+
+    return gate_kernel(gate)

@@ -10,7 +10,7 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 
 from expertune.hosts import peft
-from expertune.lora_linear import lora_linear
+from tests.hosts.spies import inputs_of
 from tests.numerics import assert_no_worse
 
 WIDTH, OUT, RANK = 24, 40, 8
@@ -45,14 +45,7 @@ def _results(layer: LoraLinear, function: Callable[..., Tensor], x: Tensor) -> l
 @pytest.fixture
 def nodes(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """The inputs that went through the one node."""
-    seen: list[Tensor] = []
-
-    def spy(x: Tensor, *args: Any) -> Tensor:
-        seen.append(x)
-        return lora_linear(x, *args)
-
-    monkeypatch.setattr(peft, "lora_linear", spy)
-    return seen
+    return inputs_of(monkeypatch, peft, "lora_linear")
 
 
 @pytest.mark.parametrize("has_bias", [False, True])

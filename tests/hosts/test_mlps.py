@@ -18,6 +18,7 @@ from tests.conftest import Checkpoint
 from tests.hosts.memories import lean
 from tests.hosts.models import batch, load_tiny
 from tests.hosts.passes import assert_equal_within, run
+from tests.hosts.spies import inputs_of
 from tests.memory.lanes import Lane
 
 MLPS = {"glm4_moe_lite": 2, "deepseek_v3": 2, "qwen2_moe": 2, "gemma3_text": 2, "qwen3_moe": 0, "gpt_oss": 0}
@@ -94,14 +95,7 @@ def test_the_formula_is_found_by_trying_it() -> None:
 @pytest.fixture
 def nodes(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """The inputs that went through the one node."""
-    seen: list[Tensor] = []
-
-    def spy(x: Tensor, *args: Any) -> Tensor:
-        seen.append(x)
-        return gated_mlp(x, *args)
-
-    monkeypatch.setattr(mlps, "gated_mlp", spy)
-    return seen
+    return inputs_of(monkeypatch, mlps, "gated_mlp")
 
 
 @pytest.mark.parametrize("family", MLPS)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from expertune import accumulate
 from expertune.backends import native_torch
 from expertune.backends.protocol import Backend
 from expertune.experts import ExpertsStep, experts
@@ -138,7 +139,7 @@ def test_sums_of_factors_are_wider_than_factors() -> None:
     """Tiles that cancel: in bfloat16 alone `256 + 1 - 256` is nothing."""
     total: Tensor | None = None
     for value in (256.0, 1.0, -256.0):
-        total = token_tiles._plus(4, total, torch.tensor([value], dtype=torch.bfloat16))
+        total = accumulate.plus(total, torch.tensor([value], dtype=torch.bfloat16))
     assert total is not None
     assert total.item() == 1
 

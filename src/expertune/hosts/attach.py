@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from peft.tuners.lora.layer import ParamWrapper
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
@@ -124,7 +123,7 @@ def attach(
     state.latents = forwards.bind(found_latents, latent_attention.forward)
     state.rotaries = forwards.bind(found_rotaries, rotary.forward)
     state.routers = formulas.bind(found_routers, router.forward, state.replay)
-    state.mlps = forwards.bind(found_mlps, mlps.forward, state.replay)
+    state.mlps = formulas.bind(found_mlps, mlps.forward, state.replay)
     transformers.register()
     configs: dict[int, Any] = {}
     for module, plan in plans:
@@ -208,10 +207,7 @@ def bind_all(model: PreTrainedModel) -> None:
 
 def blocks(model: nn.Module) -> Iterator[nn.Module]:
     """Each module that holds experts: the MoE blocks."""
-    for module in model.modules():
-        is_wrapper = isinstance(module, ParamWrapper | AuxiliaryTrainingWrapper | nn.ModuleDict)
-        if not is_wrapper and any(peft.experts_in(child) is not None for child in module.children()):
-            yield module
+    yield from filter(peft.is_block, model.modules())
 
 
 def _refuse_unknown_blocks(model: nn.Module) -> None:

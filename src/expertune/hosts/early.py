@@ -139,8 +139,9 @@ class _Router:
 
 def _mlps(model: PreTrainedModel) -> Iterator[Call]:
     for module in model.modules():
-        if forwards.runs(module, mlps.forward) and (gate := mlps.gate_of(module)) is not None:
-            yield Call(_Mlp(gate, mlps.inner_width(module)), ((4, _MLP_WIDTH),), model.dtype)
+        if forwards.runs(module, mlps.forward):
+            gate, _ = forwards.given(module).args[1:]
+            yield Call(_Mlp(gate, len(module.gate_proj.weight)), ((4, _MLP_WIDTH),), model.dtype)
 
 
 @dataclass(frozen=True)

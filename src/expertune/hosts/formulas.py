@@ -12,27 +12,32 @@ _Formula = TypeVar("_Formula")
 
 
 def find(
-    model: nn.Module, word: str, formula_of: Callable[[nn.Module], _Formula | None]
+    model: nn.Module, is_meant: Callable[[nn.Module], bool], formula_of: Callable[[nn.Module], _Formula | None]
 ) -> list[tuple[nn.Module, _Formula]]:
     """The modules that follow a formula, and which. Changes nothing.
 
     Args:
         model: holds them.
-        word: is in the names of their classes.
+        is_meant: whether a module is tried.
         formula_of: tries a module; None if it follows none.
     """
     known: dict[Any, _Formula | None] = {}
     found = []
     for module in model.modules():
-        if word not in type(module).__name__:
+        if not is_meant(module):
             continue
         settings = {name: value for name, value in vars(module).items() if not name.startswith("_")}
-        key = (type(module), repr(settings))
+        key = (type(module), repr(settings), *map(type, module.children()))
         if key not in known:
             known[key] = formula_of(module)
         if (formula := known[key]) is not None:
             found.append((module, formula))
     return found
+
+
+def is_named(word: str) -> Callable[[nn.Module], bool]:
+    """Whether a word is in the name of a module's class."""
+    return lambda module: word in type(module).__name__
 
 
 def bind(found: Iterable[tuple[nn.Module, Any]], forward: Callable[..., Any], *others: Any) -> list[nn.Module]:

@@ -18,7 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import output_capturing
 
 from expertune.graphs.piece import MOST_TOKENS, Piece, Recorder
-from expertune.hosts import attention, collected, forwards, latent_attention, mlps, rotary
+from expertune.hosts import attention, collected, forwards, latent_attention, mlps, peft, rotary
 from expertune.hosts.transformers import is_experts
 from expertune.hosts.twins import twin_around
 from expertune.memory.replay import RoutingReplay
@@ -111,7 +111,7 @@ def bind(layers: Sequence[nn.Module], recorder: Recorder) -> None:
                 function: Callable[..., Any] | None = ours
                 if wrapper is not None:
                     function = wrapper.__wrapped__  # type: ignore[attr-defined]
-                most_tokens = _MOST_TOKENS_OF_BLOCK if module is not layer and _is_block(module) else MOST_TOKENS
+                most_tokens = _MOST_TOKENS_OF_BLOCK if module is not layer and peft.is_block(module) else MOST_TOKENS
                 forwards.give(module, Piece(module, recorder, function, around, most_tokens))
 
 
@@ -153,7 +153,7 @@ def _inside(module: nn.Module) -> Iterator[nn.Module]:
         if isinstance(child, BaseTunerLayer) or not _has_adapters(child):
             continue
         has_experts = any(map(is_experts, child.modules()))
-        if _is_block(child) or not has_experts:
+        if peft.is_block(child) or not has_experts:
             yield child
         if has_experts:
             yield from _inside(child)
@@ -161,12 +161,6 @@ def _inside(module: nn.Module) -> Iterator[nn.Module]:
 
 def _has_adapters(module: nn.Module) -> bool:
     return any(isinstance(each, BaseTunerLayer) for each in module.modules())
-
-
-def _is_block(module: nn.Module) -> bool:
-    """Whether it is a router with its experts, and what is shared beside them."""
-    wrapped = (list(child.modules()) if isinstance(child, BaseTunerLayer) else [child] for child in module.children())
-    return any(any(map(is_experts, modules)) for modules in wrapped)
 
 
 def status(recorder: Recorder) -> str:

@@ -15,42 +15,29 @@ from torch import Tensor, nn
 
 from expertune.activations import Gate, HostGate
 from expertune.gated_mlp import gated_mlp
-from expertune.hosts import gates, peft
+from expertune.hosts import formulas, gates, peft
 from expertune.memory.replay import RoutingReplay
 
 _LINEARS = ("gate_proj", "up_proj", "down_proj")
 _AGREES = 1e-5  # float32 rounding, relative; another formula is off by more than a tenth
 _WIDTH, _INNER = 6, 10  # of the instance that is tried
 
-_gates: dict[type, Gate | None] = {}  # by the class of an activation; None for none of ours
+
+def find(model: nn.Module) -> list[tuple[nn.Module, Gate]]:
+    """The MLPs that follow the formula, and by which gate. Changes nothing."""
+    return formulas.find(model, _has_parts, gate_of)
 
 
-def find(model: nn.Module) -> list[nn.Module]:
-    """The MLPs that follow the formula. Changes nothing."""
-    known: dict[Any, bool] = {}
-    found = []
-    for module in model.modules():
-        if not all(hasattr(module, name) for name in (*_LINEARS, "act_fn")):
-            continue
-        settings = {name: value for name, value in vars(module).items() if not name.startswith("_")}
-        key = (type(module), type(module.act_fn), repr(settings))
-        if key not in known:
-            known[key] = _follows(module)
-        if known[key]:
-            found.append(module)
-    return found
-
-
-def forward(mlp: Any, replay: RoutingReplay, x: Tensor) -> Tensor:
+def forward(mlp: Any, gate: Gate, replay: RoutingReplay, x: Tensor) -> Tensor:
     """Ours where its linears are plain and frozen, all in one dtype; otherwise the host's own.
 
     Args:
         mlp: the module.
+        gate: what `find` found.
         replay: of its model, which knows whether the layer runs again, and in tiles.
         x: `(…, I)`.
     """
-    gate = gate_of(mlp)
-    if gate is not None and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling():
         gate_proj, up_proj, down_proj = (peft.plain_linear(getattr(mlp, name), x) for name in _LINEARS)
         if gate_proj is not None and up_proj is not None and down_proj is not None:
             return gated_mlp(x, gate, (gate_proj, up_proj, down_proj), _tile(replay, x))
@@ -64,29 +51,22 @@ def _tile(replay: RoutingReplay, x: Tensor) -> int | None:
     return None if tiles is None else tiles.dense_length(x.shape[:-1].numel())
 
 
-def gate_of(mlp: Any) -> Gate | None:
-    """Ours that an MLP's activation makes, if one does."""
-    kind = type(mlp.act_fn)
-    if kind not in _gates:
-        gate = gates.gate_of(mlp)
-        _gates[kind] = None if isinstance(gate, HostGate) else gate
-    return _gates[kind]
+def _has_parts(module: nn.Module) -> bool:
+    return all(hasattr(module, name) for name in (*_LINEARS, "act_fn"))
 
 
-def inner_width(mlp: Any) -> int:
-    """Of its activation."""
-    return len(mlp.gate_proj.weight)
+def gate_of(mlp: nn.Module) -> Gate | None:
+    """The gate with which a small MLP of this kind computes the formula; None if it computes another.
 
-
-def _follows(mlp: nn.Module) -> bool:
-    """Whether a small MLP of this kind computes the formula. Its class is asked, past hooks and replaced forwards."""
+    Its class is asked, past hooks and replaced forwards.
+    """
     host: Callable[..., Tensor] = type(mlp).forward
     others = mlp._modules.keys() - {*_LINEARS, "act_fn"}
     if others or mlp._parameters or mlp._buffers or len(inspect.signature(host).parameters) != 2:
-        return False
-    gate = gate_of(mlp)
-    if gate is None:
-        return False
+        return None
+    gate = gates.gate_of(mlp)
+    if isinstance(gate, HostGate):
+        return None
     draw = torch.Generator().manual_seed(0)
     twin = copy.copy(mlp)
     small = {name: nn.Linear(*_sides(name), dtype=torch.float32, device="cpu") for name in _LINEARS}
@@ -96,7 +76,7 @@ def _follows(mlp: nn.Module) -> bool:
     twin._modules = mlp._modules | small
     x = torch.randn(3, _WIDTH, generator=draw, dtype=torch.float32)
     # the larger ones are beyond the clamps of a kind that has them
-    return all(_agree(gate, host, twin, small, scale * x) for scale in (1.0, 1e3))
+    return gate if all(_agree(gate, host, twin, small, scale * x) for scale in (1.0, 1e3)) else None
 
 
 def _agree(gate: Gate, host: Callable[..., Tensor], twin: nn.Module, small: dict[str, nn.Linear], x: Tensor) -> bool:

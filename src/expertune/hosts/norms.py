@@ -34,7 +34,7 @@ class Formula(NamedTuple):
 
 def find(model: nn.Module) -> list[tuple[nn.Module, Formula]]:
     """The norms that follow the formula, and how. Changes nothing."""
-    return formulas.find(model, "RMSNorm", formula_of)
+    return formulas.find(model, formulas.is_named("RMSNorm"), formula_of)
 
 
 def formula_of(norm: nn.Module) -> Formula | None:

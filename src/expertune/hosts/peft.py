@@ -20,7 +20,7 @@ from packaging.version import Version
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
-from peft.utils.other import ModulesToSaveWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from expertune import lora
@@ -55,6 +55,12 @@ def experts_in(module: nn.Module) -> nn.Module | None:
         active = [name for name in base.active_adapters if name in base.modules_to_save]
         base = base.modules_to_save[active[0]] if active and not base.disable_adapters else base.original_module
     return base if is_experts(base) else None
+
+
+def is_block(module: nn.Module) -> bool:
+    """Whether a module holds experts: a router with its experts, and what is shared beside them."""
+    is_wrapper = isinstance(module, ParamWrapper | AuxiliaryTrainingWrapper | nn.ModuleDict)
+    return not is_wrapper and any(experts_in(child) is not None for child in module.children())
 
 
 def trained_ranks(module: nn.Module) -> dict[str, int]:
@@ -286,8 +292,9 @@ def _lora_linear_forward(layer: LoraLinear, x: Tensor, *args: Any, **kwargs: Any
     if args or kwargs or not _is_plain(layer):
         return cast(Tensor, LoraLinear.forward(layer, x, *args, **kwargs))
     base, factors = layer.base_layer, _active_factors(layer)
-    if len(factors) == 1 and _is_frozen_linear(base) and _computes_in(base.weight.dtype, x, factors[0]):
-        return lora_linear(x, base.weight, base.bias, factors[0])
+    linear = _one_node(base, x, factors)
+    if linear is not None and linear.adapter is not None:
+        return lora_linear(x, linear.weight_OI, linear.bias_O, linear.adapter)
     return _add_low_rank(cast(Tensor, base(x)), x, factors)
 
 
@@ -307,12 +314,16 @@ def plain_linear(layer: Any, x: Tensor) -> Linear | None:
         x: in the dtype in which everything is computed.
     """
     base, factors = layer, cast(tuple[LoraFactors, ...], ())
-    if not _is_frozen_linear(layer):
-        if not _adds_plainly(layer) or _is_watched(layer) or not _is_frozen_linear(layer.base_layer):
-            return None
+    if _adds_plainly(layer) and not _is_watched(layer):
         base, factors = layer.base_layer, _active_factors(layer)
-    dtypes = {tensor.dtype for tensor in (base.weight, base.bias) if tensor is not None}
-    if len(factors) > 1 or len(dtypes) > 1 or not _computes_in(base.weight.dtype, x, *factors):
+    linear = _one_node(base, x, factors)
+    is_mixed = linear is not None and linear.bias_O is not None and linear.bias_O.dtype != linear.weight_OI.dtype
+    return None if is_mixed else linear
+
+
+def _one_node(base: Any, x: Tensor, factors: tuple[LoraFactors, ...]) -> Linear | None:
+    """A linear and its factors, if it is frozen, nobody looks on, and all is computed in one dtype; else None."""
+    if len(factors) > 1 or not _is_frozen_linear(base) or not _computes_in(base.weight.dtype, x, *factors):
         return None
     return Linear(base.weight, base.bias, *factors)
 

@@ -42,7 +42,7 @@ class Formula(NamedTuple):
 
 def find(model: nn.Module) -> list[tuple[nn.Module, Formula]]:
     """The routers that follow a formula, and which. Changes nothing."""
-    return formulas.find(model, "Router", formula_of)
+    return formulas.find(model, formulas.is_named("Router"), formula_of)
 
 
 def has_bias(router: nn.Module) -> bool:

@@ -159,6 +159,15 @@ def _load_gate_up(
     return g.to(tl.float32), u.to(tl.float32)
 
 
+@triton.jit
+def _block(N, F, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """The rows of a program of a grid of rows and columns, its first column, where its numbers lie, and which are."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    first = tl.program_id(1) * BLOCK
+    f = first + tl.arange(0, BLOCK)
+    return row, first, row[:, None] * F + f[None, :], (row < N)[:, None] & (f < F)[None, :]
+
+
 @triton.jit(do_not_specialize=["N"])
 def _forward_kernel(
     h_ptr,
@@ -174,13 +183,10 @@ def _forward_kernel(
     BLOCK: tl.constexpr,
 ):
     """One program per block of rows and columns."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    first = tl.program_id(1) * BLOCK
-    f = first + tl.arange(0, BLOCK)
-    mask = (row < N)[:, None] & (f < F)[None, :]
+    row, first, at, mask = _block(N, F, ROWS, BLOCK)
     g, u = _load_gate_up(h_ptr, row, row < N, first, F, HAS_UP, IS_CONCATENATED, BLOCK)
     a = GATE(g, u, ALPHA, LIMIT)
-    tl.store(a_ptr + row[:, None] * F + f[None, :], a.to(a_ptr.dtype.element_ty), mask=mask)
+    tl.store(a_ptr + at, a.to(a_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -248,12 +254,8 @@ def _plain_backward_kernel(
     BLOCK: tl.constexpr,
 ):
     """One program per block of rows and columns, of two halves. `a` comes where `da` lay, `dh` maybe where `h` lay."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    first = tl.program_id(1) * BLOCK
-    f = first + tl.arange(0, BLOCK)
-    mask = (row < N)[:, None] & (f < F)[None, :]
+    row, first, at, mask = _block(N, F, ROWS, BLOCK)
     g, u = _load_gate_up(h_ptr, row, row < N, first, F, HAS_UP, IS_CONCATENATED, BLOCK)
-    at = row[:, None] * F + f[None, :]
     a, dg, du = GRAD(g, u, tl.load(da_ptr + at, mask=mask, other=0.0).to(tl.float32), ALPHA, LIMIT)
     tl.store(da_ptr + at, a.to(da_ptr.dtype.element_ty), mask=mask)
     at += row[:, None] * F  # a row of `h` is twice as long

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from expertune import accumulate
 from expertune.experts import ExpertsStep, Projection, Walk, flatten, kept, run_backward, run_forward
 from expertune.shapes import Dispatch, ExpertsLayout, Tensors
 
+_BASE_WEIGHTS = (0, 2)  # places of `w1` and `w2` among these, the biases and the factors
 _ALIGNED_TOKENS = 8  # a tile then starts at a multiple of 16 bytes in every tensor, which noted launches count on
 
 
@@ -126,7 +128,10 @@ class _TiledFunction(torch.autograd.Function):
                 dx_TD[tile] = cast(Tensor, dx)
             if dweight_TK is not None:
                 dweight_TK[tile] = cast(Tensor, dweight)
-            sums = [_plus(i, total, grad) for i, (total, grad) in enumerate(zip(sums, others, strict=True))]
+            sums = [
+                accumulate.plus(total, grad, widens=place not in _BASE_WEIGHTS)
+                for place, (total, grad) in enumerate(zip(sums, others, strict=True))
+            ]
             del dx, dweight, others
         grads = [
             None if total is None else total.to(tensor.dtype)
@@ -152,13 +157,3 @@ def _walk_back(
     saved = kept(walk, x_TD, weight_TK, made, tensors)
     del made
     return run_backward(walk._replace(overwrites=True), dout_TD, saved, sums)
-
-
-def _plus(place: int, total: Tensor | None, grad: Tensor | None) -> Tensor | None:
-    """A sum over tiles with one tile more, unless it holds it; of `w1, b1, w2, b2` and the factors, by their place."""
-    is_base_weight = place in (0, 2)
-    if grad is None:
-        return total
-    if total is None:
-        return grad if is_base_weight else grad.to(torch.promote_types(grad.dtype, torch.float32))
-    return total.add_(grad)
