@@ -72,7 +72,8 @@ def test_the_chance_is_that_of_plain_torch(step: int) -> None:
 @pytest.mark.parametrize("is_signed", [True, False])
 def test_every_code_is_reached_and_the_nearest(is_signed: bool) -> None:
     bounds = dynamic_8bit.bounds(is_signed=is_signed)
-    x = torch.cat((dynamic_8bit.values(is_signed=is_signed), bounds * (1 - 1e-5), bounds * (1 + 1e-5)))
+    tiny = torch.tensor([1.6e-7, 1e-7, 5e-8, 1e-12])
+    x = torch.cat((dynamic_8bit.values(is_signed=is_signed), bounds * (1 - 1e-5), bounds * (1 + 1e-5), tiny))
     blocks = torch.ones(4, 256)  # each begins with its maximum, one
     blocks[:, 1:].copy_(torch.cat((x, torch.zeros(4 * 255 - len(x)))).view(4, 255))
     wanted = blocks.flatten().to(DEVICE)

@@ -2,7 +2,8 @@
 
 A program takes eight blocks of 256 numbers of one parameter: it reads gradient, parameter and moments once, and writes
 parameter and moments once. Which parameter it works on stands in a table of addresses, so a hundred small factors cost
-one launch. The code of a number is computed, not searched: the decade by six comparisons, then the step within it.
+one launch. The code of a number is computed, not searched: the decade by three comparisons, then the step within it;
+a search in a table would take as long as memory does (H200).
 Any Triton target.
 """
 
@@ -21,29 +22,38 @@ _TILE = 8  # blocks of a program
 
 
 @triton.jit
-def _encode(x, bound_ptr, IS_SIGNED: tl.constexpr):
-    """The codes of `x`, fractions of their block's maximum: `optim/dynamic_8bit.py` says which."""
-    first: tl.constexpr = 1 if IS_SIGNED else 2  # steps of the lowest decade
-    zero: tl.constexpr = 127 if IS_SIGNED else 0  # the code of zero
-    magnitude = tl.abs(x)
-    steps = tl.full(x.shape, first, tl.int32)
-    scale = tl.full(x.shape, 1e6, tl.float32)
-    for decade in tl.static_range(6):
-        above = magnitude >= 1e-6 * 10**decade
-        steps = tl.where(above, steps * 2, steps)
-        scale = tl.where(above, 1e5 / 10**decade, scale)
-    step = ((magnitude * scale - 0.1) * (steps.to(tl.float32) * (1 / 0.9))).to(tl.int32)
-    number = steps - first + tl.minimum(tl.maximum(step, 0), steps - 1)  # among the values above zero
-    # a step's value is its middle, so only at the edge of a decade may the value below be nearer
-    number = tl.where(magnitude <= tl.load(bound_ptr + zero + number), number, number + 1)
-    top: tl.constexpr = 1 - 0.225 / (64 * first)  # the middle between the highest step and one
+def _up(y, steps, DECADES: tl.constexpr):
+    """What lies so many decades down, or more, raised by as many."""
+    is_down = y < 0.1**DECADES
+    return tl.where(is_down, y * 10.0**DECADES, y), tl.where(is_down, steps * 0.5**DECADES, steps)
+
+
+@triton.jit
+def _encode(x, IS_SIGNED: tl.constexpr):
+    """The codes of `x`, fractions of their block's maximum: `optim/dynamic_8bit.py` says which.
+
+    A step's value is its middle, so the nearest is that of the step in which a number lies; but at the lower edge of a
+    decade it may be the value below. Codes are counted in float32 beyond 2²³, where a sum rounds to the nearest whole
+    number and its lowest bits are the code: a conversion takes four times as long.
+    """
+    first: tl.constexpr = 1.0 if IS_SIGNED else 2.0  # steps of the lowest decade
+    most: tl.constexpr = 128.0 if IS_SIGNED else 255.0  # values above zero
+    y = tl.maximum(tl.abs(x), 1.5e-7)  # less is zero to either sign
+    steps = tl.full(x.shape, 64 * first, tl.float32)  # of the decade
+    y, steps = _up(y, steps, 4)
+    y, steps = _up(y, steps, 2)
+    y, steps = _up(y, steps, 1)
+    before = steps - first  # steps of the decades below
+    place = (y - 0.1) * (steps * (1 / 0.9)) + 0.5  # in steps, from half a step below the decade
+    # the middle between a decade's first value and that below, which for the lowest is zero
+    middle = tl.minimum(before + ((0.45 - 0.1 * first) / 1.8 + 0.5), 0.7)
+    number = tl.where(place > middle, (place + 8388608.0) - 8388608.0, 0.0) + before  # of the value, counted from zero
+    number = tl.where(x > 1 - 0.225 / (64 * first), most, number)
     if IS_SIGNED:
-        number = tl.where(x > top, 128, number)
-        number = tl.where(x < 0, -number, number)
+        number = tl.where(x < 0, 127.0 - number, 127.0 + number)
     else:
-        number = tl.where(x > top, 255, number)
-        number = tl.where((x > 0) & (number == 0), 1, number)  # see `optim/dynamic_8bit.py`
-    return (number + zero).to(tl.uint8)
+        number = tl.maximum(number, tl.where(x > 0, 1.0, 0.0))  # see `optim/dynamic_8bit.py`
+    return (number + 8388608.0).to(tl.int32, bitcast=True).to(tl.uint8)
 
 
 @triton.jit
@@ -57,9 +67,15 @@ def _to_bfloat16(x, at, count):
     return tl.where(tl.abs(x) < float("inf"), bits.to(tl.float32, bitcast=True), x)
 
 
+@triton.jit
+def _of_each(x, BLOCK: tl.constexpr):
+    """What is given of each block, of each of its numbers."""
+    return tl.reshape(tl.broadcast_to(x[:, None], (x.shape[0], BLOCK)), (x.shape[0] * BLOCK,))
+
+
 @triton.jit(do_not_specialize=["decay", "beta1", "beta2", "step_size", "root_correction", "eps", "count"])
 def _adamw_8bit_kernel(
-    address_ptr, tile_ptr, numel_ptr, mean_value_ptr, mean_bound_ptr, square_value_ptr, square_bound_ptr,
+    address_ptr, tile_ptr, numel_ptr, mean_value_ptr, square_value_ptr,
     decay, beta1, beta2, step_size, root_correction, eps, count,
     PARAM_DTYPE: tl.constexpr, GRAD_DTYPE: tl.constexpr, IS_ALIGNED: tl.constexpr,
     TILE: tl.constexpr, BLOCK: tl.constexpr,
@@ -77,8 +93,9 @@ def _adamw_8bit_kernel(
         numel = tl.multiple_of(numel, 16)
         param_ptr, grad_ptr = tl.multiple_of(param_ptr, 16), tl.multiple_of(grad_ptr, 16)
         mean_ptr, square_ptr = tl.multiple_of(mean_ptr, 16), tl.multiple_of(square_ptr, 16)
+    # in one dimension, so that codes, what they stand for and numbers lie in the same threads
     block = tile * TILE + tl.arange(0, TILE)
-    at = (block * BLOCK)[:, None] + tl.arange(0, BLOCK)[None, :]
+    at = tile * (TILE * BLOCK) + tl.max_contiguous(tl.arange(0, TILE * BLOCK), 4)
     inside = at < numel
     has_numbers = block * BLOCK < numel
     mean_maximum_ptr = tl.load(row_ptr + 4).to(tl.pointer_type(tl.float32)) + block
@@ -87,9 +104,9 @@ def _adamw_8bit_kernel(
     g = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32)
     p = tl.load(param_ptr + at, mask=inside, other=0.0).to(tl.float32)
     m = tl.load(mean_value_ptr + tl.load(mean_ptr + at, mask=inside, other=127).to(tl.int32))
-    m *= tl.load(mean_maximum_ptr, mask=has_numbers, other=0.0)[:, None]
+    m *= _of_each(tl.load(mean_maximum_ptr, mask=has_numbers, other=0.0), BLOCK)
     v = tl.load(square_value_ptr + tl.load(square_ptr + at, mask=inside, other=0).to(tl.int32))
-    v *= tl.load(square_maximum_ptr, mask=has_numbers, other=0.0)[:, None]
+    v *= _of_each(tl.load(square_maximum_ptr, mask=has_numbers, other=0.0), BLOCK)
 
     m = beta1 * m + (1 - beta1) * g
     v = beta2 * v + (1 - beta2) * g * g
@@ -98,14 +115,14 @@ def _adamw_8bit_kernel(
         p = _to_bfloat16(p, at, count)
     tl.store(param_ptr + at, p.to(PARAM_DTYPE), mask=inside)
 
-    mean_maximum = tl.max(tl.abs(m), axis=1)
-    square_maximum = tl.max(v, axis=1)
+    mean_maximum = tl.max(tl.reshape(tl.abs(m), (TILE, BLOCK)), axis=1)
+    square_maximum = tl.max(tl.reshape(v, (TILE, BLOCK)), axis=1)
     tl.store(mean_maximum_ptr, mean_maximum, mask=has_numbers)
     tl.store(square_maximum_ptr, square_maximum, mask=has_numbers)
-    m *= (1 / tl.where(mean_maximum > 0, mean_maximum, 1.0))[:, None]
-    v *= (1 / tl.where(square_maximum > 0, square_maximum, 1.0))[:, None]
-    tl.store(mean_ptr + at, _encode(m, mean_bound_ptr, True), mask=inside)
-    tl.store(square_ptr + at, _encode(v, square_bound_ptr, False), mask=inside)
+    m *= _of_each(1 / tl.where(mean_maximum > 0, mean_maximum, 1.0), BLOCK)
+    v *= _of_each(1 / tl.where(square_maximum > 0, square_maximum, 1.0), BLOCK)
+    tl.store(mean_ptr + at, _encode(m, True), mask=inside)
+    tl.store(square_ptr + at, _encode(v, False), mask=inside)
 
 
 def adamw_8bit(rows: Sequence[Sequence[Tensor]], tables: Sequence[Tensor], update: tuple[float, ...]) -> None:
@@ -114,7 +131,7 @@ def adamw_8bit(rows: Sequence[Sequence[Tensor]], tables: Sequence[Tensor], updat
     Args:
         rows: a parameter each: itself, its gradient, the codes of both moments (uint8), and the maxima of their blocks
             (float32, `⌈numel / 256⌉`). All dense, and in the same order of numbers.
-        tables: values and bounds of the codes, of the signed first moment and of the second, on the device.
+        tables: the values of the codes, of the signed first moment and of the second, on the device.
         update: what a parameter is first multiplied by, both betas, `lr / (1 - beta1^t)`, `(1 - beta2^t)^(-1/2)`, eps,
             and `t`.
     """

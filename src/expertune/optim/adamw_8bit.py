@@ -162,12 +162,10 @@ def _step(device: torch.device, rows: list[list[Tensor]], update: tuple[float, .
 
 
 @lru_cache
-def tables(device: torch.device) -> tuple[Tensor, ...]:
-    """Values and bounds of the codes of the first and of the second moment, as the kernel takes them."""
-    kinds = (True, False)
-    return tuple(
-        t.to(device) for s in kinds for t in (dynamic_8bit.values(is_signed=s), dynamic_8bit.bounds(is_signed=s))
-    )
+def tables(device: torch.device) -> tuple[Tensor, Tensor]:
+    """What the codes of the first and of the second moment stand for, as the kernel takes it."""
+    signed, unsigned = (dynamic_8bit.values(is_signed=is_signed).to(device) for is_signed in (True, False))
+    return signed, unsigned
 
 
 def plain_step(param: Tensor, grad: Tensor, moments: list[Tensor], update: tuple[float, ...]) -> None:
