@@ -1,6 +1,7 @@
 """What a recording of a module stands on beside its inputs: parameters, submodules, settings, hooks."""
 
 from collections.abc import Callable
+from operator import itemgetter
 from typing import Any
 
 from torch import nn
@@ -19,10 +20,13 @@ class Watch:
 
     def __init__(self, module: nn.Module) -> None:
         modules = list(module.modules())
-        dicts = [held for m in modules for held in (m._modules, m._parameters, m._buffers) if held]
-        self._held: list[tuple[dict[str, Any], dict[str, Any]]] = [(held, dict(held)) for held in dicts]
-        self._parameters = [(p, p.data_ptr(), p.requires_grad) for p in module.parameters()]
-        self._settings = [(vars(m), _plain(m)) for m in modules if not type(m).__module__.startswith("torch.nn.")]
+        self._dicts = [held for m in modules for held in (m._modules, m._parameters, m._buffers) if held]
+        self._held = self._read_items()
+        self._alive = [each for held in self._dicts for each in held.values()]  # so that no other gets the same id
+        self._parameters = list(module.parameters())
+        self._places = self._read_places()
+        plain = [(vars(m), _plain(m)) for m in modules if not type(m).__module__.startswith("torch.nn.")]
+        self._settings = [(now, itemgetter(*was), _values(was)) for now, was in plain if was]
         self._hooks = [getattr(m, name) for m in modules[1:] for name in _HOOKS]
         self._hooked = self._numbers()
 
@@ -33,18 +37,35 @@ class Watch:
     def is_same(self) -> bool:
         """Whether the module computes what it computed then, on the same memory."""
         return (
-            self._numbers() == self._hooked
-            and all(
-                len(held) == len(was) and all(held.get(name) is each for name, each in was.items())
-                for held, was in self._held
-            )
-            and all(p.data_ptr() == pointer and p.requires_grad == wants for p, pointer, wants in self._parameters)
-            and all(now.get(name) == value for now, was in self._settings for name, value in was.items())
+            self._read_items() == self._held
+            and self._read_places() == self._places
+            and self._numbers() == self._hooked
+            and self._has_settings()
         )
+
+    def _read_items(self) -> list[tuple[str, int]]:
+        """Which submodules, parameters and buffers there are under which names."""
+        return [(name, id(each)) for held in self._dicts for name, each in held.items()]
+
+    def _read_places(self) -> list[tuple[int, bool]]:
+        """Where parameters lie, and whether they want a gradient."""
+        return [(p.data_ptr(), p.requires_grad) for p in self._parameters]
+
+    def _has_settings(self) -> bool:
+        try:
+            return all(read(now) == was for now, read, was in self._settings)
+        except KeyError:  # one is gone
+            return False
 
     def _numbers(self) -> list[tuple[int, ...]]:
         """Of the hooks, as torch counts them."""
         return [tuple(hooks) for hooks in self._hooks if hooks]
+
+
+def _values(settings: dict[str, Any]) -> Any:
+    """What an `itemgetter` of all their names reads."""
+    values = tuple(settings.values())
+    return values if len(values) > 1 else values[0]
 
 
 def _plain(module: nn.Module) -> dict[str, Any]:
