@@ -3,7 +3,11 @@
 z = inv_t · cap(scale · logits)      cap(y) = softcap · tanh(y / softcap), or y
 log p = z[label] − log Σ exp z       entropy = log Σ exp z − Σ p · z
 ∂ log p / ∂ logits = (1[label] − p) · ∂z / ∂logits
+
+Inside, logarithms are of base two, as the hardware takes them.
 """
+
+import math
 
 import triton
 import triton.language as tl
@@ -12,57 +16,103 @@ from torch import Tensor
 from expertune.kernels.launch import launch
 
 _COLUMNS = 4096  # that a program reads at once
+_SIDE = 8  # of them that a thread reads
 
 
 @triton.jit
-def _cap(logits, scale, softcap, inv_t, HAS_CAP: tl.constexpr):
-    """z, and ∂z / ∂logits."""
-    y = logits * scale
+def _cap(logits, factor, height, slope, HAS_CAP: tl.constexpr):
+    """z, and ∂z / ∂logits, of which `slope` is the steepest."""
     if HAS_CAP:
-        tanh = 2 * tl.sigmoid(2 * y / softcap) - 1
-        return softcap * tanh * inv_t, scale * inv_t * (1 - tanh * tanh)
-    return y * inv_t, tl.full(y.shape, 1.0, tl.float32) * (scale * inv_t)
+        tanh = 2 * tl.sigmoid(2 * (logits * factor)) - 1
+        return height * tanh, slope * (1 - tanh * tanh)
+    return logits * factor, slope
+
+
+@triton.jit
+def _read(row_ptr, v, V, IS_INSIDE: tl.constexpr):
+    if IS_INSIDE:
+        return tl.load(row_ptr + v).to(tl.float32)
+    return tl.load(row_ptr + v, mask=v < V, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _fold(
+    sums, row_ptr, start, V, label, factor, height, slope,
+    HAS_CAP: tl.constexpr, BV: tl.constexpr, SIDE: tl.constexpr, IS_INSIDE: tl.constexpr,
+):  # fmt: skip
+    """Take `BV` logits into the sums; those that a thread reads side by side have sums of their own, without waiting.
+
+    −1e30 stands for −∞, from which nothing can be taken away.
+    """
+    most, total, weighted, most_before = sums
+    v = start + tl.arange(0, BV)
+    z, _ = _cap(_read(row_ptr, v, V, IS_INSIDE), factor, height, slope, HAS_CAP)
+    if not IS_INSIDE:
+        z = tl.where(v < V, z, -1e30)
+    if (label >= start) & (label < start + BV):
+        most_before = tl.maximum(tl.max(most, axis=0), tl.max(tl.where(v < label, z, -1e30), axis=0))
+    z = tl.reshape(z, (BV // SIDE, SIDE))
+    highest = tl.maximum(most, tl.max(z, axis=1))
+    shrunk = tl.exp2(most - highest)
+    e = tl.exp2(z - highest[:, None])
+    return highest, total * shrunk + tl.sum(e, axis=1), weighted * shrunk + tl.sum(e * z, axis=1), most_before
+
+
+@triton.jit
+def _replace(
+    row_ptr, start, V, label, factor, height, slope, log_total,
+    HAS_CAP: tl.constexpr, BV: tl.constexpr, IS_INSIDE: tl.constexpr,
+):  # fmt: skip
+    """Write the gradient of `BV` logits in their place."""
+    v = start + tl.arange(0, BV)
+    z, slope = _cap(_read(row_ptr, v, V, IS_INSIDE), factor, height, slope, HAS_CAP)
+    gradient = -tl.exp2(z - log_total) * slope
+    if (label >= start) & (label < start + BV):
+        gradient += tl.where(v == label, slope, 0.0)
+    if IS_INSIDE:
+        tl.store(row_ptr + v, gradient.to(row_ptr.dtype.element_ty))
+    else:
+        tl.store(row_ptr + v, gradient.to(row_ptr.dtype.element_ty), mask=v < V)
 
 
 @triton.jit
 def _log_probs_kernel(
-    logits_ptr, label_ptr, log_prob_ptr, entropy_ptr, is_top1_ptr, V, scale, softcap, inv_t,
-    HAS_CAP: tl.constexpr, WRITES_GRADIENT: tl.constexpr, BV: tl.constexpr,
+    logits_ptr, label_ptr, log_prob_ptr, entropy_ptr, is_top1_ptr, V, factor, height, slope,
+    HAS_CAP: tl.constexpr, WRITES_GRADIENT: tl.constexpr, BV: tl.constexpr, SIDE: tl.constexpr,
 ):  # fmt: skip
     """One program a token, twice over its logits: first the sums, rescaled as the maximum grows, then the gradient."""
     token = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + token * V
     label = tl.load(label_ptr + token)
-    columns = tl.arange(0, BV)
-    most = tl.full((), -float("inf"), tl.float32)
-    most_before = most  # of the columns before the label's: of two equal maxima the first counts
-    total = tl.zeros((), tl.float32)
-    weighted = tl.zeros((), tl.float32)
-    for start in range(0, V, BV):
-        v = start + columns
-        inside = v < V
-        z, _ = _cap(tl.load(row_ptr + v, mask=inside, other=0.0).to(tl.float32), scale, softcap, inv_t, HAS_CAP)
-        z = tl.where(inside, z, -float("inf"))
-        highest = tl.maximum(most, tl.max(z, axis=0))
-        most_before = tl.maximum(most_before, tl.max(tl.where(v < label, z, -float("inf")), axis=0))
-        shrunk = tl.exp(most - highest)
-        e = tl.exp(z - highest)
-        total = total * shrunk + tl.sum(e, axis=0)
-        weighted = weighted * shrunk + tl.sum(tl.where(inside, e * z, 0.0), axis=0)
-        most = highest
-    log_total = most + tl.log(total)
-    z_label, _ = _cap(tl.load(row_ptr + label).to(tl.float32), scale, softcap, inv_t, HAS_CAP)
-    tl.store(log_prob_ptr + token, z_label - log_total)
-    tl.store(entropy_ptr + token, log_total - weighted / total)
-    tl.store(is_top1_ptr + token, (z_label >= most) & (z_label > most_before))
+    inside = V // BV * BV  # columns in whole blocks
+    most = tl.full((BV // SIDE,), -1e30, tl.float32)
+    most_before = tl.full((), -1e30, tl.float32)  # of the columns before the label's: of two maxima the first counts
+    total = tl.zeros((BV // SIDE,), tl.float32)
+    weighted = tl.zeros((BV // SIDE,), tl.float32)
+    for start in range(0, inside, BV):
+        most, total, weighted, most_before = _fold(
+            (most, total, weighted, most_before), row_ptr, start, V, label, factor, height, slope,
+            HAS_CAP, BV, SIDE, True,
+        )  # fmt: skip
+    if inside < V:
+        most, total, weighted, most_before = _fold(
+            (most, total, weighted, most_before), row_ptr, inside, V, label, factor, height, slope,
+            HAS_CAP, BV, SIDE, False,
+        )  # fmt: skip
+    highest = tl.max(most, axis=0)
+    shrunk = tl.exp2(most - highest)
+    total_of_all = tl.sum(total * shrunk, axis=0)
+    log_total = highest + tl.log2(total_of_all)
+    z_label, _ = _cap(tl.load(row_ptr + label).to(tl.float32), factor, height, slope, HAS_CAP)
+    tl.store(log_prob_ptr + token, (z_label - log_total) * 0.6931471805599453)
+    mean = tl.sum(weighted * shrunk, axis=0) / total_of_all
+    tl.store(entropy_ptr + token, (log_total - mean) * 0.6931471805599453)
+    tl.store(is_top1_ptr + token, (z_label >= highest) & (z_label > most_before))
     if WRITES_GRADIENT:
-        for start in range(0, V, BV):
-            v = start + columns
-            inside = v < V
-            logits = tl.load(row_ptr + v, mask=inside, other=0.0).to(tl.float32)
-            z, slope = _cap(logits, scale, softcap, inv_t, HAS_CAP)
-            gradient = (tl.where(v == label, 1.0, 0.0) - tl.exp(z - log_total)) * slope
-            tl.store(row_ptr + v, gradient.to(logits_ptr.dtype.element_ty), mask=inside)
+        for start in range(0, inside, BV):
+            _replace(row_ptr, start, V, label, factor, height, slope, log_total, HAS_CAP, BV, True)
+        if inside < V:
+            _replace(row_ptr, inside, V, label, factor, height, slope, log_total, HAS_CAP, BV, False)
 
 
 def log_probs(
@@ -89,12 +139,14 @@ def log_probs(
     num_tokens, vocabulary = logits_TV.shape
     if num_tokens == 0:
         return
+    height = (1.0 if softcap is None else softcap) * inv_t / math.log(2)
+    factor = scale * height if softcap is None else scale / softcap
     launch(
         _log_probs_kernel,
         (num_tokens, 1, 1),
         (logits_TV, label_T, *outs),
         (),
-        (vocabulary, scale, 1.0 if softcap is None else softcap, inv_t),
-        {"HAS_CAP": softcap is not None, "WRITES_GRADIENT": writes_gradient, "BV": _COLUMNS},
+        (vocabulary, factor, height, scale * inv_t),
+        {"HAS_CAP": softcap is not None, "WRITES_GRADIENT": writes_gradient, "BV": _COLUMNS, "SIDE": _SIDE},
         num_warps=8,
     )
