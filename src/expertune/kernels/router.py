@@ -37,7 +37,7 @@ def _scores(logits_ptr, row, inside, E, IS_SIGMOID: tl.constexpr, BE: tl.constex
 
 
 @triton.jit
-def _best(x, place, last):
+def best(x, place, last):
     """Of each row the place of its highest number, of equals the first; where nothing is a number, `last`."""
     return tl.min(tl.where(x == tl.max(x, axis=1)[:, None], place[None, :], last), axis=1)
 
@@ -48,11 +48,11 @@ def _of_groups(choice, G: tl.constexpr, USED: tl.constexpr, BR: tl.constexpr, BE
     SIZE: tl.constexpr = BE // G
     grouped = tl.reshape(choice, (BR * G, SIZE))
     g, place = tl.arange(0, G), tl.arange(0, SIZE)
-    others = tl.where(place[None, :] == _best(grouped, place, SIZE - 1)[:, None], -float("inf"), grouped)
+    others = tl.where(place[None, :] == best(grouped, place, SIZE - 1)[:, None], -float("inf"), grouped)
     score = tl.reshape(tl.max(grouped, axis=1) + tl.max(others, axis=1), (BR, G))
     is_used = tl.zeros((BR, G), tl.int32)
     for _ in tl.static_range(USED):
-        is_best = g[None, :] == _best(score, g, G - 1)[:, None]
+        is_best = g[None, :] == best(score, g, G - 1)[:, None]
         is_used = tl.where(is_best, 1, is_used)
         score = tl.where(is_best, -float("inf"), score)
     is_used = tl.reshape(is_used, (BR * G, 1))
@@ -83,7 +83,7 @@ def _route_kernel(
         if IS_CHOSEN:
             expert = tl.load(index_ptr + row * K + k, mask=inside, other=0).to(tl.int32)
         else:
-            expert = _best(choice, e, E - 1)
+            expert = best(choice, e, E - 1)
             tl.store(index_ptr + row * K + k, expert.to(tl.int64), mask=inside)
             choice = tl.where(e[None, :] == expert[:, None], -float("inf"), choice)
         s_k = tl.sum(tl.where(e[None, :] == expert[:, None], s, 0.0), axis=1)

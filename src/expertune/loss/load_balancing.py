@@ -47,17 +47,15 @@ class _Balance(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, top_k: int, num_experts: int, mask_N: Tensor | None, *logits: Tensor) -> Tensor:
         wide = _wide(logits[0].dtype)
-        count_E, probability_E = (logits[0].new_zeros(num_experts, dtype=wide) for _ in range(2))
+        sums_2E = logits[0].new_zeros(2, num_experts, dtype=wide)
         for group in _groups(logits):
-            p_ME = torch.cat(group).softmax(-1, dtype=wide)
-            weight_M = p_ME.new_ones(len(p_ME)) if mask_N is None else _weights(mask_N, p_ME)
-            chosen_Mk = p_ME.topk(top_k, dim=-1).indices
-            count_E.scatter_add_(0, chosen_Mk.flatten(), weight_M.unsqueeze(1).expand_as(chosen_Mk).flatten())
-            probability_E += p_ME.mul_(weight_M.unsqueeze(1)).sum(0)
+            sums_2E += _sums(torch.cat(group), top_k, mask_N)
+        count_E, probability_E = sums_2E
         num_rows = sum(map(len, logits)) if mask_N is None else mask_N.sum(dtype=wide) * len(logits)
         count_E *= num_experts / num_rows**2
         ctx.save_for_backward(count_E, mask_N, *logits)
-        return (count_E * probability_E).sum()
+        loss: Tensor = (count_E * probability_E).sum()
+        return loss
 
     @staticmethod
     @once_differentiable
@@ -70,8 +68,35 @@ class _Balance(torch.autograd.Function):
         return None, None, None, *dlogits
 
 
+def _sums(logits_ME: Tensor, top_k: int, mask_N: Tensor | None) -> Tensor:
+    if _is_ours(logits_ME):
+        from expertune.kernels.load_balancing import balance_sums  # imports Triton, which is optional
+
+        return balance_sums(logits_ME, top_k, mask_N)
+    return plain_sums(logits_ME, top_k, mask_N)
+
+
+def plain_sums(logits_ME: Tensor, top_k: int, mask_N: Tensor | None) -> Tensor:
+    """The kernel's work by torch's own operations, on any device.
+
+    Args:
+        logits_ME: of some layers, one after another.
+        top_k: experts a row.
+        mask_N: what a layer's rows count; None where each counts one.
+
+    Returns:
+        How often each expert is chosen, and the sum of its probabilities, `(2, E)`.
+    """
+    p_ME = logits_ME.softmax(-1, dtype=_wide(logits_ME.dtype))
+    weight_M = p_ME.new_ones(len(p_ME)) if mask_N is None else _weights(mask_N, p_ME)
+    chosen_Mk = p_ME.topk(top_k, dim=-1).indices
+    count_E = p_ME.new_zeros(p_ME.shape[1])
+    count_E.scatter_add_(0, chosen_Mk.flatten(), weight_M.unsqueeze(1).expand_as(chosen_Mk).flatten())
+    return torch.stack((count_E, p_ME.mul_(weight_M.unsqueeze(1)).sum(0)))
+
+
 def _gradient(logits_ME: Tensor, dmean_E: Tensor, mask_N: Tensor | None) -> Tensor:
-    if logits_ME.is_cuda and logits_ME.dtype != torch.float64 and has_triton():
+    if _is_ours(logits_ME):
         from expertune.kernels.load_balancing import balance_backward  # imports Triton, which is optional
 
         return balance_backward(logits_ME, dmean_E, mask_N)
@@ -92,6 +117,10 @@ def plain_gradient(logits_ME: Tensor, dmean_E: Tensor, mask_N: Tensor | None) ->
     if mask_N is not None:
         d_ME *= _weights(mask_N, d_ME).unsqueeze(1)
     return d_ME.to(logits_ME.dtype)
+
+
+def _is_ours(logits_ME: Tensor) -> bool:
+    return logits_ME.is_cuda and logits_ME.dtype != torch.float64 and has_triton()
 
 
 def _groups(logits: Sequence[Tensor]) -> Iterator[list[Tensor]]:
