@@ -16,9 +16,6 @@ from expertune.weights.dense import DenseWeights
 from tests.cases import DEVICE, NUM_EXPERTS, ROUTINGS, problem
 from tests.numerics import assert_no_worse
 
-pytest.importorskip("triton")
-from expertune.kernels import outer
-
 DTYPES = [d for d in (torch.float32, torch.float16, torch.bfloat16) if triton.BACKEND.why_not(problem(d, 16)) is None]
 pytestmark = pytest.mark.skipif(not DTYPES, reason="needs a GPU, or TRITON_INTERPRET=1 for Triton's interpreter")
 
@@ -125,23 +122,12 @@ class TestProducts:
         plain = native_torch.STEPS.shrink(x_NI, a_ERI, routing)
         assert_no_worse(mid_NR, plain, native_torch.STEPS.shrink(x_NI.double(), a_ERI.double(), routing))
 
-    @pytest.mark.parametrize("chunk", [1024, 5])
     @pytest.mark.parametrize("weighted", [False, True])
     @pytest.mark.parametrize("by_token", [False, True])
     @pytest.mark.parametrize("ranks", [(8,), (24,), (4, 9)], ids=str)
     def test_factor_gradients(
-        self,
-        monkeypatch: pytest.MonkeyPatch,
-        routing: Dispatch,
-        dtype: torch.dtype,
-        ranks: tuple[int, ...],
-        by_token: bool,
-        weighted: bool,
-        chunk: int,
+        self, routing: Dispatch, dtype: torch.dtype, ranks: tuple[int, ...], by_token: bool, weighted: bool
     ) -> None:
-        """Of experts whose rows one program walks, and of such that are cut."""
-        monkeypatch.setattr(outer, "_LEAST_CHUNK", chunk)
-        monkeypatch.setattr(outer, "_CHUNK_OF_MEAN", 0)
         adapters = [adapter(rank) for rank in ranks]
         num_rows = routing.token_row_TK.shape[0] if by_token else len(routing.row_expert_N)
         rank = -(-sum(ranks) // 8) * 8
