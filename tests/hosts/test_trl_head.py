@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import trl
+import trl.trainer.utils
 from packaging.version import Version
 from torch import Tensor, nn
 from trl import SFTConfig, SFTTrainer
@@ -59,17 +60,20 @@ def logs(trainer: SFTTrainer, *keys: str) -> dict[str, list[float]]:
     return {key: [log[key] for log in trainer.state.log_history if key in log] for key in keys}
 
 
+@pytest.mark.parametrize("takes_rows", [False, True])
 @pytest.mark.parametrize("settings", [{}, {"loss_type": "dft"}, {"per_device_train_batch_size": 1}], ids=str)
 @pytest.mark.parametrize("family", ["qwen3_moe", "gemma3_text"])
 def test_losses_and_metrics_are_trls(
     checkpoint: Checkpoint,
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     calls: list[int],
     balances: list[int],
     family: str,
     settings: dict[str, Any],
+    takes_rows: bool,
 ) -> None:
-    """With experts and without; Gemma caps its logits here."""
+    """With experts and without; Gemma caps its logits here. Of all tokens, or of those with a label, as on a GPU."""
     has_balance = family not in DENSE
     settings = settings | ({"router_aux_loss_coef": 0.5} if has_balance and HAS_COEF else {})
     overrides = {"final_logit_softcapping": 2.0} if family in DENSE else {}
@@ -78,6 +82,8 @@ def test_losses_and_metrics_are_trls(
         model = stock(checkpoint(family, **overrides), CONFIG, torch.float32)
         if is_ours:
             expertune.optimize(model)
+            if takes_rows:
+                monkeypatch.setattr(trl.trainer.utils, "_use_triton", lambda _device: True, raising=False)
         trainer = sft_trainer(model, tmp_path, NUM_STEPS, logging_steps=1, **settings)
         trainer.train()
         assert len(calls) == (NUM_STEPS if is_ours else 0)

@@ -9,12 +9,16 @@ would write each token's choices out, 8 KiB a token and layer where 8 of 128 exp
 """
 
 from collections.abc import Callable
+from contextlib import ExitStack
+from functools import wraps
 from types import FunctionType, MethodType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from expertune.hosts.label_rows import LabelRows
 from expertune.hosts.twins import twin
 from expertune.loss import load_balancing
 from expertune.loss.log_probs import Head, label_log_probs
@@ -67,7 +71,8 @@ def bind(model: nn.Module) -> None:
         return
     host = forward.__globals__.get(_NAME)
     if host is not None and not isinstance(host, _LogProbs):  # None: TRL found no Triton
-        model.forward = MethodType(twin(forward, {_NAME: _LogProbs(host, forward)}, _IMPORTS), model)
+        ours = twin(forward, {_NAME: _LogProbs(host, forward)}, _IMPORTS)
+        model.forward = MethodType(_counting_labels(ours), model)
 
 
 def unbind(model: nn.Module) -> None:
@@ -81,9 +86,35 @@ def is_bound(model: nn.Module) -> bool:
     return _bound(model) is not None
 
 
+def _counting_labels(forward: FunctionType) -> FunctionType:
+    """TRL's forward, which knows how many tokens have a label when the layers have been submitted."""
+
+    @wraps(forward)
+    def counting(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        label, backbone = _label(kwargs), model.base_model
+        if label is None or backbone is model or torch.compiler.is_compiling():
+            return forward(model, *args, **kwargs)
+        with ExitStack() as stack:
+            rows = LabelRows(label)
+            hook = backbone.register_forward_hook(lambda *_: stack.enter_context(rows) and None)
+            stack.callback(hook.remove)
+            return forward(model, *args, **kwargs)
+
+    return cast(FunctionType, counting)
+
+
+def _label(kwargs: dict[str, Any]) -> Tensor | None:
+    """What TRL's forward compares with the label of what is not learned."""
+    if not kwargs.get("fused_lm_head"):
+        return None
+    shifted, given = kwargs.get("shift_labels"), kwargs.get("labels")
+    label = shifted if shifted is not None or given is None else given[:, 1:]
+    return label if isinstance(label, Tensor) else None
+
+
 def _bound(model: nn.Module) -> _LogProbs | None:
-    forward = _forward(model)
-    ours = None if forward is None else forward.__globals__.get(_NAME)
+    inner = getattr(_forward(model), "__wrapped__", None)
+    ours = inner.__globals__.get(_NAME) if isinstance(inner, FunctionType) else None
     return ours if isinstance(ours, _LogProbs) else None
 
 

@@ -1,6 +1,6 @@
 """AdamW with moments in dynamic 8-bit numbers: all parameters of a model in one launch.
 
-A program takes eight blocks of 256 numbers of one parameter: it reads gradient, parameter and moments once, and writes
+A program takes four blocks of 256 numbers of one parameter: it reads gradient, parameter and moments once, and writes
 parameter and moments once. Which parameter it works on stands in a table of addresses, so a hundred small factors cost
 one launch. The code of a number is computed, not searched: the decade by three comparisons, then the step within it;
 a search in a table would take as long as memory does (H200).
@@ -18,7 +18,7 @@ from torch import Tensor
 from expertune.kernels.launch import are_aligned, ceil_div, launch
 
 _BLOCK = 256  # numbers that share a maximum
-_TILE = 8  # blocks of a program
+_TILE = 4  # blocks of a program
 
 
 @triton.jit
