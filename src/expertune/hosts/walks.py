@@ -67,6 +67,25 @@ class _Flat(NamedTuple):
         """Whether no module has come, gone, or changed places."""
         return all(map(operator.eq, self.children, self.were))
 
+    def held(self) -> list[Parameter]:
+        """The parameters of all, shared ones more than once."""
+        filled = filter(None, self.parameters)
+        return [each for each in chain.from_iterable(map(dict.values, filled)) if each is not None]
+
+
+class _Counted(NamedTuple):
+    """The last count of parameters.
+
+    Args:
+        call: what was asked for, and of which parameters.
+        parameters: they live on, so that no other gets the address of one.
+        total: the answer.
+    """
+
+    call: tuple[bool, bool, list[tuple[int, bool]]]
+    parameters: list[Parameter]
+    total: int
+
 
 class Walks:
     """Of one model.
@@ -80,17 +99,17 @@ class Walks:
         self._model = model
         self._on_train = on_train
         self._flat: _Flat | None = None
+        self._counted: _Counted | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy of a model has modules of its own."""
-        return vars(self) | {"_flat": None}
+        return vars(self) | {"_flat": None, "_counted": None}
 
     def parameters(self, recurse: bool = True) -> Iterator[Parameter]:
         """As `nn.Module.parameters`, whose argument this is."""
         if not recurse:
             return type(self._model).parameters(self._model, recurse)
-        held = chain.from_iterable(map(dict.values, self._modules().parameters))
-        return iter({id(p): p for p in held if p is not None}.values())
+        return iter({id(p): p for p in self._modules().held()}.values())
 
     def train(self, mode: bool = True) -> nn.Module:
         """As `nn.Module.train`, whose argument this is."""
@@ -110,6 +129,13 @@ class Walks:
         assert isinstance(model, PreTrainedModel)
         if getattr(model, "is_loaded_in_4bit", False):  # the host counts what is packed
             return type(model).num_parameters(model, only_trainable, exclude_embeddings)
+        held = self._modules().held()
+        call = (only_trainable, exclude_embeddings, [(id(p), p.requires_grad) for p in held])
+        if self._counted is None or self._counted.call != call:
+            self._counted = _Counted(call, held, self._count(only_trainable, exclude_embeddings))
+        return self._counted.total
+
+    def _count(self, only_trainable: bool, exclude_embeddings: bool) -> int:
         total, flat, seen = 0, self._modules(), set()
         for module, parameters in zip(flat.modules, flat.parameters, strict=True):
             for name, parameter in parameters.items():
