@@ -21,14 +21,14 @@ BY_DATA = ("nonzero", "index.Tensor", "masked_select", "masked_scatter", "_local
 
 
 class Asked(TorchDispatchMode):
-    """Notes operations whose size depends on numbers."""
+    """Notes operations on the device whose size depends on numbers."""
 
     def __init__(self) -> None:
         super().__init__()
         self.names: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if str(func).removeprefix("aten.").startswith(BY_DATA):
+        if str(func).removeprefix("aten.").startswith(BY_DATA) and args[0].device.type == DEVICE.type:
             self.names.append(str(func))
         return func(*args, **(kwargs or {}))
 

@@ -87,3 +87,16 @@ def test_every_code_is_reached_and_the_nearest(is_signed: bool) -> None:
     nearest = torch.bucketize(x, bounds).int()
     assert torch.equal(codes, nearest if is_signed else torch.where(x > 0, nearest.clamp_min(1), 0))
     assert len(set(codes.tolist())) == 256
+
+
+def test_the_greatest_of_a_block_keeps_its_sign() -> None:
+    """Of -1 there is no code, and where product and sum are fused, its place rounds to that beyond the last."""
+    grad = -draw(256 * 4096, seed=5).abs()
+    moments = [t for is_signed in (True, False) for t in dynamic_8bit.zeros(grad, is_signed=is_signed)]
+    mean, mean_maximum, square, square_maximum = moments
+    row = [torch.zeros_like(grad), grad, mean, square, mean_maximum, square_maximum]
+    adamw_8bit([row], tables(DEVICE), (1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1))
+    greatest = grad.view(-1, 256).abs().argmax(1, keepdim=True)
+    assert (mean.view(-1, 256).gather(1, greatest) == 0).all()
+    assert (square.view(-1, 256).gather(1, greatest) == 255).all()
+    assert (mean <= 127).all()

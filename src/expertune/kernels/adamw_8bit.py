@@ -37,7 +37,6 @@ def _encode(x, IS_SIGNED: tl.constexpr):
     number and its lowest bits are the code: a conversion takes four times as long.
     """
     first: tl.constexpr = 1.0 if IS_SIGNED else 2.0  # steps of the lowest decade
-    most: tl.constexpr = 128.0 if IS_SIGNED else 255.0  # values above zero
     y = tl.maximum(tl.abs(x), 1.5e-7)  # less is zero to either sign
     steps = tl.full(x.shape, 64 * first, tl.float32)  # of the decade
     y, steps = _up(y, steps, 4)
@@ -48,10 +47,12 @@ def _encode(x, IS_SIGNED: tl.constexpr):
     # the middle between a decade's first value and that below, which for the lowest is zero
     middle = tl.minimum(before + ((0.45 - 0.1 * first) / 1.8 + 0.5), 0.7)
     number = tl.where(place > middle, (place + 8388608.0) - 8388608.0, 0.0) + before  # of the value, counted from zero
-    number = tl.where(x > 1 - 0.225 / (64 * first), most, number)
+    top: tl.constexpr = 1 - 0.225 / (64 * first)  # the middle between the highest step and one
     if IS_SIGNED:
+        number = tl.where(x > top, 128.0, tl.minimum(number, 127.0))  # one has a value, its negative has none
         number = tl.where(x < 0, 127.0 - number, 127.0 + number)
     else:
+        number = tl.where(x > top, 255.0, number)
         number = tl.maximum(number, tl.where(x > 0, 1.0, 0.0))  # see `optim/dynamic_8bit.py`
     return (number + 8388608.0).to(tl.int32, bitcast=True).to(tl.uint8)
 
