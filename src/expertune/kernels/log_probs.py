@@ -3,11 +3,7 @@
 z = inv_t · cap(scale · logits)      cap(y) = softcap · tanh(y / softcap), or y
 log p = z[label] − log Σ exp z       entropy = log Σ exp z − Σ p · z
 ∂ log p / ∂ logits = (1[label] − p) · ∂z / ∂logits
-
-Inside, logarithms are of base two, as the hardware takes them.
 """
-
-import math
 
 import triton
 import triton.language as tl
@@ -54,8 +50,8 @@ def _fold(
         most_before = tl.maximum(tl.max(most, axis=0), tl.max(tl.where(v < label, z, -1e30), axis=0))
     z = tl.reshape(z, (BV // SIDE, SIDE))
     highest = tl.maximum(most, tl.max(z, axis=1))
-    shrunk = tl.exp2(most - highest)
-    e = tl.exp2(z - highest[:, None])
+    shrunk = tl.exp(most - highest)
+    e = tl.exp(z - highest[:, None])
     return highest, total * shrunk + tl.sum(e, axis=1), weighted * shrunk + tl.sum(e * z, axis=1), most_before
 
 
@@ -67,7 +63,7 @@ def _replace(
     """Write the gradient of `BV` logits in their place."""
     v = start + tl.arange(0, BV)
     z, slope = _cap(_read(row_ptr, v, V, IS_INSIDE), factor, height, slope, HAS_CAP)
-    gradient = -tl.exp2(z - log_total) * slope
+    gradient = -tl.exp(z - log_total) * slope
     if (label >= start) & (label < start + BV):
         gradient += tl.where(v == label, slope, 0.0)
     if IS_INSIDE:
@@ -101,13 +97,13 @@ def _log_probs_kernel(
             HAS_CAP, BV, SIDE, False,
         )  # fmt: skip
     highest = tl.max(most, axis=0)
-    shrunk = tl.exp2(most - highest)
+    shrunk = tl.exp(most - highest)
     total_of_all = tl.sum(total * shrunk, axis=0)
-    log_total = highest + tl.log2(total_of_all)
+    log_total = highest + tl.log(total_of_all)
     z_label, _ = _cap(tl.load(row_ptr + label).to(tl.float32), factor, height, slope, HAS_CAP)
-    tl.store(log_prob_ptr + token, (z_label - log_total) * 0.6931471805599453)
+    tl.store(log_prob_ptr + token, z_label - log_total)
     mean = tl.sum(weighted * shrunk, axis=0) / total_of_all
-    tl.store(entropy_ptr + token, (log_total - mean) * 0.6931471805599453)
+    tl.store(entropy_ptr + token, log_total - mean)
     tl.store(is_top1_ptr + token, (z_label >= highest) & (z_label > most_before))
     if WRITES_GRADIENT:
         for start in range(0, inside, BV):
@@ -140,7 +136,7 @@ def log_probs(
     num_tokens, vocabulary = logits_TV.shape
     if num_tokens == 0:
         return
-    height = (1.0 if softcap is None else softcap) * inv_t / math.log(2)
+    height = (1.0 if softcap is None else softcap) * inv_t
     factor = scale * height if softcap is None else scale / softcap
     launch(
         _log_probs_kernel,
