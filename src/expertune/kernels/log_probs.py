@@ -50,9 +50,17 @@ def _fold(
         most_before = tl.maximum(tl.max(most, axis=0), tl.max(tl.where(v < label, z, -1e30), axis=0))
     z = tl.reshape(z, (BV // SIDE, SIDE))
     highest = tl.maximum(most, tl.max(z, axis=1))
-    shrunk = tl.exp(most - highest)
-    e = tl.exp(z - highest[:, None])
-    return highest, total * shrunk + tl.sum(e, axis=1), weighted * shrunk + tl.sum(e * z, axis=1), most_before
+    total, weighted = _lower(total, weighted, most - highest)
+    below = z - highest[:, None]
+    e = tl.exp(below)
+    return highest, total + tl.sum(e, axis=1), weighted + tl.sum(e * below, axis=1), most_before
+
+
+@triton.jit
+def _lower(total, weighted, by):
+    """Sums of e and of e · x, where all x = z − maximum change by `by` ≤ 0."""
+    shrunk = tl.exp(by)
+    return total * shrunk, (weighted + total * by) * shrunk
 
 
 @triton.jit
@@ -97,19 +105,18 @@ def _log_probs_kernel(
             HAS_CAP, BV, SIDE, False,
         )  # fmt: skip
     highest = tl.max(most, axis=0)
-    shrunk = tl.exp(most - highest)
-    total_of_all = tl.sum(total * shrunk, axis=0)
-    log_total = highest + tl.log(total_of_all)
+    total, weighted = _lower(total, weighted, most - highest)
+    total_of_all = tl.sum(total, axis=0)
+    log_total = tl.log(total_of_all)  # beyond the maximum: no digits are lost where one logit has nearly all
     z_label, _ = _cap(tl.load(row_ptr + label).to(tl.float32), factor, height, slope, HAS_CAP)
-    tl.store(log_prob_ptr + token, z_label - log_total)
-    mean = tl.sum(weighted * shrunk, axis=0) / total_of_all
-    tl.store(entropy_ptr + token, log_total - mean)
+    tl.store(log_prob_ptr + token, z_label - highest - log_total)
+    tl.store(entropy_ptr + token, log_total - tl.sum(weighted, axis=0) / total_of_all)
     tl.store(is_top1_ptr + token, (z_label >= highest) & (z_label > most_before))
     if WRITES_GRADIENT:
         for start in range(0, inside, BV):
-            _replace(row_ptr, start, V, label, factor, height, slope, log_total, HAS_CAP, BV, True)
+            _replace(row_ptr, start, V, label, factor, height, slope, highest + log_total, HAS_CAP, BV, True)
         if inside < V:
-            _replace(row_ptr, inside, V, label, factor, height, slope, log_total, HAS_CAP, BV, False)
+            _replace(row_ptr, inside, V, label, factor, height, slope, highest + log_total, HAS_CAP, BV, False)
 
 
 def log_probs(
