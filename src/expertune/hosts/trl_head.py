@@ -1,5 +1,5 @@
 """The loss of a model that TRL trains: log-probabilities of labels by ours, where the head is frozen, and the balance
-loss of its routers.
+loss of its routers. Which tokens have a label is counted before the layers run: `label_rows.py`.
 
 From 1.15 on, TRL gives a model a forward of its own (`add_fused_lm_head`), which calls an autograd function on hidden
 states and head, and imports the balance loss from a host's module. That forward runs as it is, with ours under these
@@ -94,10 +94,13 @@ def _counting_labels(forward: FunctionType) -> FunctionType:
         label, backbone = _label(kwargs), model.base_model
         if label is None or backbone is model or torch.compiler.is_compiling():
             return forward(model, *args, **kwargs)
+        rows = LabelRows(label)
         with ExitStack() as stack:
-            rows = LabelRows(label)
-            hook = backbone.register_forward_hook(lambda *_: stack.enter_context(rows) and None)
-            stack.callback(hook.remove)
+
+            def after_layers(*_: Any) -> None:
+                stack.enter_context(rows)
+
+            stack.callback(backbone.register_forward_hook(after_layers).remove)
             return forward(model, *args, **kwargs)
 
     return cast(FunctionType, counting)
