@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from expertune import accumulate
+from expertune import accumulate, kernels
 from expertune.activations import Gate
-from expertune.kernels import has_triton
 from expertune.shapes import LoraFactors
 
 
@@ -217,7 +216,7 @@ def _backward(gate: Gate, h_NG: Tensor, da_NF: Tensor) -> tuple[Tensor, Tensor]:
 
 def _kernel(gate: Gate, h_NG: Tensor) -> Any:
     """Our device code, where it runs and knows the gate; else None."""
-    if not h_NG.is_cuda or h_NG.dtype == torch.float64 or not has_triton():
+    if not kernels.computes(h_NG):
         return None
     from expertune.backends.triton_steps import gate_kernel
 

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from expertune.kernels.launch import RowBlocks, launch
-from expertune.kernels.router import best
+from expertune.kernels.router import best, scores
 
 _ELEMENTS = 2048  # of the rows that a program holds
 _MOST_PROGRAMS = 1024  # of the sums, which are then added up
@@ -21,12 +21,9 @@ _MOST_PROGRAMS = 1024  # of the sums, which are then added up
 @triton.jit
 def _probabilities(logits_ptr, row, num_rows, E, BE: tl.constexpr):
     """Of some rows, the logits and their softmax; beyond the experts -inf and 0."""
-    e = tl.arange(0, BE)
-    mask = (row[:, None] < num_rows) & (e[None, :] < E)
-    z = tl.load(logits_ptr + row[:, None] * E + e[None, :], mask=mask, other=-float("inf")).to(tl.float32)
-    p = tl.exp(z - tl.where(row < num_rows, tl.max(z, axis=1), 0.0)[:, None])
-    total = tl.sum(p, axis=1)
-    return z, p / tl.where(row < num_rows, total, 1.0)[:, None]
+    inside = row < num_rows
+    z, s = scores(logits_ptr, row, inside, E, False, BE)
+    return z, s / tl.where(inside, tl.sum(s, axis=1), 1.0)[:, None]
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_tokens"])

@@ -23,7 +23,7 @@ _ELEMENTS = 1024  # of the rows that a program holds
 
 
 @triton.jit
-def _scores(logits_ptr, row, inside, E, IS_SIGMOID: tl.constexpr, BE: tl.constexpr):
+def scores(logits_ptr, row, inside, E, IS_SIGMOID: tl.constexpr, BE: tl.constexpr):
     """`z` and `s` of some rows; beyond the experts -inf and 0."""
     e = tl.arange(0, BE)
     mask = inside[:, None] & (e[None, :] < E)
@@ -69,7 +69,7 @@ def _route_kernel(
     row = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     inside = row < num_rows
     e, slot = tl.arange(0, BE), tl.arange(0, BK)
-    z, s = _scores(logits_ptr, row, inside, E, IS_SIGMOID, BE)
+    z, s = scores(logits_ptr, row, inside, E, IS_SIGMOID, BE)
     choice = z
     if HAS_BIAS or G > 1:
         p = s if IS_SIGMOID else tl.div_rn(s, tl.sum(s, axis=1)[:, None])
@@ -106,7 +106,7 @@ def _route_backward_kernel(
     row = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     inside = row < num_rows
     e = tl.arange(0, BE)
-    _, s = _scores(logits_ptr, row, inside, E, IS_SIGMOID, BE)
+    _, s = scores(logits_ptr, row, inside, E, IS_SIGMOID, BE)
     ds = tl.zeros((BR, BE), tl.float32)
     is_chosen = tl.zeros((BR, BE), tl.float32)
     for k in tl.static_range(K):

@@ -6,14 +6,14 @@ The counts carry no gradient, so that of the logits is the softmax's, with one w
 is kept for backward. The host walks layer by layer, a dozen launches each, forward and backward.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from expertune.kernels import has_triton
+from expertune import kernels
 
 NUM_ELEMENTS = 2**25  # of logits whose probabilities are there at once, 128 MiB in float32
 
@@ -48,8 +48,9 @@ class _Balance(torch.autograd.Function):
     def forward(ctx: Any, top_k: int, num_experts: int, mask_N: Tensor | None, *logits: Tensor) -> Tensor:
         wide = _wide(logits[0].dtype)
         sums_2E = logits[0].new_zeros(2, num_experts, dtype=wide)
+        sums, _ = _functions(logits[0])
         for group in _groups(logits):
-            sums_2E += _sums(torch.cat(group), top_k, mask_N)
+            sums_2E += sums(torch.cat(group), top_k, mask_N)
         count_E, probability_E = sums_2E
         num_rows = sum(map(len, logits)) if mask_N is None else mask_N.sum(dtype=wide) * len(logits)
         count_E *= num_experts / num_rows**2
@@ -63,17 +64,19 @@ class _Balance(torch.autograd.Function):
         count_E, mask_N, *logits = ctx.saved_tensors
         dmean_E = count_E * dloss
         dlogits: list[Tensor] = []
+        _, gradient = _functions(logits[0])
         for group in _groups(logits):
-            dlogits += torch.split(_gradient(torch.cat(group), dmean_E, mask_N), [len(each) for each in group])
+            dlogits += torch.split(gradient(torch.cat(group), dmean_E, mask_N), [len(each) for each in group])
         return None, None, None, *dlogits
 
 
-def _sums(logits_ME: Tensor, top_k: int, mask_N: Tensor | None) -> Tensor:
-    if _is_ours(logits_ME):
-        from expertune.kernels.load_balancing import balance_sums  # imports Triton, which is optional
+def _functions(logits_NE: Tensor) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """The sums and the gradient, by kernels or by torch's own operations."""
+    if kernels.computes(logits_NE):
+        from expertune.kernels.load_balancing import balance_backward, balance_sums  # imports Triton, which is optional
 
-        return balance_sums(logits_ME, top_k, mask_N)
-    return plain_sums(logits_ME, top_k, mask_N)
+        return balance_sums, balance_backward
+    return plain_sums, plain_gradient
 
 
 def plain_sums(logits_ME: Tensor, top_k: int, mask_N: Tensor | None) -> Tensor:
@@ -95,14 +98,6 @@ def plain_sums(logits_ME: Tensor, top_k: int, mask_N: Tensor | None) -> Tensor:
     return torch.stack((count_E, p_ME.mul_(weight_M.unsqueeze(1)).sum(0)))
 
 
-def _gradient(logits_ME: Tensor, dmean_E: Tensor, mask_N: Tensor | None) -> Tensor:
-    if _is_ours(logits_ME):
-        from expertune.kernels.load_balancing import balance_backward  # imports Triton, which is optional
-
-        return balance_backward(logits_ME, dmean_E, mask_N)
-    return plain_gradient(logits_ME, dmean_E, mask_N)
-
-
 def plain_gradient(logits_ME: Tensor, dmean_E: Tensor, mask_N: Tensor | None) -> Tensor:
     """The kernel's work by torch's own operations, on any device.
 
@@ -117,10 +112,6 @@ def plain_gradient(logits_ME: Tensor, dmean_E: Tensor, mask_N: Tensor | None) ->
     if mask_N is not None:
         d_ME *= _weights(mask_N, d_ME).unsqueeze(1)
     return d_ME.to(logits_ME.dtype)
-
-
-def _is_ours(logits_ME: Tensor) -> bool:
-    return logits_ME.is_cuda and logits_ME.dtype != torch.float64 and has_triton()
 
 
 def _groups(logits: Sequence[Tensor]) -> Iterator[list[Tensor]]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from expertune.kernels import has_triton
+from expertune import kernels
 
 # Whose logits are there at once: 300 MB at 151,936 tokens of vocabulary in 16 bits. Products with 1,024 rows fill one
 # wave of an H100 in the narrower direction, 2,048 columns.
@@ -84,7 +84,7 @@ class _LabelLogProbs(torch.autograd.Function):
         log_prob_N, entropy_N = (hidden_ND.new_empty(num_tokens, dtype=wide) for _ in range(2))
         is_top1_N = hidden_ND.new_empty(num_tokens, dtype=torch.bool)
         gradient_ND = torch.empty_like(hidden_ND) if ctx.needs_input_grad[0] else None
-        fold = _kernel if _is_ours(hidden_ND) else _plain
+        fold = _kernel if kernels.computes(hidden_ND) else _plain
         buffer_TV = hidden_ND.new_empty(min(num_tokens, NUM_TOKENS), len(weight_VD))
         for start in range(0, num_tokens, NUM_TOKENS):
             part = slice(start, min(start + NUM_TOKENS, num_tokens))
@@ -165,7 +165,3 @@ def _kernel(
 
 def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
-
-
-def _is_ours(x: Tensor) -> bool:
-    return x.is_cuda and x.dtype != torch.float64 and has_triton()
