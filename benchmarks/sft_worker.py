@@ -7,7 +7,7 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from idle import Run, idle
@@ -221,15 +221,18 @@ def _synchronize() -> None:
 
 def _by_part(profiler: Any) -> dict[str, float]:
     """Milliseconds of the GPU, by part."""
-    from torch.autograd import DeviceType
-
-    events = [e for e in profiler.key_averages() if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
+    events = _on_gpu(profiler.key_averages())
     return sum_by_part([(event.key, event.self_device_time_total / 1000) for event in events])
 
 
 def _idle(profiler: Any, step_ms: float) -> dict[str, Any]:
     """Where the GPU waited in the step that was profiled."""
+    events = _on_gpu(profiler.events())
+    return idle([Run(e.time_range.start, e.time_range.end, e.name) for e in events], step_ms)
+
+
+def _on_gpu(events: Iterable[Any]) -> list[Any]:
+    """What ran there, of a profile."""
     from torch.autograd import DeviceType
 
-    events = [e for e in profiler.events() if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
-    return idle([Run(e.time_range.start, e.time_range.end, e.name) for e in events], step_ms)
+    return [e for e in events if e.device_type == DeviceType.CUDA and not e.is_user_annotation]

@@ -26,7 +26,8 @@ class Watch:
         self._parameters = list(module.parameters())
         self._places = self._read_places()
         plain = [(vars(m), _plain(m)) for m in modules if not type(m).__module__.startswith("torch.nn.")]
-        self._settings = [(now, itemgetter(*was), _values(was)) for now, was in plain if was]
+        reads = [(now, was, itemgetter(*was)) for now, was in plain if was]
+        self._settings = [(now, read, read(was)) for now, was, read in reads]
         self._hooks = [getattr(m, name) for m in modules[1:] for name in _HOOKS]
         self._hooked = self._numbers()
 
@@ -60,12 +61,6 @@ class Watch:
     def _numbers(self) -> list[tuple[int, ...]]:
         """Of the hooks, as torch counts them."""
         return [tuple(hooks) for hooks in self._hooks if hooks]
-
-
-def _values(settings: dict[str, Any]) -> Any:
-    """What an `itemgetter` of all their names reads."""
-    values = tuple(settings.values())
-    return values if len(values) > 1 else values[0]
 
 
 def _plain(module: nn.Module) -> dict[str, Any]:

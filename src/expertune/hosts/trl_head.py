@@ -110,9 +110,9 @@ def _label(kwargs: dict[str, Any]) -> Tensor | None:
     """What TRL's forward compares with the label of what is not learned."""
     if not kwargs.get("fused_lm_head"):
         return None
-    shifted, given = kwargs.get("shift_labels"), kwargs.get("labels")
-    label = shifted if shifted is not None or given is None else given[:, 1:]
-    return label if isinstance(label, Tensor) else None
+    shifted: Tensor | None = kwargs.get("shift_labels")
+    given: Tensor | None = kwargs.get("labels")
+    return shifted if shifted is not None or given is None else given[:, 1:]
 
 
 def _bound(model: nn.Module) -> _LogProbs | None:
