@@ -1,11 +1,13 @@
 """What the walk keeps for backward, counted in bytes: DESIGN's formula, the same on every backend."""
 
 from dataclasses import replace
+from typing import Any, TypeAlias
 
 import pytest
 import torch
 from torch import Tensor
 
+import expertune.experts as walk
 from expertune.activations import Gate, SwiGlu
 from expertune.backends import native_torch
 from expertune.backends.protocol import Backend
@@ -14,22 +16,21 @@ from expertune.shapes import ExpertsLayout, LoraFactors
 from tests.cases import DEVICE, pair_id, runnable
 
 T, K, E, D, F, R = 50, 4, 8, 64, 32, 16
+_Inputs: TypeAlias = tuple[Tensor, Tensor, Tensor, tuple[Projection, Projection]]
 
 
-def _inputs(
-    *, is_transposed: bool, trains_base: bool, dtype: torch.dtype = torch.bfloat16
-) -> tuple[Tensor, Tensor, Tensor, tuple[Projection, Projection]]:
+def _inputs(*, is_transposed: bool, trains_base: bool, dtype: torch.dtype = torch.bfloat16) -> _Inputs:
     torch.manual_seed(0)
 
     def projection(width_in: int, width_out: int) -> Projection:
         shape = (E, width_in, width_out) if is_transposed else (E, width_out, width_in)
         adapter = LoraFactors(
-            a=torch.randn(E * R, width_in, device=DEVICE).requires_grad_(),
-            b=torch.randn(width_out, R * E, device=DEVICE).requires_grad_(),
+            a=(torch.randn(E * R, width_in, device=DEVICE) / 8).requires_grad_(),
+            b=(torch.randn(width_out, R * E, device=DEVICE) / 8).requires_grad_(),
             scale=2.0,
         )
         return Projection(
-            weight=torch.randn(shape, device=DEVICE).to(dtype).requires_grad_(trains_base), adapters=(adapter,)
+            weight=(torch.randn(shape, device=DEVICE) / 8).to(dtype).requires_grad_(trains_base), adapters=(adapter,)
         )
 
     x_TD = torch.randn(T, D, device=DEVICE).to(dtype).requires_grad_()
@@ -47,10 +48,65 @@ def _step(backend: Backend, gate: Gate, *, is_transposed: bool) -> ExpertsStep:
 @pytest.mark.parametrize(("backend", "dtype"), runnable(torch.bfloat16, torch.float16), ids=pair_id)
 @pytest.mark.parametrize(("gate", "is_transposed"), [(SwiGlu(), False), (SwiGlu(is_concatenated=False), True)])
 def test_saved_bytes_are_the_formula(backend: Backend, dtype: torch.dtype, gate: Gate, is_transposed: bool) -> None:
-    x_TD, expert_TK, weight_TK, projections = _inputs(is_transposed=is_transposed, trains_base=False, dtype=dtype)
+    inputs = _inputs(is_transposed=is_transposed, trains_base=False, dtype=dtype)
+    step = _step(backend, gate, is_transposed=is_transposed)
+    assert _saved_bytes(inputs, step) == _formula(inputs[1], step)
+
+
+@pytest.mark.parametrize("has_own_dtype", [False, True], ids=["factors in the weights' dtype", "in another"])
+@pytest.mark.parametrize("is_transposed", [False, True])
+@pytest.mark.parametrize(("backend", "dtype"), runnable(torch.bfloat16, torch.float16), ids=pair_id)
+def test_factors_that_are_kept_packed_are_packed_once(
+    backend: Backend, dtype: torch.dtype, is_transposed: bool, has_own_dtype: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = _inputs(is_transposed=is_transposed, trains_base=False, dtype=dtype)
+    x_TD, expert_TK, weight_TK, projections = inputs
+    factors = [factor for projection in projections for factor in projection.adapters]
+    if not has_own_dtype:
+        for factor in factors:
+            factor.a.data, factor.b.data = factor.a.data.to(dtype), factor.b.data.to(dtype)
+    step = _step(backend, SwiGlu(), is_transposed=is_transposed)
+    packs, first_gradients = _packs(monkeypatch), None
+    for keeps_packed in (False, True):
+        for time in range(3):  # Triton's launches are noted at the second and repeated at the third
+            packs.clear()
+            out_TD = experts(x_TD, step.dispatch(expert_TK), weight_TK, projections, step, keeps_packed=keeps_packed)
+            wanted = [x_TD, weight_TK, *(each for factor in factors for each in (factor.a, factor.b))]
+            gradients = torch.autograd.grad(out_TD.sum(), wanted)
+            if time == 0:
+                assert len(packs) == (1 if keeps_packed else 2)
+            first_gradients = first_gradients or gradients
+            assert all(map(torch.equal, gradients, first_gradients))
+    packed = sum(factor.b.numel() for factor in factors)
+    if has_own_dtype or (is_transposed and backend.name == "triton"):  # else it lies as it is multiplied
+        packed += sum(factor.a.numel() for factor in factors)
+    assert _saved_bytes(inputs, step, keeps_packed=True) == _formula(expert_TK, step) + packed * dtype.itemsize
+
+
+def _packs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What factors are packed for from now on."""
+    real, calls = walk.pack, []
+
+    def spy(*linears: Any) -> Any:
+        calls.append(linears)
+        return real(*linears)
+
+    monkeypatch.setattr(walk, "pack", spy)
+    return calls
+
+
+def _formula(expert_TK: Tensor, step: ExpertsStep) -> int:
+    listed_words = E  # the ends, and two words a tile where a backend lists tiles: nothing that grows with the width
+    if (shape := step.dispatch(expert_TK).shape).tile_rows is not None:
+        listed_words += 2 * (-(-shape.max_tiles // 4) * 4) + 1  # each list starts at a multiple of 16 bytes
+    return T * (2 * D + K * (4 * F + 4 * R + 16)) + 4 * listed_words
+
+
+def _saved_bytes(inputs: _Inputs, step: ExpertsStep, *, keeps_packed: bool = False) -> int:
+    """What forward leaves for backward, beside parameters."""
+    x_TD, expert_TK, weight_TK, projections = inputs
     parameters = {p.weight.untyped_storage().data_ptr() for p in projections}
     parameters |= {f.untyped_storage().data_ptr() for p in projections for a in p.adapters for f in (a.a, a.b)}
-    step = _step(backend, gate, is_transposed=is_transposed)
     saved: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -60,11 +116,8 @@ def test_saved_bytes_are_the_formula(backend: Backend, dtype: torch.dtype, gate:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        experts(x_TD, step.dispatch(expert_TK), weight_TK, projections, step)
-    listed_words = E  # the ends, and two words a tile where a backend lists tiles: nothing that grows with the width
-    if (shape := step.dispatch(expert_TK).shape).tile_rows is not None:
-        listed_words += 2 * (-(-shape.max_tiles // 4) * 4) + 1  # each list starts at a multiple of 16 bytes
-    assert sum(saved.values()) == T * (2 * D + K * (4 * F + 4 * R + 16)) + 4 * listed_words
+        experts(x_TD, step.dispatch(expert_TK), weight_TK, projections, step, keeps_packed=keeps_packed)
+    return sum(saved.values())
 
 
 @pytest.mark.parametrize("trains_base", [False, True])

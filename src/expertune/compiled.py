@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from expertune import lora
-from expertune.experts import STEPS, ExpertsStep, Projection, Walk, run_backward, run_forward
+from expertune.experts import STEPS, ExpertsStep, Made, Projection, Walk, run_backward, run_forward
 from expertune.shapes import LoraFactors
 
 _SHARED = "Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor[] factors, float[] scales, int num_first, int step"
@@ -58,7 +58,7 @@ def _forward(x: Tensor, expert: Tensor, weight: Tensor, *shared: Any) -> tuple[T
     """`out_TD`, `h_NG` and the two mids; empty where there is none."""
     walk, tensors = _walk(expert, *shared)
     with torch.no_grad():
-        results = run_forward(walk, x, weight, tensors)
+        results = run_forward(walk, x, weight, tensors)[:4]
     return tuple(x.new_empty(0) if result is None else result.contiguous() for result in results)
 
 
@@ -84,9 +84,9 @@ def _backward(
     """Gradients of `x, weight, w1, b1, w2, b2`, then of the factors; empty where none is wanted."""
     walk, tensors = _walk(expert, *shared)
     walk = walk._replace(wants=tuple(wants))
-    mids = (mid if mid.numel() or not x.numel() else None for mid in (mid1, mid2))
+    made = Made(h, *(mid if mid.numel() or not x.numel() else None for mid in (mid1, mid2)))
     with torch.no_grad(), _differentiable():
-        grads = run_backward(walk, dout, (x, h, *mids, weight, *tensors))
+        grads = run_backward(walk, dout, (x, *made, weight, *tensors))
     return [x.new_empty(0) if grad is None else grad.contiguous() for grad in grads]
 
 

@@ -6,14 +6,15 @@
     out[t] = Σ_k weight[t, k] · y[row(t, k)]                                   combine
 
 `W + s·BA` is never formed (Split LoRA). Kept for backward: `x_TD`, `h_NG`, the two LoRA mids `(N, R)` and four words a
-routed row: `2D + K(4F + 4R + 16)` bytes a token in bfloat16. `a` is computed again; `y` is never needed, because
-`⟨dout, y⟩ = ⟨a, da⟩ + ⟨dout, b2⟩` (Guo et al. 2025, "SonicMoE"). A frozen weight gets no gradient and keeps no input.
+routed row: `2D + K(4F + 4R + 16)` bytes a token in bfloat16; where asked for, the packed factors too. `a` is computed
+again; `y` is never needed, because `⟨dout, y⟩ = ⟨a, da⟩ + ⟨dout, b2⟩` (Guo et al. 2025, "SonicMoE"). A frozen weight
+gets no gradient and keeps no input.
 """
 
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeAlias, cast
+from typing import Any, NamedTuple, cast
 from weakref import WeakValueDictionary
 
 import torch
@@ -22,11 +23,10 @@ from torch.autograd.function import once_differentiable
 
 from expertune import accumulate, lora
 from expertune.activations import Gate
-from expertune.backends.protocol import Backend, FactorSide, PackedFactors, Steps
+from expertune.backends.protocol import Backend, FactorSide
+from expertune.grouped_linear import GroupedLinear, pack
 from expertune.shapes import Dispatch, ExpertsLayout, LoraFactors, RoutingShape, Tensors
 from expertune.weights.dense import DenseWeights
-
-_Pair: TypeAlias = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +83,7 @@ def experts(
     step: ExpertsStep,
     *,
     leaves_out: bool = False,
+    keeps_packed: bool = False,
 ) -> Tensor:
     """The sum over each token's experts of their outputs, weighted by the router: `(T, D)` in the dtype of `x_TD`.
 
@@ -93,11 +94,13 @@ def experts(
         projections: gate_up (or up) and down.
         step: layout, gate and backend.
         leaves_out: yield zeros, with the right gradient: for a recomputation whose output nobody reads.
+        keeps_packed: keep the packed factors for backward, as large as the adapters in the dtype of the base weights,
+            instead of packing them again: for a recomputation, whose backward is next, or where there is room.
 
     Differentiable in `x_TD`, `weight_TK`, base weights, biases and LoRA factors, each only where it asks for it.
     """
     tensors, scales = flatten(projections)
-    walk = Walk(step=step, scales=scales, routing=routing.shape, leaves_out=leaves_out)
+    walk = Walk(step=step, scales=scales, routing=routing.shape, leaves_out=leaves_out, keeps_packed=keeps_packed)
     out_TD = _ExpertsFunction.apply(  # type: ignore[no-untyped-call]
         walk, x_TD.to(projections[0].weight.dtype), weight_TK, routing.words, *tensors
     )
@@ -121,6 +124,7 @@ class Walk(NamedTuple):
         scales: of the adapters of each projection.
         routing: the sizes of the routing.
         leaves_out: whether the output is left out.
+        keeps_packed: whether the packed factors are kept from forward to backward.
         overwrites: in backward, whether what was saved may be written over.
         wants: in backward, which of `x, weight, w1, b1, w2, b2` and of the factors want a gradient.
     """
@@ -129,6 +133,7 @@ class Walk(NamedTuple):
     scales: tuple[tuple[float, ...], ...]
     routing: RoutingShape
     leaves_out: bool = False
+    keeps_packed: bool = False
     overwrites: bool = False
     wants: tuple[bool, ...] = ()
 
@@ -144,7 +149,7 @@ class Walk(NamedTuple):
         cut = 2 * len(self.scales[0])
         return any(factors[:cut]), any(factors[cut:])
 
-    def linears(self, tensors: Tensors) -> "tuple[Dispatch, _Linear, _Linear]":
+    def linears(self, tensors: Tensors) -> "tuple[Dispatch, GroupedLinear, GroupedLinear]":
         """The routing and both linears, from its words, then `w1, b1, w2, b2, a, b, a, b, …`."""
         words, w1, b1, w2, b2, *factors = tensors
         routing = Dispatch(self.routing, cast(Tensor, words))
@@ -157,69 +162,48 @@ class Walk(NamedTuple):
         steps = self.step.backend.steps()
         return (
             routing,
-            _Linear(steps, routing, DenseWeights(cast(Tensor, w1), transposed), b1, adapters[0]),
-            _Linear(steps, routing, DenseWeights(cast(Tensor, w2), transposed), b2, adapters[1]),
+            GroupedLinear(steps, routing, DenseWeights(cast(Tensor, w1), transposed), b1, adapters[0]),
+            GroupedLinear(steps, routing, DenseWeights(cast(Tensor, w2), transposed), b2, adapters[1]),
         )
 
 
-class _Linear(NamedTuple):
-    """A projection during one pass: the grouped linear with Split LoRA, and its gradients."""
+class Made(NamedTuple):
+    """What forward makes that backward reads.
 
-    steps: Steps
-    routing: Dispatch
-    weights: DenseWeights
-    bias_EO: Tensor | None
-    adapters: tuple[LoraFactors, ...]
+    Args:
+        h_NG: before the gate.
+        mid1_NR, mid2_NR: of the two projections, None without adapters.
+        a1_ERI, b1_EOR, a2_ERI, b2_EOR: the packed factors as `GroupedLinear.held` gives them, if they are kept.
+    """
 
-    def gated(self, gate: Gate, x_NI: Tensor, packed: PackedFactors | None, mid_NR: Tensor | None) -> _Pair:
-        """`h_NG` and `a_NF`."""
-        low_rank = None if packed is None or mid_NR is None else (mid_NR, packed.b_EOR.mT)
-        w_EIO, bias_EO = self.weights.w_EIO, self.bias_EO
-        return self.steps.gated_linear(gate, x_NI, w_EIO, self.routing, low_rank=low_rank, bias_EO=bias_EO)
-
-    def forward(self, x_NI: Tensor, packed: PackedFactors | None, mid_NR: Tensor | None) -> Tensor:
-        """`y_NO`."""
-        low_rank = None if packed is None or mid_NR is None else (mid_NR, packed.b_EOR.mT)
-        return self.steps.linear(x_NI, self.weights.w_EIO, self.routing, low_rank=low_rank, bias_EO=self.bias_EO)
-
-    def input_grad(self, dy_NO: Tensor, packed: PackedFactors | None, dmid_NR: Tensor | None) -> Tensor:
-        """`dx_NI`."""
-        low_rank = None if packed is None or dmid_NR is None else (dmid_NR, packed.a_ERI)
-        return self.steps.linear(dy_NO, self.weights.w_EOI, self.routing, low_rank=low_rank)
-
-    def weight_grad(self, dy_NO: Tensor, x_NI: Tensor, total: Tensor | None) -> Tensor | None:
-        """`dW` in the host's layout, or None if it was added to `total`. Only called where the weight is trained."""
-        u, v = (x_NI, dy_NO) if self.weights.is_transposed else (dy_NO, x_NI)
-        return self.steps.outer(u, v, self.routing, total)
-
-    def bias_grad(self, dy_NO: Tensor, weight_N1: Tensor | None) -> Tensor:
-        """`(E, O)`: each expert's rows summed, as a product with a column so that the order is fixed."""
-        column_N8 = dy_NO.new_ones((dy_NO.shape[0], lora.RANK_MULTIPLE))
-        if weight_N1 is not None:
-            column_N8.mul_(weight_N1)
-        return cast(Tensor, self.steps.outer(dy_NO, column_N8, self.routing))[:, :, 0]
+    h_NG: Tensor | None
+    mid1_NR: Tensor | None
+    mid2_NR: Tensor | None
+    a1_ERI: Tensor | None = None
+    b1_EOR: Tensor | None = None
+    a2_ERI: Tensor | None = None
+    b2_EOR: Tensor | None = None
 
 
-def _pack(first: _Linear, second: _Linear) -> list[PackedFactors | None]:
-    """The adapters of both, joined. Done again in each pass, so that no copy is kept between them."""
-    return first.steps.pack([(first.adapters, first.weights), (second.adapters, second.weights)])
+_NUM_MADE = len(Made._fields)
 
 
 def _forward(walk: Walk, tensors: Tensors) -> tuple[Tensor | None, ...]:
-    """`out_TD`, or None where it is left out, and what is saved: `h_NG` and the two mids."""
+    """`out_TD`, or None where it is left out, and `Made`."""
     x_TD, weight_TK = cast(tuple[Tensor, Tensor], tensors[:2])
     steps = walk.step.backend.steps()
     routing, first, second = walk.linears(tensors[2:])
-    packed1, packed2 = _pack(first, second)
+    packed1, packed2 = pack(first, second)
+    held = (*first.held(packed1), *second.held(packed2)) if walk.keeps_packed else ()
     x_ND, mid1_NR = steps.gather(x_TD, None if packed1 is None else packed1.a_ERI, routing)
     h_NG, a_NF = first.gated(walk.step.gate, x_ND, packed1, mid1_NR)
     del x_ND, packed1
     mid2_NR = None if packed2 is None else steps.shrink(a_NF, packed2.a_ERI, routing)
     if walk.leaves_out:
-        return None, h_NG, mid1_NR, mid2_NR
+        return None, *Made(h_NG, mid1_NR, mid2_NR, *held)
     y_ND = second.forward(a_NF, packed2, mid2_NR)
     del a_NF, packed2
-    return steps.combine(y_ND, weight_TK, routing), h_NG, mid1_NR, mid2_NR
+    return steps.combine(y_ND, weight_TK, routing), *Made(h_NG, mid1_NR, mid2_NR, *held)
 
 
 def _backward(walk: Walk, tensors: Tensors) -> tuple[Tensor | None, ...]:
@@ -227,9 +211,11 @@ def _backward(walk: Walk, tensors: Tensors) -> tuple[Tensor | None, ...]:
 
     Of `weight` only `⟨a, da⟩`; `_bias_part` is missing.
     """
-    dout_TD, x_TD, h_NG, mid1_NR, mid2_NR, weight_TK = cast(tuple[Tensor, ...], tensors[:6])
+    dout_TD, x_TD, *others = cast(tuple[Tensor, ...], tensors[: -walk.num_parts])
+    h_NG, mid1_NR, mid2_NR, *held = others[:_NUM_MADE]
+    weight_TK, *others = others[_NUM_MADE:]
     steps = walk.step.backend.steps()
-    routing, first, second = walk.linears(tensors[6 : -walk.num_parts])
+    routing, first, second = walk.linears(others)
     wants_x, wants_weight, wants_w1, wants_b1, wants_w2, wants_b2 = walk.wants[:6]
     wants_first, wants_second = walk.wants_factors
     sum1, _, sum2, _, *sums = tensors[-walk.num_parts :]
@@ -239,7 +225,8 @@ def _backward(walk: Walk, tensors: Tensors) -> tuple[Tensor | None, ...]:
     dsecond: list[Tensor | None] = [None] * (len(sums) - cut)
 
     # Down. The router's weight of a row multiplies the narrow side of every product, never a (N, D) tensor.
-    packed1, packed2 = _pack(first, second)
+    packed1, packed2 = (first.packed(*held[:2]), second.packed(*held[2:])) if walk.keeps_packed else pack(first, second)
+    del held
     dout_ND, dmid2_NR = steps.gather(dout_TD, None if packed2 is None else packed2.b_EOR.mT, routing)
     da_NF = second.input_grad(dout_ND, packed2, dmid2_NR)
     del packed2
@@ -280,19 +267,19 @@ def _forward_and_backward(walk: Walk, tensors: Tensors) -> tuple[Tensor | None, 
     Whether the tokens want a gradient is not known in a checkpointed forward pass; nearly always they do. Backward may
     write over what was saved, so that it takes no more memory than forward.
     """
-    out_TD, h_NG, mid1_NR, mid2_NR = _forward(walk, tensors)
+    out_TD, *made = _forward(walk, tensors)
     x_TD, weight_TK, words, *parts = cast(tuple[Tensor, ...], tensors)
     wants = [tensor is not None and tensor.requires_grad for tensor in parts]
     if x_TD.requires_grad or any(wants):
         walk = walk._replace(wants=(True, True, *wants), overwrites=True)
         dout_TD = torch.empty_like(x_TD)
         no_sums = [None] * len(parts)
-        _backward(walk, (dout_TD, x_TD, h_NG, mid1_NR, mid2_NR, weight_TK, words, *parts, *no_sums))
+        _backward(walk, (dout_TD, x_TD, *made, weight_TK, words, *parts, *no_sums))
     return (out_TD,)
 
 
 def run_forward(walk: Walk, x_TD: Tensor, weight_TK: Tensor, tensors: Tensors) -> tuple[Tensor | None, ...]:
-    """`_forward`, as the backend runs it.
+    """`_forward`, as the backend runs it: the output, if it is not left out, and `Made`.
 
     Args:
         walk: what else it needs.
@@ -311,16 +298,17 @@ def kept(walk: Walk, x_TD: Tensor, weight_TK: Tensor, made: Tensors, tensors: Te
         walk: says what is wanted.
         x_TD: the tokens, as in forward.
         weight_TK: the router's weights, as in forward.
-        made: `h` and both mids, as `run_forward` gives them.
+        made: as `run_forward` gives it.
         tensors: as in forward.
     """
-    h_NG, mid1_NR, mid2_NR = made
+    h_NG, mid1_NR, mid2_NR, *held = made
     wants_first, wants_second = walk.wants_factors
     return (
         x_TD if walk.wants[2] or wants_first else None,
         h_NG,
         mid1_NR if wants_first else None,
         mid2_NR if wants_second else None,
+        *held,
         weight_TK,
         *tensors,
     )
@@ -342,7 +330,7 @@ def run_backward(
     sums = [None] * walk.num_parts if sums is None else sums
     dx_TD, dweight_TK, *others = walk.step.backend.steps().run(_backward, walk, (dout_TD, *saved, *sums))
     if dweight_TK is not None:
-        weight_TK, words, _, _, _, b2, *_ = saved[4:]
+        weight_TK, words, _, _, _, b2, *_ = saved[1 + _NUM_MADE :]
         if b2 is not None:
             part_TK = _bias_part(dout_TD, b2, Dispatch(walk.routing, cast(Tensor, words)))
             dweight_TK = dweight_TK + part_TK.to(dweight_TK.dtype)

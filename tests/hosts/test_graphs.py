@@ -3,12 +3,10 @@
 import copy
 import gc
 import weakref
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
 from transformers import Cache
 
 import expertune
@@ -18,9 +16,8 @@ from expertune.graphs.pool import Pool
 from expertune.hosts import graphs
 from expertune.hosts.attach import attached
 from tests.conftest import Checkpoint
-from tests.graphs.replayed import FakeCapture
 from tests.hosts import memories
-from tests.hosts.models import load_tiny
+from tests.hosts.recorded import both, make, step, tokens
 
 _LAYERS = [f"layers.{i}{part}" for i in range(2) for part in ("", ".self_attn", ".mlp")]
 PIECES = {
@@ -36,37 +33,6 @@ PIECES = {
         "layers.1.mlp.shared_experts",
     ],
 }
-TARGETS = {"glm4_moe_lite": ["q_a_proj", "q_b_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]}
-
-
-def make(folder: Path, family: str, *, graphs: bool, modules_to_save: list[str] | None = None, **settings: Any) -> Any:
-    model = load_tiny(folder, torch.float32).requires_grad_(False)
-    expertune.optimize(model, graphs=graphs, **settings)
-    targets = TARGETS.get(family, ["q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"])
-    torch.manual_seed(0)
-    saved = {"modules_to_save": modules_to_save}
-    return expertune.add_lora(model, r=4, target_modules=targets, init_lora_weights=False, **saved)
-
-
-def both(folder: Path, family: str = "", **settings: Any) -> tuple[Any, Any, FakeCapture]:
-    """A model that records without a GPU, the same without recordings, and what counts them."""
-    ours, stock = (make(folder, family, graphs=graphs, **settings) for graphs in (True, False))
-    capture = FakeCapture()
-    recorder = attached(ours.get_base_model()).recorder  # type: ignore[union-attr]
-    recorder._pool_of = capture.pool  # type: ignore[union-attr]
-    return ours, stock, capture
-
-
-def step(model: nn.Module, ids: torch.Tensor, **inputs: Any) -> list[torch.Tensor | None]:
-    """Loss and gradients."""
-    model.zero_grad()
-    loss = model(input_ids=ids, labels=ids, **{"use_cache": False} | inputs).loss
-    loss.backward()
-    return [loss.detach(), *(p.grad for p in model.parameters())]
-
-
-def tokens(seed: int, batch: int = 2, length: int = 12) -> torch.Tensor:
-    return torch.randint(3, 64, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("family", PIECES)

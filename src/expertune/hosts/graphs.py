@@ -6,7 +6,7 @@ At short context the many small operations of a layer take longer to submit than
 """
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from types import FunctionType
@@ -86,9 +86,15 @@ class TransformersHost:
         """See `is_observer`."""
         return is_observer(hook)
 
-    def catching(self) -> AbstractContextManager[dict[str, list[Any]]]:
+    @contextmanager
+    def catching(self) -> Iterator[dict[str, list[Any]]]:
         """Lists in place of those that the hooks append to."""
-        return collected.catching(collected.names())
+        self._replay.is_graph_recorded = True
+        try:
+            with collected.catching(collected.names()) as caught:
+                yield caught
+        finally:
+            self._replay.is_graph_recorded = False
 
     def deliver(self, caught: dict[str, list[Any]]) -> None:
         """Append to those lists."""

@@ -304,7 +304,9 @@ def _walk(
         out_TD = token_tiles.experts(x_TD, routings, weight_TK, pair, step, leaves_out=leaves_out)
     else:
         rows = choose_rows() if tape is None else tape.once(choose_rows)
-        out_TD = experts(x_TD, rows, weight_TK, pair, step, leaves_out=leaves_out)
+        # of a checkpointed layer no longer than its second run, and a recording is made where there is room
+        keeps_packed = tape is not None or plan.replay.is_graph_recorded
+        out_TD = experts(x_TD, rows, weight_TK, pair, step, leaves_out=leaves_out, keeps_packed=keeps_packed)
     if is_last and tape is not None:
         tape.leave_out.begin(out_TD)
     return out_TD

@@ -107,9 +107,13 @@ class _TopKMode(TorchFunctionMode):
 
 
 class RoutingReplay:
-    """Which tape is running, per thread (autograd recomputes in a thread of its own). One object a model."""
+    """Which tape is running, per thread (autograd recomputes in a thread of its own). One object a model.
+
+    `is_graph_recorded` says that a layer, or a part of one, is being recorded as a CUDA graph.
+    """
 
     def __init__(self) -> None:
+        self.is_graph_recorded = False
         self._tapes: dict[int, Tape] = {}
         self._modes: dict[int, _TopKMode] = {}
 

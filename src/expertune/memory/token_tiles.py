@@ -153,6 +153,7 @@ def _walk_back(
     walk: Walk, dout_TD: Tensor, x_TD: Tensor, weight_TK: Tensor, tensors: Tensors, sums: Sequence[Tensor | None]
 ) -> Tensors:
     """The gradients of one tile, as `run_backward` gives them; it is walked once more for what they need."""
+    walk = walk._replace(keeps_packed=True)
     _, *made = run_forward(walk._replace(leaves_out=True), x_TD, weight_TK, tensors)
     saved = kept(walk, x_TD, weight_TK, made, tensors)
     del made
