@@ -34,16 +34,45 @@ def test_products_match_their_definition(
     def define_matmul(x, w):  # type: ignore[no-untyped-def]
         return torch.einsum("ni,nio->no", x, w[experts])
 
-    def define_outer(u, v):  # type: ignore[no-untyped-def]
-        one_hot = torch.nn.functional.one_hot(experts, NUM_EXPERTS).to(u.dtype)
-        return torch.einsum("ne,no,ni->eoi", one_hot, u, v)
-
     y_NO = backend.steps().linear(x_NI, w_EIO, routing)
     assert_no_worse(y_NO, define_matmul(x_NI, w_EIO), define_matmul(x_NI.double(), w_EIO.double()), "matmul")
     o_EOI = backend.steps().outer(u_NO, x_NI, routing)
-    assert_no_worse(o_EOI, define_outer(u_NO, x_NI), define_outer(u_NO.double(), x_NI.double()), "outer")
-    absent = sorted(set(range(NUM_EXPERTS)) - set(experts.tolist()))
-    assert not o_EOI[absent].any(), "an expert without rows has a gradient"
+    plain, truth = (define_outer(u, v, experts) for u, v in ((u_NO, x_NI), (u_NO.double(), x_NI.double())))
+    assert_no_worse(o_EOI, plain, truth, "outer")
+
+
+def define_outer(u_NO: torch.Tensor, v_NI: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
+    one_hot = torch.nn.functional.one_hot(experts, NUM_EXPERTS).to(u_NO.dtype)
+    return torch.einsum("ne,no,ni->eoi", one_hot, u_NO, v_NI)
+
+
+@pytest.mark.parametrize("adds", [False, True])
+@pytest.mark.parametrize("widths", [(24, 16), (136, 304), (304, 136)], ids=str)
+@pytest.mark.parametrize("expert_TK", ROUTINGS.values(), ids=ROUTINGS)
+@pytest.mark.parametrize(("backend", "dtype"), runnable(*DTYPES), ids=pair_id)
+def test_gradients_of_weights(
+    backend: Backend, dtype: torch.dtype, expert_TK: torch.Tensor, widths: tuple[int, int], adds: bool
+) -> None:
+    """Wide ones, which the kernels cut in another way, or leave to torch."""
+    torch.manual_seed(0)
+    routing = backend.steps().dispatch(expert_TK.to(DEVICE), NUM_EXPERTS)
+    experts = routing.row_expert_N.long()
+    u_NO, v_NI = (torch.randn(len(experts), width).to(DEVICE, dtype) for width in widths)
+    before = torch.randn(NUM_EXPERTS, *widths).to(DEVICE, dtype) if adds else None
+    poison = torch.full((NUM_EXPERTS, *widths), torch.nan, dtype=dtype, device=DEVICE)
+    del poison  # its memory is next
+    total = None if before is None else before.clone()
+    given = backend.steps().outer(u_NO, v_NI, routing, total)
+    assert (given is None) is adds
+    plain, truth = (define_outer(u, v, experts) for u, v in ((u_NO, v_NI), (u_NO.double(), v_NI.double())))
+    result = given if total is None else total
+    if before is not None:
+        plain, truth = plain + before, truth + before.double()
+    assert result is not None
+    assert_no_worse(result, plain, truth, "outer")
+    if before is None:
+        absent = sorted(set(range(NUM_EXPERTS)) - set(experts.tolist()))
+        assert not result[absent].any(), "an expert without rows has a gradient"
 
 
 def test_auto_takes_the_best_that_runs_and_says_why_others_do_not() -> None:

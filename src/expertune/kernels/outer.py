@@ -162,13 +162,11 @@ def outer(
     sums = (first, second or first)
     widths = [s.wide.shape[1] for s in sums]
     ranks = [s.narrow_NR.shape[1] for s in sums]
-    block_rank = min(64, max(16, next_power_of_2(max(ranks))))
-    is_narrow = first.wide.itemsize < torch.float32.itemsize  # float32 is multiplied from registers, which hold less
-    block = min(128 if is_narrow else 64, max(16, next_power_of_2(max(widths))))
-    num_blocks = ceil_div(widths[0], block) + (ceil_div(widths[1], block) if second else 0)
+    cut = _cut(max(widths), max(ranks), first.wide.itemsize)
+    num_blocks = ceil_div(widths[0], cut.BI) + (ceil_div(widths[1], cut.BI) if second else 0)
     launch(
         _outer_kernel,
-        (num_blocks, ends_E.shape[0], ceil_div(max(ranks), block_rank)),
+        (num_blocks, ends_E.shape[0], ceil_div(max(ranks), cut.BR)),
         (
             *(tensor for s in sums for tensor in (s.wide, s.narrow_NR, s.out)),
             weight_TK if weight_TK is not None else first.narrow_NR,
@@ -185,10 +183,24 @@ def outer(
             "IS_WIDE_FIRST1": sums[1].is_wide_first,
             "ADDS1": sums[1].adds,
             "IS_WEIGHTED": weight_TK is not None,
-            "BN": 64 if is_narrow else 32,
-            "BI": block,
-            "BR": block_rank,
+            **cut._asdict(),
         },
-        num_warps=8 if block >= 64 else 4,
-        num_stages=3,
+        num_warps=8 if cut.BI >= 64 else 4,
+        num_stages=4 if cut.BR > 128 else 3,
     )
+
+
+class _Cut(NamedTuple):
+    """Rows at a time, and the block of a wide side and of ranks that a program owns."""
+
+    BN: int
+    BI: int
+    BR: int
+
+
+def _cut(width: int, rank: int, itemsize: int) -> _Cut:
+    """For the wider of two sums. Both sides of `dW` are wide: a larger block reads them fewer times."""
+    block, block_rank = max(16, next_power_of_2(width)), max(16, next_power_of_2(rank))
+    if itemsize >= torch.float32.itemsize:  # multiplied from registers, which hold less
+        return _Cut(32, min(64, block), min(64, block_rank))
+    return _Cut(32 if block_rank > 128 else 64, min(128, block), min(256, block_rank))
