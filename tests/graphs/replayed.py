@@ -32,6 +32,7 @@ class FakeCapture:
     replays: int = 0
     refuses: str | None = None
     recorded: list[bool] = field(default_factory=list)
+    rooms: list[int] = field(default_factory=list)  # how much had been recorded when room was made
 
     def pool(self, _device: torch.device) -> Pool:
         return Pool(self)
@@ -41,6 +42,9 @@ class FakeCapture:
             raise RuntimeError(self.refuses)
         self.recorded.append(keeps)
         return Rerun(work, self)
+
+    def make_room(self) -> None:
+        self.rooms.append(len(self.recorded))
 
     def lend(self, x: Tensor) -> Tensor:
         """Work that is run again makes it anew."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from expertune.graphs import recording
-from expertune.graphs.piece import Piece
+from expertune.graphs.piece import MOST_TOKENS, Piece
 from tests.graphs.replayed import FakeCapture, Toy, assert_same, gradients, inputs, make_recorder, toys
 
 
@@ -282,10 +282,20 @@ def test_an_argument_of_a_type_of_its_own_is_read_by_the_module(capture: FakeCap
 
 
 def test_only_so_many_tokens_and_kinds(capture: FakeCapture, pair: tuple[Toy, Toy]) -> None:
-    for length in (4097, 3, 4, 5):
+    for length, recordings in ((MOST_TOKENS + 1, 0), (3, 1), (4, 2), (5, 2)):
         for seed in range(4):
             assert_same(*pair, seed, length)
-    assert len(capture.recorded) == 2 * 2
+        assert len(capture.recorded) == 2 * recordings
+
+
+def test_room_is_made_once_for_all_that_are_recorded_together(capture: FakeCapture) -> None:
+    pairs = list(zip(*toys(make_recorder(capture), 3), strict=True))
+    for length in (3, 4):
+        for seed in range(4):
+            for toy, stock in pairs:
+                assert_same(toy, stock, seed, length)
+    assert len(capture.recorded) == 2 * 2 * 3
+    assert capture.rooms == [0, 2 * 3]
 
 
 def test_a_module_that_cannot_be_recorded_runs_as_it_is(pair: tuple[Toy, Toy], capture: FakeCapture) -> None:

@@ -32,6 +32,10 @@ class Capture(Protocol):
         """
         ...
 
+    def make_room(self) -> None:
+        """Give back to the device what the allocator holds for no tensor: work that is recorded cannot take it."""
+        ...
+
     def lend(self, x: Tensor) -> Tensor:
         """What recorded work leaves in `x`, contiguous, to be read right after a replay.
 
@@ -71,6 +75,11 @@ class CudaCapture:
             graph.capture_end()
         current.wait_stream(self._stream)
         return graph
+
+    def make_room(self) -> None:
+        """Waits for the device."""
+        torch.cuda.synchronize(self._stream.device)
+        torch.cuda.empty_cache()
 
     def lend(self, x: Tensor) -> Tensor:
         """The same memory, known by its address alone, so that the pool may give it to other recordings too."""

@@ -253,10 +253,14 @@ class Piece:
 
     def _has_room(self, pool: Pool) -> bool:
         """For one more recording of each module of this one's type that is not ahead of it."""
-        alike = [piece for piece in self._recorder.pieces if type(piece.module) is type(self.module)]
-        has_room = pool.has_room(sum(piece.recordings <= self.recordings for piece in alike))
+        has_room = pool.has_room(sum(not is_ahead for is_ahead in self._are_ahead()))
         self._recorder.lacked_room |= not has_room
         return has_room
+
+    def _are_ahead(self) -> list[bool]:
+        """Of each piece whose module has this one's type, itself among them, whether it has more recordings."""
+        kind = type(self.module)
+        return [p.recordings > self.recordings for p in self._recorder.pieces if type(p.module) is kind]
 
     def _record(self, kind: Any, tensors: list[Tensor], pool: Pool) -> tuple[Recording, list[Tensor]] | None:
         (call, _, autocast), device, module = kind, tensors[0].device.type, self.module
@@ -277,6 +281,8 @@ class Piece:
                 raise RuntimeError("it changes its arguments")
             return out, caught
 
+        if not any(self._are_ahead()):  # what all kept in the last step is still held for such work
+            pool.capture.make_room()
         try:
             recording = Recording(forward, tensors, trained, pool)
         except RuntimeError as error:
