@@ -18,6 +18,7 @@ import gc
 import json
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -113,20 +114,25 @@ def train(run: Run, rows: list[dict[str, Any]], base: Path, adapter: Path, args:
     return [float(log["loss"]) for log in trainer.state.log_history if "loss" in log]
 
 
-def measure(args: argparse.Namespace, rows: list[dict[str, Any]], folder: Path, console: Console) -> Curves:
-    """The curves of all variants, one after another in this process; each loads the model anew."""
+def measure(
+    args: argparse.Namespace, rows: list[dict[str, Any]], folder: Path, console: Console
+) -> Iterator[tuple[list[int], Curves]]:
+    """After each seed those so far, and their curves. All train one after another; each run loads the model anew."""
     base = folder / "base"
     write_model(args.shape, args.layers, base)
     train_tokenizer(rows, SHAPES[args.shape][1]["vocab_size"]).save_pretrained(base)
     curves: Curves = {packing: {variant: [] for variant in args.variants} for packing in PACKINGS}
-    for seed in args.seeds:
-        write_adapter(args.shape, base, folder / f"adapter-{seed}", args.rank, seed)
     runs = [Run(variant, packing, seed) for seed in args.seeds for packing in PACKINGS for variant in args.variants]
-    for run in track(runs, description="training", console=console):
-        curves[run.packing][run.variant].append(train(run, rows, base, folder / f"adapter-{run.seed}", args))
+    for number, run in enumerate(track(runs, description="training", console=console), 1):
+        adapter = folder / f"adapter-{run.seed}"
+        if not adapter.exists():
+            write_adapter(args.shape, base, adapter, args.rank, run.seed)
+        curves[run.packing][run.variant].append(train(run, rows, base, adapter, args))
         gc.collect()
         torch.cuda.empty_cache()
-    return curves
+        seeds, left = divmod(number, len(PACKINGS) * len(args.variants))
+        if not left:
+            yield args.seeds[:seeds], curves
 
 
 def compare(curves: Curves) -> dict[str, dict[str, Residuals]]:
@@ -198,19 +204,17 @@ def arguments() -> argparse.Namespace:
     return args
 
 
-def main() -> None:
-    """Train, compare, show, write."""
-    args, console = arguments(), Console()
-    rows = read_rows(args.data, args.rows)
-    with tempfile.TemporaryDirectory() as folder:
-        curves = measure(args, rows, Path(folder), console)
-    compared = compare(curves)
+def write(
+    args: argparse.Namespace, seeds: list[int], curves: Curves, compared: dict[str, dict[str, Residuals]]
+) -> None:
+    """The report and its plot."""
     args.output.mkdir(parents=True, exist_ok=True)
-    names = ("shape", "layers", "steps", "seeds", "rank", "context", "batch", "learning_rate")
+    names = ("shape", "layers", "steps", "rank", "context", "batch", "learning_rate")
     report = {
         "provenance": provenance("torch", "triton", "transformers", "peft", "trl"),
         "command": " ".join(sys.argv),
         **{name: getattr(args, name) for name in names},
+        "seeds": seeds,
         "data": args.data.name if args.data else "the demo's sentences",
         "residuals": {
             packing: {name: asdict(found) for name, found in by_variant.items()}
@@ -220,6 +224,17 @@ def main() -> None:
     }
     (args.output / "loss_curves.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
     plot(curves, args.output / "loss_curves.png", f"{args.shape} shape, {args.layers} layers, r={args.rank}, bf16")
+
+
+def main() -> None:
+    """Train, compare, show, write: after every seed what there is by then."""
+    args, console = arguments(), Console()
+    rows = read_rows(args.data, args.rows)
+    compared: dict[str, dict[str, Residuals]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for seeds, curves in measure(args, rows, Path(folder), console):
+            compared = compare(curves)
+            write(args, seeds, curves, compared)
     show(compared, console)
     console.print(f"wrote {args.output}/loss_curves.json and loss_curves.png")
 
