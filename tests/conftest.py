@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
-from expertune.experts import ExpertsStep, experts
+from expertune.experts import experts
 from expertune.hosts import transformers
 from expertune.memory import token_tiles
+from expertune.walk import ExpertsStep
 from tests.hosts.models import save_tiny
 
 Checkpoint = Callable[..., Path]

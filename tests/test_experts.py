@@ -16,8 +16,9 @@ from torch import Tensor
 from expertune.activations import ClampedSwiGlu, Gate, GeGlu, HostGate, ReluSquared, SwiGlu
 from expertune.backends import grouped_mm, native_torch
 from expertune.backends.protocol import Backend
-from expertune.experts import ExpertsStep, Projection, experts
+from expertune.experts import experts
 from expertune.shapes import ExpertsLayout, LoraFactors
+from expertune.walk import ExpertsStep, Projection
 from tests.cases import DEVICE, NUM_EXPERTS, ROUTINGS, pair_id, runnable
 from tests.numerics import assert_no_worse, error
 

@@ -7,12 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
-import expertune.experts as walk
+import expertune.experts as passes
 from expertune.activations import Gate, SwiGlu
 from expertune.backends import native_torch
 from expertune.backends.protocol import Backend
-from expertune.experts import ExpertsStep, Projection, experts
+from expertune.experts import experts
 from expertune.shapes import ExpertsLayout, LoraFactors
+from expertune.walk import ExpertsStep, Projection
 from tests.cases import DEVICE, pair_id, runnable
 
 T, K, E, D, F, R = 50, 4, 8, 64, 32, 16
@@ -85,13 +86,13 @@ def test_factors_that_are_kept_packed_are_packed_once(
 
 def _packs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What factors are packed for from now on."""
-    real, calls = walk.pack, []
+    real, calls = passes.pack, []
 
     def spy(*linears: Any) -> Any:
         calls.append(linears)
         return real(*linears)
 
-    monkeypatch.setattr(walk, "pack", spy)
+    monkeypatch.setattr(passes, "pack", spy)
     return calls
 
 

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from expertune import lora
-from expertune.experts import STEPS, ExpertsStep, Made, Projection, Walk, run_backward, run_forward
+from expertune.experts import run_backward, run_forward
 from expertune.shapes import LoraFactors
+from expertune.walk import STEPS, ExpertsStep, Made, Projection, Walk
 
 _SHARED = "Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor[] factors, float[] scales, int num_first, int step"
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 import expertune
 from expertune.activations import SwiGlu
 from expertune.backends import native_torch
-from expertune.experts import ExpertsStep
 from expertune.hosts.transformers import _shared_step
 from expertune.shapes import ExpertsLayout
+from expertune.walk import ExpertsStep
 from tests.conftest import Checkpoint
 from tests.hosts.models import batch, load_tiny
 

@@ -10,11 +10,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 
 import expertune
-from expertune.experts import ExpertsStep
 from expertune.hosts.attach import blocks
 from expertune.memory import token_tiles
 from expertune.memory.replay import RoutingReplay
 from expertune.shapes import Dispatch
+from expertune.walk import ExpertsStep
 from tests.conftest import Checkpoint
 from tests.hosts.adapters import lora, stock
 from tests.hosts.memories import auto, lean

@@ -8,10 +8,11 @@ from expertune import compiled
 from expertune.activations import ClampedSwiGlu, Gate, SwiGlu
 from expertune.backends import grouped_mm, triton
 from expertune.backends.protocol import Backend
-from expertune.experts import ExpertsStep, Projection, experts
+from expertune.experts import experts
 from expertune.kernels.device import is_hopper
 from expertune.kernels.program import Program, Programs
 from expertune.shapes import ExpertsLayout, LoraFactors
+from expertune.walk import ExpertsStep, Projection
 from tests.cases import problem
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from expertune.activations import ClampedSwiGlu, Gate, HostGate, SwiGlu
 from expertune.backends import triton
-from expertune.experts import ExpertsStep, Projection, experts
+from expertune.experts import experts
 from expertune.kernels import plan, program
 from expertune.shapes import ExpertsLayout, LoraFactors
+from expertune.walk import ExpertsStep, Projection
 from tests.cases import DEVICE, ROUTINGS, problem
 
 DTYPES = [d for d in (torch.float16, torch.bfloat16) if triton.BACKEND.why_not(problem(d, 16)) is None]

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 import expertune
 from expertune.activations import SwiGlu
 from expertune.backends import choose
-from expertune.experts import ExpertsStep, Projection, experts
+from expertune.experts import experts
 from expertune.hosts.sizes import model_bytes
 from expertune.memory import policy, token_tiles
 from expertune.memory.checkpoint import checkpoint_layer
@@ -21,6 +21,7 @@ from expertune.memory.offload import LEAST_TOKENS, CudaLane, Offload
 from expertune.memory.replay import LayerMemory, RoutingReplay
 from expertune.memory.token_tiles import TokenTiles
 from expertune.shapes import ExpertsLayout, LoraFactors, Problem
+from expertune.walk import ExpertsStep, Projection
 from tests.conftest import Checkpoint
 from tests.hosts.adapters import lora, stock
 from tests.hosts.models import batch

@@ -14,10 +14,11 @@ from torch.utils._pytree import tree_leaves
 from expertune import accumulate
 from expertune.backends import native_torch
 from expertune.backends.protocol import Backend
-from expertune.experts import ExpertsStep, experts
+from expertune.experts import experts
 from expertune.memory import token_tiles
 from expertune.memory.token_tiles import TokenTiles
 from expertune.shapes import ExpertsLayout
+from expertune.walk import ExpertsStep
 from tests.cases import DEVICE, NUM_EXPERTS, pair_id, runnable
 from tests.numerics import assert_no_worse
 from tests.test_experts import D_, F_, KINDS, SMOOTH_KINDS, Inputs, Kind, cast, define, make_inputs, outputs_and_grads

@@ -15,7 +15,7 @@ from torch import Tensor
 from expertune.activations import HostGate, SwiGlu
 from expertune.backends import triton
 from expertune.cli.tune_progress import TuneProgress
-from expertune.experts import ExpertsStep, Projection, experts
+from expertune.experts import experts
 from expertune.hosts.layouts import outline
 from expertune.kernels.device import architecture
 from expertune.kernels.tuning.cache import CacheFile
@@ -26,6 +26,7 @@ from expertune.kernels.tuning.search import Timer, Trial, best, median_us, searc
 from expertune.kernels.tuning.tables import candidates
 from expertune.shapes import ExpertsLayout, LoraFactors, Problem
 from expertune.training.errors import UserError, one_paragraph
+from expertune.walk import ExpertsStep, Projection
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,13 +20,14 @@ from expertune import compiled
 from expertune.activations import Gate
 from expertune.backends import choose
 from expertune.backends.protocol import Backend
-from expertune.experts import ExpertsStep, Projection, experts
+from expertune.experts import experts
 from expertune.hosts import llama4
 from expertune.hosts.gates import gate_of
 from expertune.memory import token_tiles
 from expertune.memory.replay import RoutingReplay
 from expertune.memory.token_tiles import TokenTiles
 from expertune.shapes import ALIGNMENT, ExpertsLayout, LoraFactors, Problem
+from expertune.walk import ExpertsStep, Projection
 
 IMPLEMENTATION = "expertune"
 _LEAST_BYTES = 2  # of a number that is not quantized

@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from expertune import accumulate
-from expertune.experts import ExpertsStep, Projection, Walk, flatten, kept, run_backward, run_forward
+from expertune.experts import kept, run_backward, run_forward
 from expertune.shapes import Dispatch, ExpertsLayout, Tensors
+from expertune.walk import ExpertsStep, Projection, Walk, flatten
 
 _BASE_WEIGHTS = (0, 2)  # places of `w1` and `w2` among these, the biases and the factors
 _ALIGNED_TOKENS = 8  # a tile then starts at a multiple of 16 bytes in every tensor, which noted launches count on
