@@ -2,13 +2,71 @@
 
 Autograd is otherwise given a new tensor to add: for the factors of many experts that costs more traffic than all else
 that is done with them. So it is left out where nobody could tell.
+
+A recorded pass writes to the same memory in every replay, from where gradients would have to be copied. So those that
+can be are not part of it, but postponed: computed after the replay, where they belong.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from expertune.shapes import Tensors
+
+
+class Postponed(NamedTuple):
+    """Gradients that are computed once a recorded backward pass has been replayed.
+
+    Args:
+        leaves: whose gradients.
+        compute: of tensors, and for each leaf what its gradient is added to in place, or None: the gradients, with None
+            where one was added.
+        saved: what it reads first, made before that pass.
+        made: what it reads then, made in it.
+    """
+
+    leaves: tuple[Tensor, ...]
+    compute: Callable[[Tensors, Tensors], Tensors]
+    saved: Tensors
+    made: Tensors
+
+
+class Postponement:
+    """Of one backward pass that is recorded.
+
+    Args:
+        leaves: nobody else's, by which the pass is known: autograd runs it in a thread of its own.
+    """
+
+    def __init__(self, leaves: Sequence[Tensor]) -> None:
+        self.postponed: list[Postponed] = []
+        self._leaves = frozenset(map(id, leaves))
+
+    def covers(self, leaves: Sequence[Tensor | None]) -> bool:
+        """Whether the gradients of these may be postponed."""
+        return bool(leaves) and self._leaves.issuperset(map(id, leaves))
+
+
+_postponements: list[Postponement] = []
+
+
+@contextmanager
+def postponing(leaves: Sequence[Tensor]) -> Iterator[list[Postponed]]:
+    """Around a backward pass that is recorded, of these leaves: gives what has been postponed by its end."""
+    postponement = Postponement(leaves)
+    _postponements.append(postponement)
+    try:
+        yield postponement.postponed
+    finally:
+        _postponements.remove(postponement)
+
+
+def postponement_of(leaves: Sequence[Tensor | None]) -> Postponement | None:
+    """That to which the gradients of all of these may be left; None if they are wanted now."""
+    return next((each for each in _postponements if each.covers(leaves)), None)
 
 
 def sums(ctx: Any, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:

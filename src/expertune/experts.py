@@ -20,9 +20,9 @@ from torch.autograd.function import once_differentiable
 
 from expertune import accumulate
 from expertune.backends.protocol import FactorSide
-from expertune.grouped_linear import pack
+from expertune.grouped_linear import GroupedLinear, pack
 from expertune.shapes import Dispatch, Tensors
-from expertune.walk import NUM_MADE, ExpertsStep, Made, Projection, Walk, flatten
+from expertune.walk import NUM_MADE, ExpertsStep, Made, Operands, Projection, Walk, flatten
 
 
 def experts(
@@ -78,7 +78,7 @@ def _forward(walk: Walk, tensors: Tensors) -> tuple[Tensor | None, ...]:
 def _backward(walk: Walk, tensors: Tensors) -> tuple[Tensor | None, ...]:
     """Gradients of `x, weight, w1, b1, w2, b2`, then of the factors, but None for what is added to a sum.
 
-    Of `weight` only `⟨a, da⟩`; `_bias_part` is missing.
+    Of `weight` only `⟨a, da⟩`; `_bias_part` is missing. In place of the factors' there may be `Operands`.
     """
     dout_TD, x_TD, *others = cast(tuple[Tensor, ...], tensors[: -walk.num_parts])
     h_NG, mid1_NR, mid2_NR, *held = others[:NUM_MADE]
@@ -86,7 +86,7 @@ def _backward(walk: Walk, tensors: Tensors) -> tuple[Tensor | None, ...]:
     steps = walk.step.backend.steps()
     routing, first, second = walk.linears(others)
     wants_x, wants_weight, wants_w1, wants_b1, wants_w2, wants_b2 = walk.wants[:6]
-    wants_first, wants_second = walk.wants_factors
+    wants_first, wants_second = (wants and not walk.postpones for wants in walk.wants_factors)
     sum1, _, sum2, _, *sums = tensors[-walk.num_parts :]
     cut = 2 * len(first.adapters)
     dx_TD = dw1 = db1 = dw2 = db2 = None
@@ -111,9 +111,8 @@ def _backward(walk: Walk, tensors: Tensors) -> tuple[Tensor | None, ...]:
         dw2 = second.weight_grad(dout_ND, a_NF * weight_N1, sum2) if wants_w2 else None
         del dout_ND
     if wants_second:
-        a, b = FactorSide(a_NF, cast(Tensor, dmid2_NR)), FactorSide(dout_TD, mid2_NR, by_token=True)
-        dsecond = steps.factor_grads(a, b, second.adapters, routing, sums[cut:], weight_TK)
-        del a, b
+        dsecond = _second_factors(second, a_NF, cast(Tensor, dmid2_NR), dout_TD, mid2_NR, weight_TK, sums[cut:])
+    operands = (a_NF, dmid2_NR) if walk.postpones else ()
     del a_NF, mid2_NR, dmid2_NR
 
     # gate_up
@@ -125,9 +124,50 @@ def _backward(walk: Walk, tensors: Tensors) -> tuple[Tensor | None, ...]:
     if wants_w1:
         dw1 = first.weight_grad(dh_NG, x_TD.index_select(0, routing.row_token_N), sum1)
     if wants_first:
-        a, b = FactorSide(x_TD, cast(Tensor, dmid1_NR), by_token=True), FactorSide(dh_NG, mid1_NR)
-        dfirst = steps.factor_grads(a, b, first.adapters, routing, sums[:cut])
-    return (dx_TD, dweight_TK if wants_weight else None, dw1, db1, dw2, db2, *dfirst, *dsecond)
+        dfirst = _first_factors(first, x_TD, cast(Tensor, dmid1_NR), dh_NG, mid1_NR, sums[:cut])
+    dfactors = Operands(*operands, dh_NG, dmid1_NR) if operands else (*dfirst, *dsecond)
+    return (dx_TD, dweight_TK if wants_weight else None, dw1, db1, dw2, db2, *dfactors)
+
+
+def _first_factors(
+    first: GroupedLinear, x_TD: Tensor, dmid_NR: Tensor, dh_NG: Tensor, mid_NR: Tensor, sums: Tensors
+) -> list[Tensor | None]:
+    """The gradients of gate_up's factors."""
+    a, b = FactorSide(x_TD, dmid_NR, by_token=True), FactorSide(dh_NG, mid_NR)
+    return first.steps.factor_grads(a, b, first.adapters, first.routing, sums)
+
+
+def _second_factors(
+    second: GroupedLinear,
+    a_NF: Tensor,
+    dmid_NR: Tensor,
+    dout_TD: Tensor,
+    mid_NR: Tensor,
+    weight_TK: Tensor,
+    sums: Tensors,
+) -> list[Tensor | None]:
+    """The gradients of down's factors."""
+    a, b = FactorSide(a_NF, dmid_NR), FactorSide(dout_TD, mid_NR, by_token=True)
+    return second.steps.factor_grads(a, b, second.adapters, second.routing, sums, weight_TK)
+
+
+def _factors(walk: Walk, tensors: Tensors) -> tuple[Tensor | None, ...]:
+    """The gradients of all factors, but None for what is added to a sum: what `_backward` has left out.
+
+    From `x_TD`, both mids, the router's weights, the words and the parts; then the gradient of the output, `Operands`
+    and the sums.
+    """
+    num_factors = walk.num_parts - 4
+    others, sums = tensors[:-num_factors], tensors[-num_factors:]
+    *saved, dout_TD, a_NF, dmid2_NR, dh_NG, dmid1_NR = cast(tuple[Tensor, ...], others)
+    x_TD, mid1_NR, mid2_NR, weight_TK, *parts = saved
+    _, first, second = walk.linears(parts)
+    cut = 2 * len(first.adapters)
+    dfirst = _first_factors(first, x_TD, dmid1_NR, dh_NG, mid1_NR, sums[:cut]) if cut else []
+    dsecond = (
+        _second_factors(second, a_NF, dmid2_NR, dout_TD, mid2_NR, weight_TK, sums[cut:]) if second.adapters else []
+    )
+    return (*dfirst, *dsecond)
 
 
 def _forward_and_backward(walk: Walk, tensors: Tensors) -> tuple[Tensor | None, ...]:
@@ -226,9 +266,36 @@ class _ExpertsFunction(torch.autograd.Function):
     def backward(ctx: Any, dout_TD: Tensor) -> tuple[Tensor | None, ...]:
         walk: Walk = ctx.walk._replace(overwrites=not torch._C._autograd._get_current_graph_task_keep_graph())
         saved = ctx.saved_tensors
+        factors = saved[len(saved) - walk.num_parts + 4 :]
+        postponement = accumulate.postponement_of(factors) if walk.step.backend.steps().adds_in_place else None
+        if postponement is not None:
+            return _postpone(postponement, walk, dout_TD.contiguous(), saved)
         sums = accumulate.sums(ctx, saved[-walk.num_parts :])
         dx_TD, dweight_TK, *others = run_backward(walk, dout_TD, saved, sums)
         return (None, dx_TD, dweight_TK, None, *others)
+
+
+def _postpone(
+    postponement: accumulate.Postponement, walk: Walk, dout_TD: Tensor, saved: Tensors
+) -> tuple[Tensor | None, ...]:
+    """The gradients of all but the factors, whose are left to whoever replays this pass."""
+    num_factors = walk.num_parts - 4
+    dx_TD, dweight_TK, *others = run_backward(walk._replace(postpones=True), dout_TD, saved)
+    operands = Operands(*others[4:])  # type: ignore[arg-type]
+
+    def compute(tensors: Tensors, sums: Tensors) -> Tensors:
+        return walk.step.backend.steps().run(_factors, walk, (*tensors, *sums))
+
+    x_TD, _, mid1_NR, mid2_NR, *_ = saved
+    postponement.postponed.append(
+        accumulate.Postponed(
+            leaves=cast(tuple[Tensor, ...], tuple(saved[-num_factors:])),
+            compute=compute,
+            saved=(x_TD, mid1_NR, mid2_NR, *saved[1 + NUM_MADE :]),
+            made=(dout_TD, *operands),
+        )
+    )
+    return (None, dx_TD, dweight_TK, None, *others[:4], *[None] * num_factors)
 
 
 def _bias_part(dout_TD: Tensor, bias_EO: Tensor, routing: Dispatch) -> Tensor:

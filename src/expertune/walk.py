@@ -80,6 +80,7 @@ class Walk(NamedTuple):
         leaves_out: whether the output is left out.
         keeps_packed: whether the packed factors are kept from forward to backward.
         overwrites: in backward, whether what was saved may be written over.
+        postpones: in backward, whether `Operands` are given in place of the factors' gradients.
         wants: in backward, which of `x, weight, w1, b1, w2, b2` and of the factors want a gradient.
     """
 
@@ -89,6 +90,7 @@ class Walk(NamedTuple):
     leaves_out: bool = False
     keeps_packed: bool = False
     overwrites: bool = False
+    postpones: bool = False
     wants: tuple[bool, ...] = ()
 
     @property
@@ -140,3 +142,19 @@ class Made(NamedTuple):
 
 
 NUM_MADE = len(Made._fields)
+
+
+class Operands(NamedTuple):
+    """What backward makes that the gradients of factors are computed from.
+
+    Args:
+        a_NF: after the gate.
+        dmid2_NR: the gradient of the second mid, before the router's weight.
+        dh_NG: of `h`.
+        dmid1_NR: of the first mid.
+    """
+
+    a_NF: Tensor
+    dmid2_NR: Tensor | None
+    dh_NG: Tensor
+    dmid1_NR: Tensor | None

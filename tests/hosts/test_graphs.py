@@ -339,9 +339,11 @@ def test_restore_and_copies(checkpoint: Checkpoint) -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("large", [recording._LARGE, 0], ids=["", "all gradients by themselves"])
 @pytest.mark.parametrize("family", PIECES)
-def test_on_a_gpu(checkpoint: Checkpoint, family: str) -> None:
+def test_on_a_gpu(checkpoint: Checkpoint, family: str, large: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """In bfloat16 under autocast: the same kernels on the same numbers, so the same bits."""
+    monkeypatch.setattr(recording, "_LARGE", large)
     folder = checkpoint(family)
     ours, stock = (make(folder, family, graphs=graphs).cuda().bfloat16() for graphs in (True, False))
     for seed in range(6):

@@ -38,6 +38,11 @@ class FactorSide(NamedTuple):
 class Steps(Protocol):
     """The steps of the walk that differ between backends."""
 
+    @property
+    def adds_in_place(self) -> bool:
+        """Whether `factor_grads` adds to sums by the kernels that make the gradients."""
+        ...
+
     def run(self, function: Pass, static: Hashable, inputs: Tensors, ahead: Pass | None = None) -> Tensors:
         """`function(static, inputs)`: a pass of the walk, which calls the other steps.
 

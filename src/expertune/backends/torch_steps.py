@@ -22,10 +22,12 @@ class TorchSteps:
         matmul: `(x_NI, w_EIO, ends_E) -> y_NO`, every row times the matrix of its own expert.
         outer_product: `(u_NO, v_NI, ends_E) -> (E, O, I)`, the sum over each expert's rows of `u ⊗ v`; zero for an
             expert without rows.
+        adds_in_place: see `Steps`.
     """
 
     matmul: Callable[[Tensor, Tensor, Tensor], Tensor]
     outer_product: Callable[[Tensor, Tensor, Tensor], Tensor]
+    adds_in_place: bool = False
 
     def run(
         self,

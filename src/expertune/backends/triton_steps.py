@@ -27,6 +27,8 @@ _programs = Programs()
 class TritonSteps:
     """Stateless: every step is a launch or two. What a pass launches is noted once a shape."""
 
+    adds_in_place: bool = True
+
     def run(self, function: Pass, static: Hashable, inputs: Tensors, ahead: Pass | None = None) -> Tensors:
         return _programs.run(function, static, inputs, ahead)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from expertune import accumulate
+from expertune.accumulate import Postponed
 from expertune.graphs.pool import Pool
 from expertune.graphs.structure import put_together, take_apart
 
@@ -20,7 +21,8 @@ class Recording:
     """The two graphs of a call.
 
     What goes in is copied to tensors of the recording, or to ones that recordings share; what comes out is copied from
-    such. So nobody holds a tensor that a later step writes to. What backward needs stays in the recording's own memory.
+    such, but for gradients that are postponed: these are computed after the replay. So nobody holds a tensor that a
+    later step writes to. What backward needs stays in the recording's own memory.
 
     Args:
         call: the module's forward, as a function of its tensors and of what stands for its parameters.
@@ -43,6 +45,8 @@ class Recording:
         self._pool, self._call, self._parameters = pool, call, tuple(parameters)
         # on the parameters' memory, but unknown to whoever else keeps an eye on these, as data parallelism does
         self._leaves = [parameter.detach().requires_grad_() for parameter in parameters]
+        self._large_leaves = [leaf for leaf in self._leaves if leaf.nbytes >= _LARGE]
+        self._number_of = {id(leaf): number for number, leaf in enumerate(self._leaves)}
         self._pass: Callable[[], _Pass | None] = lambda: None
         before = pool.allocated()
         self._own = [_Own(i, torch.empty_like(x).requires_grad_()) for i, x in enumerate(inputs) if x.requires_grad]
@@ -56,10 +60,12 @@ class Recording:
 
         self._load(inputs)
         self._large: list[Tensor] = []
+        self._postponed: list[Postponed] = []
         self._leaving, self._numbers_of_large, self._douts = self._try()
         self._forward = pool.capture.record(self._run_forward, keeps=True)
         self._backward = pool.capture.record(self._run_backward, keeps=False)
         self._large = [pool.capture.lend(grad) for grad in self._large]
+        self._postponed = [self._lend(each) for each in self._postponed]
         pool.note_size(before)
 
     @property
@@ -119,6 +125,11 @@ class Recording:
                 grads[number] = grad.clone()
             else:
                 total.add_(grad)
+        for each in self._postponed:
+            places = [len(self._own) + self._number_of[leaf] for leaf in map(id, each.leaves)]
+            totals = [grads[place] if all_sums[place] is None else all_sums[place] for place in places]
+            for place, made in zip(places, each.compute((*each.saved, *each.made), totals), strict=True):
+                grads[place] = grads[place] if made is None else made
         return grads
 
     @property
@@ -156,7 +167,8 @@ class Recording:
             entering.flat.zero_()
             for number, part in zip(entering.numbers, _parts(entering.flat, entering.shapes), strict=True):
                 douts[number] = part
-        grads = {number: grad for number, grad in enumerate(self._gradients(douts)) if grad is not None}
+        with accumulate.postponing(self._large_leaves):
+            grads = {number: grad for number, grad in enumerate(self._gradients(douts)) if grad is not None}
         large = [number for number, grad in grads.items() if grad.nbytes >= _LARGE]
         small = {number: grad for number, grad in grads.items() if grad.nbytes < _LARGE}
         # autograd keeps the stream that a graph was first built on; the recording is built on another
@@ -182,10 +194,16 @@ class Recording:
         self._outs = outs
 
     def _run_backward(self) -> None:
-        grads = self._gradients(self._douts)
+        with accumulate.postponing(self._large_leaves) as self._postponed:
+            grads = self._gradients(self._douts)
         for leaving in self._leaving:
             torch.cat([cast(Tensor, grads[number]).reshape(-1) for number in leaving.numbers], out=leaving.flat)
         self._large = [cast(Tensor, grads[number]).contiguous() for number in self._numbers_of_large]
+
+    def _lend(self, postponed: Postponed) -> Postponed:
+        """The same, without keeping what backward has made: other recordings may use its memory."""
+        lend = self._pool.capture.lend
+        return postponed._replace(made=[None if x is None else lend(x) for x in postponed.made])
 
     def _gradients(self, douts: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
         asked = [self._outs[number] for number in self.wanted_outs]
