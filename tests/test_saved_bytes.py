@@ -74,7 +74,7 @@ def test_factors_that_are_kept_packed_are_packed_once(
             out_TD = experts(x_TD, step.dispatch(expert_TK), weight_TK, projections, step, keeps_packed=keeps_packed)
             wanted = [x_TD, weight_TK, *(each for factor in factors for each in (factor.a, factor.b))]
             gradients = torch.autograd.grad(out_TD.sum(), wanted)
-            if time == 0:
+            if time == 1:  # at first a GPU's kernels are built, by another run of the passes
                 assert len(packs) == (1 if keeps_packed else 2)
             first_gradients = first_gradients or gradients
             assert all(map(torch.equal, gradients, first_gradients))

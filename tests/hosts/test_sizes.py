@@ -28,10 +28,10 @@ def full(model: Any) -> Any:
     return model.requires_grad_(True)
 
 
-def saved(model: nn.Module) -> int:
+def saved(model: nn.Module, length: int = LENGTH) -> int:
     counted = SavedBytes(model)
     with counted.counting():
-        model(**batch(num_rows=ROWS, length=LENGTH)).loss.backward()
+        model(**batch(num_rows=ROWS, length=length)).loss.backward()
     return counted.peak
 
 
@@ -47,11 +47,11 @@ def test_no_step_saves_less(checkpoint: Checkpoint, family: str, train: Callable
 @pytest.mark.parametrize("memory", ["fast", "auto"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_most_of_what_a_step_saves_is_counted(checkpoint: Checkpoint, memory: str, dtype: torch.dtype) -> None:
-    """Left out are norms, attention, the router and the logits."""
+    """Left out are norms, attention, the router, the logits, and the factors that a layer packs when it runs again."""
     model = expertune.optimize(load_tiny(checkpoint("qwen3_moe", **LARGE), dtype), memory=memory)
-    trained = adapted(model)
-    counted = saved(trained)
-    assert 0.6 * counted <= least_saved(model, memory, ROWS * LENGTH) <= counted
+    trained, length = adapted(model), 8 * LENGTH
+    counted = saved(trained, length)
+    assert 0.6 * counted <= least_saved(model, memory, ROWS * length) <= counted
 
 
 def test_layers_keep_the_bytes_of_the_formula(checkpoint: Checkpoint) -> None:
