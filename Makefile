@@ -15,7 +15,7 @@ demo: .venv/.installed
 test test-families test-oldest: export OMP_NUM_THREADS = 1
 test: .venv/.installed
 	$(BIN)/pytest -n $(JOBS)
-	TRITON_INTERPRET=1 $(BIN)/pytest -n $(JOBS) -k "kernels or triton" tests/kernels tests/test_experts.py tests/test_accumulate.py tests/backends tests/test_saved_bytes.py
+	TRITON_INTERPRET=1 $(BIN)/pytest -n $(JOBS) -k "kernels or triton" tests/kernels tests/test_experts.py tests/test_accumulate.py tests/backends tests/test_saved_bytes.py tests/graphs/test_postponed.py
 
 test-families: .venv/.installed
 	$(BIN)/pytest -n $(JOBS) tests/families
