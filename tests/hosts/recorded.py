@@ -11,7 +11,10 @@ from expertune.hosts.attach import attached
 from tests.graphs.replayed import FakeCapture
 from tests.hosts.models import load_tiny
 
-TARGETS = {"glm4_moe_lite": ["q_a_proj", "q_b_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]}
+TARGETS = {
+    "glm4_moe_lite": ["q_a_proj", "q_b_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    "gemma3_text": ["q_proj", "k_proj", "v_proj", "o_proj"],
+}
 
 
 def make(folder: Path, family: str, *, graphs: bool, modules_to_save: list[str] | None = None, **settings: Any) -> Any:

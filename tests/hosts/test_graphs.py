@@ -32,6 +32,7 @@ PIECES = {
         "layers.1.mlp",
         "layers.1.mlp.shared_experts",
     ],
+    "gemma3_text": [f"layers.{i}{part}" for i in range(2) for part in ("", ".self_attn")],
 }
 
 

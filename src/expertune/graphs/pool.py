@@ -40,9 +40,14 @@ class Shared:
         """Whether it has the values of this very tensor."""
         return self._source() is x and self._version == x._version
 
-    def takes(self, x: Tensor) -> bool:
-        """Whether it can be given the values of `x`: not while a backward is to come that reads others."""
-        return self.holds(x) or not any(user.is_pending for user in self.users)
+    def takes(self, x: Tensor, begun: Sequence[User]) -> bool:
+        """Whether it can be given the values of `x`: not while a backward is to come that reads others.
+
+        Args:
+            x: a tensor.
+            begun: among which is every recording whose backward is to come.
+        """
+        return self.holds(x) or not any(user in self.users and user.is_pending for user in begun)
 
     def load(self, x: Tensor) -> None:
         """Copy, unless that was done for another layer."""
@@ -99,7 +104,7 @@ class Pool:
             self._begun.pop()
         if self._begun and self._begun[-1].number >= user.number:
             return False
-        return all(each.takes(x) for each, x in shared)
+        return all(each.takes(x, self._begun) for each, x in shared)
 
     def begin(self, user: User) -> None:
         """A forward is replayed."""

@@ -185,14 +185,12 @@ def detach(model: PreTrainedModel) -> None:
 
 
 def bind_all(model: PreTrainedModel) -> None:
-    """Give every LoRA layer that is there already our forward; in a model without experts, none.
+    """Give every LoRA layer that is there already our forward, and record layers with one.
 
     Raises:
         ValueError: an adapter cannot be honoured.
     """
     plans = {id(module): transformers.plan_of(module) for _, module in transformers.named_experts(model)}
-    if not plans:
-        return
     peft.check(model, plans)
     inner = {id(w) for module in model.modules() for w in peft.wrappers_of(module)[0][1:]}
     for module in model.modules():

@@ -65,19 +65,16 @@ class Explanation:
             return "not optimized: this model runs as stock Transformers. Call expertune.optimize(model)."
         memory = [f"memory {self.memory}"] if self.memory is not None else []
         if not self.layers:
-            lines = ["no experts: this model's layers run as stock Transformers.", *self.attention]
-            return "\n".join(lines + [line for line in (self.mlps, self.head, *memory) if line is not None])
+            lines = ["no experts: what is not named here runs as stock Transformers.", *self.attention]
+            return "\n".join([*lines, *filter(None, (self.mlps, self.graphs, self.head)), *memory])
         lines = [f"{len(self.layers)} layers with experts, backend asked for: {self.requested}"]
         for layer in self.layers:
             lines.append(f"{layer.name}: {layer.backend} · {layer.weights} · gate {layer.gate}")
             lines += [f"    adapter  {adapter}" for adapter in layer.adapters] or ["    adapter  none"]
             lines += [f"    passed over  {reason}" for reason in layer.passed_over]
         lines += [f"kernels: {self.kernels}"] if self.kernels is not None else []
-        lines += [line for line in (self.routers, self.mlps) if line is not None]
-        lines += self.attention
-        lines += [line for line in (self.graphs, self.head) if line is not None]
-        lines += memory
-        return "\n".join(lines)
+        lines += [*filter(None, (self.routers, self.mlps)), *self.attention]
+        return "\n".join([*lines, *filter(None, (self.graphs, self.head)), *memory])
 
 
 def explain(model: PreTrainedModel) -> Explanation:
