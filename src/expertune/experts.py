@@ -157,8 +157,7 @@ def _factors(walk: Walk, tensors: Tensors) -> tuple[Tensor | None, ...]:
     From `x_TD`, both mids, the router's weights, the words and the parts; then the gradient of the output, `Operands`
     and the sums.
     """
-    num_factors = walk.num_parts - 4
-    others, sums = tensors[:-num_factors], tensors[-num_factors:]
+    others, sums = tensors[: -walk.num_factors], tensors[-walk.num_factors :]
     *saved, dout_TD, a_NF, dmid2_NR, dh_NG, dmid1_NR = cast(tuple[Tensor, ...], others)
     x_TD, mid1_NR, mid2_NR, weight_TK, *parts = saved
     _, first, second = walk.linears(parts)
@@ -266,7 +265,7 @@ class _ExpertsFunction(torch.autograd.Function):
     def backward(ctx: Any, dout_TD: Tensor) -> tuple[Tensor | None, ...]:
         walk: Walk = ctx.walk._replace(overwrites=not torch._C._autograd._get_current_graph_task_keep_graph())
         saved = ctx.saved_tensors
-        factors = saved[len(saved) - walk.num_parts + 4 :]
+        factors = saved[len(saved) - walk.num_factors :]
         postponement = accumulate.postponement_of(factors) if walk.step.backend.steps().adds_in_place else None
         if postponement is not None:
             return _postpone(postponement, walk, dout_TD.contiguous(), saved)
@@ -279,7 +278,6 @@ def _postpone(
     postponement: accumulate.Postponement, walk: Walk, dout_TD: Tensor, saved: Tensors
 ) -> tuple[Tensor | None, ...]:
     """The gradients of all but the factors, whose are left to whoever replays this pass."""
-    num_factors = walk.num_parts - 4
     dx_TD, dweight_TK, *others = run_backward(walk._replace(postpones=True), dout_TD, saved)
     operands = Operands(*others[4:])  # type: ignore[arg-type]
 
@@ -289,13 +287,13 @@ def _postpone(
     x_TD, _, mid1_NR, mid2_NR, *_ = saved
     postponement.postponed.append(
         accumulate.Postponed(
-            leaves=cast(tuple[Tensor, ...], tuple(saved[-num_factors:])),
+            leaves=cast(tuple[Tensor, ...], tuple(saved[-walk.num_factors :])),
             compute=compute,
             saved=(x_TD, mid1_NR, mid2_NR, *saved[1 + NUM_MADE :]),
             made=(dout_TD, *operands),
         )
     )
-    return (None, dx_TD, dweight_TK, None, *others[:4], *[None] * num_factors)
+    return (None, dx_TD, dweight_TK, None, *others[:4], *[None] * walk.num_factors)
 
 
 def _bias_part(dout_TD: Tensor, bias_EO: Tensor, routing: Dispatch) -> Tensor:

@@ -96,7 +96,12 @@ class Walk(NamedTuple):
     @property
     def num_parts(self) -> int:
         """How many tensors `w1, b1, w2, b2` and the factors are."""
-        return 4 + 2 * sum(map(len, self.scales))
+        return 4 + self.num_factors
+
+    @property
+    def num_factors(self) -> int:
+        """How many the factors are."""
+        return 2 * sum(map(len, self.scales))
 
     @property
     def wants_factors(self) -> tuple[bool, bool]:

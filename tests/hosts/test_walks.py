@@ -36,6 +36,15 @@ def test_it_follows_what_changes(checkpoint: Checkpoint) -> None:
     twin.extra = None
     assert twin.num_parameters() == before
     assert model.num_parameters() == before + 20
+    silu = model.model.layers[0].mlp.experts.act_fn
+    silu.register_parameter("first", nn.Parameter(torch.ones(7)))
+    assert model.num_parameters() == before + 27
+    assert any(parameter is silu.first for parameter in model.parameters())
+    model.extra.bias = None
+    assert model.num_parameters() == before + 22
+    assert model.num_parameters(only_trainable=True) == before + 22
+    model.extra.weight.requires_grad_(False)
+    assert model.num_parameters(only_trainable=True) == before + 7
 
 
 @pytest.mark.parametrize("ties", [False, True])

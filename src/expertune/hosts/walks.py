@@ -6,9 +6,9 @@ to drop these. A layer with adapters holds some seventy modules, so each of the 
 Here they go over a list of the modules, made anew when one has come or gone, which two thousand comparisons in C tell.
 """
 
-import operator
 from collections.abc import Callable, Iterator
-from itertools import chain
+from itertools import chain, repeat
+from operator import contains, eq
 from types import MethodType
 from typing import Any, NamedTuple
 
@@ -51,38 +51,58 @@ class _Flat(NamedTuple):
 
     Args:
         modules: each once.
-        children: of each module the dictionary in which it holds them.
+        attributes: of each module those of its own.
+        children: the dictionaries in which those hold modules that hold any.
         were: what was in these.
-        parameters: of each module the dictionary in which it holds them.
+        parameters: the dictionaries in which those hold parameters that hold any.
+        empty: the dictionaries of both kinds that nothing was in.
         trains_plainly: whether no class among them does more on `train` than to hand it on.
     """
 
     modules: list[nn.Module]
+    attributes: list[dict[str, Any]]
     children: list[dict[str, Any]]
     were: list[dict[str, Any]]
     parameters: list[dict[str, Any]]
+    empty: list[dict[str, Any]]
     trains_plainly: bool
 
+    @classmethod
+    def of(cls, model: nn.Module) -> "_Flat":
+        """As the model is now."""
+        modules = list(model.modules())
+        children: list[dict[str, Any]] = [module._modules for module in modules]
+        parameters: list[dict[str, Any]] = [module._parameters for module in modules]
+        filled = [each for each in children if each]
+        return cls(
+            modules=modules,
+            attributes=list(map(vars, modules)),
+            children=filled,
+            were=[dict(each) for each in filled],
+            parameters=[each for each in parameters if each],
+            empty=[each for each in (*children, *parameters) if not each],
+            trains_plainly=all(map(_is_plain, modules)),
+        )
+
     def is_the_models(self) -> bool:
-        """Whether no module has come, gone, or changed places."""
-        return all(map(operator.eq, self.children, self.were))
+        """Whether no module has come, gone, or changed places, and none has its first parameter."""
+        return not any(self.empty) and all(map(eq, self.children, self.were))
 
     def held(self) -> list[Parameter]:
         """The parameters of all, shared ones more than once."""
-        filled = filter(None, self.parameters)
-        return [each for each in chain.from_iterable(map(dict.values, filled)) if each is not None]
+        return [each for each in chain.from_iterable(map(dict.values, self.parameters)) if each is not None]
 
 
 class _Counted(NamedTuple):
     """The last count of parameters.
 
     Args:
-        call: what was asked for, and of which parameters.
+        call: what was asked for, and of which parameters: by `id`, and if it matters whether they are trained.
         parameters: they live on, so that no other gets the address of one.
         total: the answer.
     """
 
-    call: tuple[bool, bool, list[tuple[int, bool]]]
+    call: tuple[bool, bool, list[int], list[bool]]
     parameters: list[Parameter]
     total: int
 
@@ -109,17 +129,19 @@ class Walks:
         """As `nn.Module.parameters`, whose argument this is."""
         if not recurse:
             return type(self._model).parameters(self._model, recurse)
-        return iter({id(p): p for p in self._modules().held()}.values())
+        held = self._modules().held()
+        return iter(dict(zip(map(id, held), held, strict=True)).values())
 
     def train(self, mode: bool = True) -> nn.Module:
         """As `nn.Module.train`, whose argument this is."""
         model, flat = self._model, self._modules()
         if self._on_train is not None:
             self._on_train(model)
-        if not isinstance(mode, bool) or not flat.trains_plainly or any("train" in vars(m) for m in flat.modules[1:]):
+        has_own = map(contains, flat.attributes[1:], repeat("train"))
+        if not isinstance(mode, bool) or not flat.trains_plainly or any(has_own):
             return type(model).train(model, mode)
-        for module in flat.modules:
-            if module.training is not mode:
+        for module, attributes in zip(flat.modules, flat.attributes, strict=True):
+            if attributes.get("training") is not mode:
                 module.training = mode
         return model
 
@@ -130,15 +152,16 @@ class Walks:
         if getattr(model, "is_loaded_in_4bit", False):  # the host counts what is packed
             return type(model).num_parameters(model, only_trainable, exclude_embeddings)
         held = self._modules().held()
-        call = (only_trainable, exclude_embeddings, [(id(p), p.requires_grad) for p in held])
+        trained = [p.requires_grad for p in held] if only_trainable else []
+        call = (only_trainable, exclude_embeddings, list(map(id, held)), trained)
         if self._counted is None or self._counted.call != call:
             self._counted = _Counted(call, held, self._count(only_trainable, exclude_embeddings))
         return self._counted.total
 
     def _count(self, only_trainable: bool, exclude_embeddings: bool) -> int:
-        total, flat, seen = 0, self._modules(), set()
-        for module, parameters in zip(flat.modules, flat.parameters, strict=True):
-            for name, parameter in parameters.items():
+        total, seen = 0, set()
+        for module in self._modules().modules:
+            for name, parameter in module._parameters.items():
                 if parameter is None or id(parameter) in seen:
                     continue
                 seen.add(id(parameter))
@@ -149,11 +172,7 @@ class Walks:
 
     def _modules(self) -> _Flat:
         if self._flat is None or not self._flat.is_the_models():
-            modules = list(self._model.modules())
-            children = [module._modules for module in modules]
-            were = [dict(each) for each in children]
-            parameters: list[dict[str, Any]] = [module._parameters for module in modules]
-            self._flat = _Flat(modules, children, were, parameters, all(map(_is_plain, modules)))
+            self._flat = _Flat.of(self._model)
         return self._flat
 
 
