@@ -8,6 +8,7 @@ they are before they are rounded. A parameter in bfloat16 is rounded by chance (
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from functools import lru_cache
+from operator import itemgetter
 from typing import Any, overload
 
 import torch
@@ -19,6 +20,7 @@ from expertune.optim import by_chance, dynamic_8bit
 
 # of a parameter: the codes of its moments, then the maxima of their blocks
 _MOMENTS = ("exp_avg", "exp_avg_sq", "exp_avg_max", "exp_avg_sq_max")
+_moments = itemgetter(*_MOMENTS)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -83,7 +85,7 @@ class AdamW8bit(Optimizer):
                     state = self._advance(param)
                     grad = _gradient(param, param.grad)
                     key = (param.device, param.dtype, grad.dtype, state["step"])
-                    alike[key].append([param, grad, *(state[name] for name in _MOMENTS)])
+                    alike[key].append([param, grad, *_moments(state)])
             for (device, _, _, count), rows in alike.items():
                 _step(device, rows, _update(group, count))
         return loss
