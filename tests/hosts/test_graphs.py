@@ -150,10 +150,14 @@ def test_explain_says_that_there_was_no_room(checkpoint: Checkpoint) -> None:
     ours, _, capture = both(checkpoint("qwen3_moe"))
     recorder = attached(ours.get_base_model()).recorder  # type: ignore[union-attr]
     assert recorder is not None
-    recorder._pool_of = lambda _: Pool(capture, memories.Card(memories.TOO_LITTLE))
+    card = memories.Card(memories.TOO_LITTLE)
+    recorder._pool_of = lambda _: Pool(capture, card)
     for _ in range(4):
         step(ours, torch.randint(3, 60, (2, 9)))
     assert "0 of 2 layers, 0 kinds of calls; there was no room for more" in str(expertune.explain(ours))
+    card.left = memories.PLENTY
+    step(ours, torch.randint(3, 60, (2, 9)))
+    assert str(expertune.explain(ours).graphs) == "CUDA graphs: 2 of 2 layers, 1 kinds of calls"
 
 
 class Filling(memories.Card):

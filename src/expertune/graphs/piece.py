@@ -289,6 +289,7 @@ class Piece:
             recorder.refused[type(module)] = str(error).splitlines()[0]
             return None
         self._recordings[kind] = recording
+        recorder.lacked_room = False
         return recording, tensors
 
 
