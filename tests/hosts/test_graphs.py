@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import Cache
 
 import expertune
@@ -16,8 +17,10 @@ from expertune.graphs.pool import Pool
 from expertune.hosts import graphs
 from expertune.hosts.attach import attached
 from tests.conftest import Checkpoint
+from tests.graphs.replayed import FakeCapture
 from tests.hosts import memories
-from tests.hosts.recorded import both, make, step, tokens
+from tests.hosts.models import load_tiny
+from tests.hosts.recorded import TARGETS, both, make, step, tokens
 
 _LAYERS = [f"layers.{i}{part}" for i in range(2) for part in ("", ".self_attn", ".mlp")]
 PIECES = {
@@ -46,6 +49,23 @@ def test_every_step_is_the_same(checkpoint: Checkpoint, family: str) -> None:
         torch.testing.assert_close(step(ours, ids), step(stock, ids))
     assert capture.replays == 3 * 2 * 2
     assert "CUDA graphs: 2 of 2 layers, 1 kinds of calls" in str(expertune.explain(ours))
+
+
+def test_stock_adapters_that_come_later_to_a_dense_model_are_taken_in(checkpoint: Checkpoint) -> None:
+    folder, capture = checkpoint("gemma3_text"), FakeCapture()
+    ours, stock = (load_tiny(folder, torch.float32) for _ in range(2))
+    expertune.optimize(ours, memory="fast")
+    recorder = attached(ours).recorder  # type: ignore[union-attr]
+    recorder._pool_of = capture.pool  # type: ignore[union-attr]
+    config = LoraConfig(r=4, target_modules=TARGETS["gemma3_text"], init_lora_weights=False)
+    torch.manual_seed(0)
+    ours = get_peft_model(ours, config)
+    torch.manual_seed(0)
+    stock = get_peft_model(stock, config)
+    for seed in range(5):
+        ids = tokens(seed)
+        torch.testing.assert_close(step(ours, ids), step(stock, ids))
+    assert capture.replays == 3 * 2 * 2
 
 
 def test_a_trainers_gradient_checkpointing_does_not_keep_a_layer_from_being_recorded(checkpoint: Checkpoint) -> None:

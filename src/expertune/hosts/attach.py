@@ -330,11 +330,9 @@ def _before_decoder(model: PreTrainedModel, state: Attached, _decoder: nn.Module
     theirs = [layer for layer in state.layers if layer.gradient_checkpointing and not _is_replayed(layer)]
     if state.memory is not None:
         _spare(theirs, model, state)
-    if not state.blocks:
-        return
     if state.adapters != _adapters_of(model) or any(_is_unbound(c) for b in state.blocks for c in b.children()):
         bind_all(model)
-    if state.memory is None:
+    if state.memory is None and state.blocks:
         for layer in theirs:
             _replay(layer, state)
 
