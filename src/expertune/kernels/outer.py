@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from expertune.kernels.device import architecture
 from expertune.kernels.launch import ceil_div, launch, next_power_of_2
 
 
@@ -162,7 +163,7 @@ def outer(
     sums = (first, second or first)
     widths = [s.wide.shape[1] for s in sums]
     ranks = [s.narrow_NR.shape[1] for s in sums]
-    cut = _cut(max(widths), max(ranks), first.wide.itemsize)
+    cut = _cut(max(widths), max(ranks), first.wide)
     num_blocks = ceil_div(widths[0], cut.BI) + (ceil_div(widths[1], cut.BI) if second else 0)
     launch(
         _outer_kernel,
@@ -198,9 +199,11 @@ class _Cut(NamedTuple):
     BR: int
 
 
-def _cut(width: int, rank: int, itemsize: int) -> _Cut:
+def _cut(width: int, rank: int, like: Tensor) -> _Cut:
     """For the wider of two sums. Both sides of `dW` are wide: a larger block reads them fewer times."""
     block, block_rank = max(16, next_power_of_2(width)), max(16, next_power_of_2(rank))
-    if itemsize >= torch.float32.itemsize:  # multiplied from registers, which hold less
+    if like.itemsize >= torch.float32.itemsize:  # multiplied from registers, which hold less
         return _Cut(32, min(64, block), min(64, block_rank))
+    if architecture(like.device) == (7, 5):  # 64 KiB of shared memory, where the largest block takes 128
+        return _Cut(64, min(128, block), min(64, block_rank))
     return _Cut(32 if block_rank > 128 else 64, min(128, block), min(256, block_rank))
