@@ -298,6 +298,19 @@ def test_room_is_made_once_for_all_that_are_recorded_together(capture: FakeCaptu
     assert capture.rooms == [0, 2 * 3]
 
 
+def test_dropout_that_is_turned_on_ends_a_recording(pair: tuple[Toy, Toy], capture: FakeCapture) -> None:
+    for toy in pair:
+        toy.linear = nn.Sequential(nn.Linear(4, 4).requires_grad_(False), nn.Dropout(0.0))  # type: ignore[assignment]
+    pair[1].load_state_dict(pair[0].state_dict())
+    for seed in range(4):
+        assert_same(*pair, seed)
+    assert capture.replays == 2 * 2
+    for toy in pair:
+        toy.linear[1].p = 1.0
+    assert_same(*pair, 4)
+    assert capture.replays == 2 * 2
+
+
 def test_a_module_that_cannot_be_recorded_runs_as_it_is(pair: tuple[Toy, Toy], capture: FakeCapture) -> None:
     capture.refuses = "operation not permitted when stream is capturing\nmore"
     for seed in range(5):

@@ -25,7 +25,7 @@ class Watch:
         self._alive = [each for held in self._dicts for each in held.values()]  # so that no other gets the same id
         self._parameters = list(module.parameters())
         self._places = self._read_places()
-        plain = [(vars(m), _plain(m)) for m in modules if not type(m).__module__.startswith("torch.nn.")]
+        plain = [(vars(m), _plain(m)) for m in modules if _may_change(m)]
         reads = [(now, was, itemgetter(*was)) for now, was in plain if was]
         self._settings = [(now, read, read(was)) for now, was, read in reads]
         self._hooks = [getattr(m, name) for m in modules[1:] for name in _HOOKS]
@@ -61,6 +61,11 @@ class Watch:
     def _numbers(self) -> list[tuple[int, ...]]:
         """Of the hooks, as torch counts them."""
         return [tuple(hooks) for hooks in self._hooks if hooks]
+
+
+def _may_change(module: nn.Module) -> bool:
+    """Whether settings of a module may change: those of torch's own stay, but for dropout's."""
+    return isinstance(module, nn.Dropout) or not type(module).__module__.startswith("torch.nn.")
 
 
 def _plain(module: nn.Module) -> dict[str, Any]:
