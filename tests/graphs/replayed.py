@@ -77,7 +77,7 @@ class FakeHost:
         self.heard.append(output)
 
     @contextmanager
-    def catching(self) -> Iterator[list[Any]]:
+    def recording(self) -> Iterator[list[Any]]:
         before, self.heard = self.heard, []
         try:
             yield self.heard

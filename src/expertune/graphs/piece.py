@@ -48,8 +48,8 @@ class Host(Protocol):
         """
         ...
 
-    def catching(self) -> AbstractContextManager[Any]:
-        """Around a forward: gives what observers would have taken from it, filled by the time that it has run."""
+    def recording(self) -> AbstractContextManager[Any]:
+        """Around a forward that is recorded: gives what observers would have taken, filled once it has run."""
         ...
 
     def deliver(self, caught: Any) -> None:
@@ -91,7 +91,7 @@ class Recorder:
         """Around a forward that is recorded, in which pieces run as they are: gives what observers would have taken."""
         self.is_recording = True
         try:
-            with self.host.catching() as caught:
+            with self.host.recording() as caught:
                 yield caught
         finally:
             self.is_recording = False

@@ -88,7 +88,7 @@ class TransformersHost:
         return is_observer(hook)
 
     @contextmanager
-    def catching(self) -> Iterator[dict[str, list[Any]]]:
+    def recording(self) -> Iterator[dict[str, list[Any]]]:
         """Lists in place of those that the hooks append to."""
         self._replay.is_graph_recorded = True
         try:
