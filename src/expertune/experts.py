@@ -279,7 +279,7 @@ def _postpone(
 ) -> tuple[Tensor | None, ...]:
     """The gradients of all but the factors, whose are left to whoever replays this pass."""
     dx_TD, dweight_TK, *others = run_backward(walk._replace(postpones=True), dout_TD, saved)
-    operands = Operands(*others[4:])  # type: ignore[arg-type]
+    operands = Operands(*(None if x is None else x.contiguous() for x in others[4:]))  # type: ignore[arg-type]
 
     def compute(tensors: Tensors, sums: Tensors) -> Tensors:
         return walk.step.backend.steps().run(_factors, walk, (*tensors, *sums))

@@ -41,6 +41,7 @@ class FakeCapture:
         if self.refuses is not None:
             raise RuntimeError(self.refuses)
         self.recorded.append(keeps)
+        work()  # as while a stream captures
         return Rerun(work, self)
 
     def make_room(self) -> None:
@@ -48,6 +49,7 @@ class FakeCapture:
 
     def lend(self, x: Tensor) -> Tensor:
         """Work that is run again makes it anew."""
+        assert x.is_contiguous(), "read by its address alone, it would be another tensor"
         return x
 
 

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from expertune import accumulate
-from expertune.activations import SwiGlu
+from expertune.activations import Gate, HostGate, SwiGlu
 from expertune.backends import native_torch, triton
 from expertune.backends.protocol import Backend
 from expertune.experts import experts
@@ -22,6 +23,7 @@ from tests.cases import DEVICE, NUM_EXPERTS, ROUTINGS, pair_id, runnable
 from tests.graphs.replayed import FakeCapture, FakeHost, make_recorder
 
 WIDTH, INNER, TOKENS = 16, 24, len(ROUTINGS["even"])
+GATE = SwiGlu()
 LAYOUT = ExpertsLayout(
     num_experts=NUM_EXPERTS, model_width=WIDTH, expert_width=INNER, has_gate=True, is_transposed=False, has_bias=False
 )
@@ -30,11 +32,13 @@ LAYOUT = ExpertsLayout(
 class Experts(nn.Module):
     """With adapters of these ranks on each projection, walked twice where asked."""
 
-    def __init__(self, backend: Backend, dtype: torch.dtype, ranks: tuple[int, ...], times: int = 1) -> None:
+    def __init__(
+        self, backend: Backend, dtype: torch.dtype, ranks: tuple[int, ...], times: int = 1, gate: Gate = GATE
+    ) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.times = times
-        self.step = ExpertsStep(layout=LAYOUT, gate=SwiGlu(), backend=_adding(backend))
+        self.step = ExpertsStep(layout=LAYOUT, gate=gate, backend=_adding(backend))
         self.expert_TK = ROUTINGS["even"].to(DEVICE)
         self.weights, self.factors = nn.ParameterList(), nn.ParameterList()
         for i, o in ((WIDTH, 2 * INNER), (INNER, WIDTH)):
@@ -155,6 +159,22 @@ def test_what_is_handed_out_is_not_added(pair: Callable[..., tuple[Experts, Expe
     ]
     assert all(map(torch.equal, *found))
     assert all(torch.equal(factor.grad, kept) for factor, kept in zip(recorded.factors, before, strict=True))
+
+
+def _turned(h_NG: Tensor) -> Tensor:
+    h_GN = h_NG.T.contiguous()
+    return (F.silu(h_GN[:INNER]) * h_GN[INNER:]).T
+
+
+def test_a_gate_of_the_hosts_may_give_gradients_of_any_strides(pair: Callable[..., tuple[Experts, Experts]]) -> None:
+    modules = pair(native_torch.BACKEND, torch.float32, (8,), gate=HostGate(_turned))
+    for seed in range(5):
+        for module in modules:
+            _loss(module, seed, torch.float32)[0].backward()
+    (made,) = modules[0].forward._recordings.values()  # type: ignore[attr-defined]
+    assert len(made._postponed) == 1
+    for ours, theirs in zip(*(module.factors for module in modules), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
 
 
 def test_another_pass_at_the_same_time_postpones_nothing() -> None:
