@@ -20,6 +20,8 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -123,16 +125,15 @@ def measure(
     train_tokenizer(rows, SHAPES[args.shape][1]["vocab_size"]).save_pretrained(base)
     curves: Curves = {packing: {variant: [] for variant in args.variants} for packing in PACKINGS}
     runs = [Run(variant, packing, seed) for seed in args.seeds for packing in PACKINGS for variant in args.variants]
-    for number, run in enumerate(track(runs, description="training", console=console), 1):
-        adapter = folder / f"adapter-{run.seed}"
-        if not adapter.exists():
-            write_adapter(args.shape, base, adapter, args.rank, run.seed)
-        curves[run.packing][run.variant].append(train(run, rows, base, adapter, args))
-        gc.collect()
-        torch.cuda.empty_cache()
-        seeds, left = divmod(number, len(PACKINGS) * len(args.variants))
-        if not left:
-            yield args.seeds[:seeds], curves
+    tracked = track(runs, description="training", console=console)
+    for number, (seed, of_seed) in enumerate(groupby(tracked, attrgetter("seed")), 1):
+        adapter = folder / f"adapter-{seed}"
+        write_adapter(args.shape, base, adapter, args.rank, seed)
+        for run in of_seed:
+            curves[run.packing][run.variant].append(train(run, rows, base, adapter, args))
+            gc.collect()
+            torch.cuda.empty_cache()
+        yield args.seeds[:number], curves
 
 
 def compare(curves: Curves) -> dict[str, dict[str, Residuals]]:

@@ -25,7 +25,7 @@ class Postponed(NamedTuple):
         compute: of tensors, and for each leaf what its gradient is added to in place, or None: the gradients, with None
             where one was added.
         saved: what it reads first, made before that pass.
-        made: what it reads then, made in it; contiguous.
+        made: what it reads then, made in it.
     """
 
     leaves: tuple[Tensor, ...]

@@ -268,7 +268,7 @@ class _ExpertsFunction(torch.autograd.Function):
         factors = saved[len(saved) - walk.num_factors :]
         postponement = accumulate.postponement_of(factors) if walk.step.backend.steps().adds_in_place else None
         if postponement is not None:
-            return _postpone(postponement, walk, dout_TD.contiguous(), saved)
+            return _postpone(postponement, walk, dout_TD, saved)
         sums = accumulate.sums(ctx, saved[-walk.num_parts :])
         dx_TD, dweight_TK, *others = run_backward(walk, dout_TD, saved, sums)
         return (None, dx_TD, dweight_TK, None, *others)
@@ -278,8 +278,8 @@ def _postpone(
     postponement: accumulate.Postponement, walk: Walk, dout_TD: Tensor, saved: Tensors
 ) -> tuple[Tensor | None, ...]:
     """The gradients of all but the factors, whose are left to whoever replays this pass."""
+    dout_TD = dout_TD.contiguous()
     dx_TD, dweight_TK, *others = run_backward(walk._replace(postpones=True), dout_TD, saved)
-    operands = Operands(*(None if x is None else x.contiguous() for x in others[4:]))  # type: ignore[arg-type]
 
     def compute(tensors: Tensors, sums: Tensors) -> Tensors:
         return walk.step.backend.steps().run(_factors, walk, (*tensors, *sums))
@@ -290,7 +290,7 @@ def _postpone(
             leaves=cast(tuple[Tensor, ...], tuple(saved[-walk.num_factors :])),
             compute=compute,
             saved=(x_TD, mid1_NR, mid2_NR, *saved[1 + NUM_MADE :]),
-            made=(dout_TD, *operands),
+            made=(dout_TD, *others[4:]),
         )
     )
     return (None, dx_TD, dweight_TK, None, *others[:4], *[None] * walk.num_factors)

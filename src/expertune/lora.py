@@ -1,7 +1,7 @@
 """LoRA factors: PEFT's layout ↔ the one that grouped products read, several active adapters joined along the rank.
 
 PEFT keeps `lora_A` as `(E·R, I)`, expert-major, and `lora_B` as `(O, R·E)`, expert-fastest. A grouped product wants
-one matrix an expert: `a_ERI` and `b_EOR`. Packing is done again in backward, so that no copy is kept between the two.
+one matrix an expert: `a_ERI` and `b_EOR`. Packing is done again in backward, unless the walk keeps the copy.
 """
 
 from collections.abc import Sequence

@@ -167,12 +167,11 @@ class Recording:
             entering.flat.zero_()
             for number, part in zip(entering.numbers, _parts(entering.flat, entering.shapes), strict=True):
                 douts[number] = part
-        with accumulate.postponing(self._large_leaves):
-            grads = {number: grad for number, grad in enumerate(self._gradients(douts)) if grad is not None}
+        grads = {number: grad for number, grad in enumerate(self._gradients(douts)) if grad is not None}
         large = [number for number, grad in grads.items() if grad.nbytes >= _LARGE]
         small = {number: grad for number, grad in grads.items() if grad.nbytes < _LARGE}
         # autograd keeps the stream that a graph was first built on; the recording is built on another
-        self._outs = []
+        self._outs, self._postponed = [], []
         return self._side_by_side("out", small), large, douts
 
     def _side_by_side(self, purpose: str, tensors: dict[int, Tensor]) -> list["_Buffered"]:
@@ -194,11 +193,13 @@ class Recording:
         self._outs = outs
 
     def _run_backward(self) -> None:
-        with accumulate.postponing(self._large_leaves) as self._postponed:
-            grads = self._gradients(self._douts)
+        grads = self._gradients(self._douts)
         for leaving in self._leaving:
             torch.cat([cast(Tensor, grads[number]).reshape(-1) for number in leaving.numbers], out=leaving.flat)
         self._large = [cast(Tensor, grads[number]).contiguous() for number in self._numbers_of_large]
+        self._postponed = [
+            each._replace(made=[None if x is None else x.contiguous() for x in each.made]) for each in self._postponed
+        ]
 
     def _lend(self, postponed: Postponed) -> Postponed:
         """The same, without keeping what backward has made: other recordings may use its memory."""
@@ -206,9 +207,11 @@ class Recording:
         return postponed._replace(made=[None if x is None else lend(x) for x in postponed.made])
 
     def _gradients(self, douts: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+        """Of the inputs that want one and of the parameters; None where there is none, or it is postponed."""
         asked = [self._outs[number] for number in self.wanted_outs]
         wanted = [*(tensor for _, tensor in self._own), *self._leaves]
-        return torch.autograd.grad(asked, wanted, douts, retain_graph=True, allow_unused=True)
+        with accumulate.postponing(self._large_leaves) as self._postponed:
+            return torch.autograd.grad(asked, wanted, douts, retain_graph=True, allow_unused=True)
 
 
 class _Own(NamedTuple):
