@@ -5,6 +5,7 @@ walks twice as many in backward. Here `h = [gate(x) | up(x)]` is kept alone, as 
 needs the inner activation only for a gradient of the last factor, and computes it again.
 """
 
+from itertools import chain
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -14,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from expertune import accumulate, kernels
 from expertune.activations import Gate
 from expertune.shapes import LoraFactors
+from expertune.split_linear import SplitLinear
 
 
 class Linear(NamedTuple):
@@ -48,60 +50,18 @@ def gated_mlp(x: Tensor, gate: Gate, linears: tuple[Linear, Linear, Linear], til
     return _GatedMlp.apply(gate, tuple(scales), tile, x, *tensors)  # type: ignore[no-untyped-call,no-any-return]
 
 
-class _Part(NamedTuple):
-    """One of the three linears during a pass, its factors in the dtype of the weight."""
-
-    weight_OI: Tensor
-    bias_O: Tensor | None
-    a_RI: Tensor | None
-    b_OR: Tensor | None
-    scale: float
-
-    def mid(self, x_NI: Tensor) -> Tensor | None:
-        """`x_NI a_RIᵀ`."""
-        return None if self.a_RI is None else x_NI @ self.a_RI.mT
-
-    def forward(self, x_NI: Tensor, out_NO: Tensor) -> Tensor | None:
-        """Fill `out_NO`, and give `mid`."""
-        if self.bias_O is None:
-            torch.mm(x_NI, self.weight_OI.mT, out=out_NO)
-        else:
-            torch.addmm(self.bias_O, x_NI, self.weight_OI.mT, out=out_NO)
-        mid_NR = self.mid(x_NI)
-        if mid_NR is not None and self.b_OR is not None:
-            out_NO.addmm_(mid_NR, self.b_OR.mT, alpha=self.scale)
-        return mid_NR
-
-    def dmid(self, dy_NO: Tensor) -> Tensor | None:
-        """The gradient of `mid`."""
-        return None if self.b_OR is None else (dy_NO @ self.b_OR).mul_(self.scale)
-
-    def input_grad(self, dy_NO: Tensor, dmid_NR: Tensor | None, out_NI: Tensor | None = None) -> Tensor:
-        """`dx_NI`, added to `out_NI` if that is given."""
-        dx_NI = dy_NO @ self.weight_OI if out_NI is None else out_NI.addmm_(dy_NO, self.weight_OI)
-        return dx_NI if self.a_RI is None or dmid_NR is None else dx_NI.addmm_(dmid_NR, self.a_RI)
-
-    def factor_grads(
-        self, x_NI: Tensor, dy_NO: Tensor, mid_NR: Tensor | None, dmid_NR: Tensor | None
-    ) -> list[Tensor | None]:
-        """Of `a` and `b`."""
-        if mid_NR is None or dmid_NR is None:
-            return [None, None]
-        return [dmid_NR.mT @ x_NI, (dy_NO.mT @ mid_NR).mul_(self.scale)]
-
-
 class _Parts(NamedTuple):
     """All three."""
 
-    gate: _Part
-    up: _Part
-    down: _Part
+    gate: SplitLinear
+    up: SplitLinear
+    down: SplitLinear
 
     @classmethod
-    def of(cls, tensors: Any, scales: tuple[float, ...]) -> "_Parts":
-        """From weight, bias, `a` and `b` of each."""
-        each = zip(tensors[::4], tensors[1::4], tensors[2::4], tensors[3::4], scales, strict=True)
-        gate, up, down = (_Part(*part) for part in each)
+    def of(cls, tensors: Any, scales: tuple[float, ...], dtypes: tuple[Any, ...]) -> "_Parts":
+        """From weight, bias, `a` and `b` of each, and the dtypes of the factors themselves."""
+        each = zip(tensors[::4], tensors[1::4], tensors[2::4], tensors[3::4], scales, dtypes, strict=True)
+        gate, up, down = (SplitLinear(*part) for part in each)
         return cls(gate, up, down)
 
     def first(self, x_NI: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -120,7 +80,9 @@ class _GatedMlp(torch.autograd.Function):
     ) -> Tensor:
         x_NI = x.reshape(-1, x.shape[-1])
         narrow = [t if t is None or i % 4 < 2 else t.to(x.dtype) for i, t in enumerate(tensors)]  # the factors are cast
-        parts = _Parts.of(narrow, scales)
+        all_dtypes = [None if tensor is None else tensor.dtype for tensor in tensors]
+        dtypes = tuple(zip(all_dtypes[2::4], all_dtypes[3::4], strict=True))
+        parts = _Parts.of(narrow, scales, dtypes)
         y_NO = x_NI.new_empty((len(x_NI), len(parts.down.weight_OI)))
         ctx.tile = tile if tile is not None and tile < len(x_NI) else None
         kept: list[Tensor | None] = [None] * 4
@@ -130,15 +92,14 @@ class _GatedMlp(torch.autograd.Function):
             if ctx.tile is None:
                 kept = made
         ctx.save_for_backward(x_NI, *kept, *narrow)
-        ctx.gate, ctx.scales, ctx.shape = gate, scales, x.shape
-        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in tensors]
+        ctx.gate, ctx.scales, ctx.dtypes, ctx.shape = gate, scales, dtypes, x.shape
         return y_NO.view(*x.shape[:-1], y_NO.shape[1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x_NI, *rest = ctx.saved_tensors
-        parts = _Parts.of(rest[4:], ctx.scales)
+        parts = _Parts.of(rest[4:], ctx.scales, ctx.dtypes)
         _, _, _, wants_x, *wants = ctx.needs_input_grad
         dy_NO = dy.reshape(-1, dy.shape[-1])
         if ctx.tile is None:
@@ -146,9 +107,9 @@ class _GatedMlp(torch.autograd.Function):
         else:
             dx_NI, *sums = _walk_tiles_back(ctx.gate, parts, x_NI, dy_NO, ctx.tile, wants_x=wants_x)
         results: list[Tensor | None] = [None] * len(wants)
-        for place, total in zip((2, 3, 6, 7, 10, 11), sums, strict=True):
+        for place, total, dtype in zip((2, 3, 6, 7, 10, 11), sums, chain.from_iterable(ctx.dtypes), strict=True):
             if total is not None and wants[place]:
-                results[place] = total.to(ctx.dtypes[place])
+                results[place] = total.to(dtype)
         return (None, None, None, None if dx_NI is None else dx_NI.view(ctx.shape), *results)
 
 

@@ -7,11 +7,11 @@ short context a step waits for the CPU that walks them. The products and their d
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from expertune.shapes import LoraFactors
+from expertune.split_linear import SplitLinear
 
 
 def lora_linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, adapter: LoraFactors) -> Tensor:
@@ -34,26 +34,22 @@ class _LoraLinear(torch.autograd.Function):
         ctx: Any, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, a_RI: Tensor, b_OR: Tensor, scale: float
     ) -> Tensor:
         dtype = weight_OI.dtype
-        x_NI, a, b = x.reshape(-1, x.shape[-1]), a_RI.to(dtype), b_OR.to(dtype)
-        mid_NR = x_NI @ a.mT
-        y_NO = F.linear(x_NI, weight_OI, bias_O).addmm_(mid_NR, b.mT, alpha=scale)
-        ctx.save_for_backward(x_NI, mid_NR, weight_OI, a, b)
-        ctx.scale, ctx.shape, ctx.dtypes = scale, x.shape, (a_RI.dtype, b_OR.dtype)
-        return y_NO.view(*x.shape[:-1], weight_OI.shape[0])
+        linear = SplitLinear(weight_OI, bias_O, a_RI.to(dtype), b_OR.to(dtype), scale, (a_RI.dtype, b_OR.dtype))
+        x_NI = x.reshape(-1, x.shape[-1])
+        y_NO = x_NI.new_empty((len(x_NI), len(weight_OI)))
+        mid_NR = linear.forward(x_NI, y_NO)
+        ctx.save_for_backward(x_NI, mid_NR, weight_OI, linear.a_RI, linear.b_OR)
+        ctx.scale, ctx.shape, ctx.dtypes = scale, x.shape, linear.dtypes
+        return y_NO.view(*x.shape[:-1], len(weight_OI))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x_NI, mid_NR, weight_OI, a, b = ctx.saved_tensors
+        x_NI, mid_NR, weight_OI, a_RI, b_OR = ctx.saved_tensors
+        linear = SplitLinear(weight_OI, None, a_RI, b_OR, ctx.scale, ctx.dtypes)
         wants_x, _, _, wants_a, wants_b, _ = ctx.needs_input_grad
         dy_NO = dy.reshape(-1, dy.shape[-1])
-        dx = da = db = None
-        if wants_x or wants_a:
-            dmid_NR = (dy_NO @ b).mul_(ctx.scale)
-            if wants_x:
-                dx = (dy_NO @ weight_OI).addmm_(dmid_NR, a).view(ctx.shape)
-            if wants_a:
-                da = (dmid_NR.mT @ x_NI).to(ctx.dtypes[0])
-        if wants_b:
-            db = (dy_NO.mT @ mid_NR).to(ctx.dtypes[1]).mul_(ctx.scale)
-        return dx, None, None, da, db, None
+        dmid_NR = linear.dmid(dy_NO)
+        dx = linear.input_grad(dy_NO, dmid_NR).view(ctx.shape) if wants_x else None
+        da, db = linear.factor_grads(x_NI, dy_NO, mid_NR, dmid_NR) if wants_a or wants_b else (None, None)
+        return dx, None, None, da if wants_a else None, db if wants_b else None, None

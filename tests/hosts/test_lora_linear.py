@@ -14,6 +14,7 @@ from tests.hosts.spies import inputs_of
 from tests.numerics import assert_no_worse
 
 WIDTH, OUT, RANK = 24, 40, 8
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 class _Model(nn.Module):
@@ -60,16 +61,28 @@ def test_float64_equals_peft(nodes: list[Tensor], shape: tuple[int, ...], has_bi
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
-def test_under_autocast_no_worse_than_peft(nodes: list[Tensor]) -> None:
-    layer = _layer(torch.bfloat16, factors=torch.float32)
-    x = torch.randn(3, 11, WIDTH, dtype=torch.bfloat16)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
+def test_under_autocast_no_worse_than_peft(nodes: list[Tensor], device: str) -> None:
+    layer = _layer(torch.bfloat16, factors=torch.float32).to(device)
+    x = torch.randn(3, 11, WIDTH, dtype=torch.bfloat16, device=device)
+    with torch.autocast(device, dtype=torch.bfloat16):
         ours, stock = (_results(layer, f, x) for f in (peft._lora_linear_forward, LoraLinear.forward))
     exact = _results(layer.double(), LoraLinear.forward, x.double())
     assert len(nodes) == 1
     for a, b, truth in zip(ours, stock, exact, strict=True):
         assert a.dtype == b.dtype
         assert_no_worse(a, b, truth)
+
+
+@needs_cuda
+def test_gradients_of_wide_factors_are_not_rounded_on_the_way() -> None:
+    layer = _layer(torch.bfloat16, factors=torch.float32).cuda()
+    x = torch.randn(40, WIDTH, dtype=torch.bfloat16, device="cuda")
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        *_, da, db = _results(layer, peft._lora_linear_forward, x)
+    for grad in (da, db):
+        assert grad.dtype == torch.float32
+        assert not torch.equal(grad, grad.bfloat16().float())
 
 
 def test_saved_for_backward() -> None:

@@ -1,0 +1,66 @@
+"""A frozen linear with Split LoRA or without, `xW + s(xA)B`, during one pass: its products and their gradients."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class SplitLinear(NamedTuple):
+    """What a pass reads, in one dtype.
+
+    Args:
+        weight_OI: frozen.
+        bias_O: frozen, or None.
+        a_RI, b_OR: the adapter's factors, cast to the dtype of the weight; None without an adapter.
+        scale: multiplies what the adapter adds.
+        dtypes: of the factors themselves, in which their gradients are given.
+    """
+
+    weight_OI: Tensor
+    bias_O: Tensor | None
+    a_RI: Tensor | None
+    b_OR: Tensor | None
+    scale: float
+    dtypes: tuple[torch.dtype, torch.dtype]
+
+    def mid(self, x_NI: Tensor) -> Tensor | None:
+        """`x_NI a_RIᵀ`."""
+        return None if self.a_RI is None else x_NI @ self.a_RI.mT
+
+    def forward(self, x_NI: Tensor, out_NO: Tensor) -> Tensor | None:
+        """Fill `out_NO`, and give `mid`."""
+        if self.bias_O is None:
+            torch.mm(x_NI, self.weight_OI.mT, out=out_NO)
+        else:
+            torch.addmm(self.bias_O, x_NI, self.weight_OI.mT, out=out_NO)
+        mid_NR = self.mid(x_NI)
+        if mid_NR is not None and self.b_OR is not None:
+            out_NO.addmm_(mid_NR, self.b_OR.mT, alpha=self.scale)
+        return mid_NR
+
+    def dmid(self, dy_NO: Tensor) -> Tensor | None:
+        """The gradient of `mid`."""
+        return None if self.b_OR is None else (dy_NO @ self.b_OR).mul_(self.scale)
+
+    def input_grad(self, dy_NO: Tensor, dmid_NR: Tensor | None, out_NI: Tensor | None = None) -> Tensor:
+        """`dx_NI`, added to `out_NI` if that is given."""
+        dx_NI = dy_NO @ self.weight_OI if out_NI is None else out_NI.addmm_(dy_NO, self.weight_OI)
+        return dx_NI if self.a_RI is None or dmid_NR is None else dx_NI.addmm_(dmid_NR, self.a_RI)
+
+    def factor_grads(
+        self, x_NI: Tensor, dy_NO: Tensor, mid_NR: Tensor | None, dmid_NR: Tensor | None
+    ) -> list[Tensor | None]:
+        """Of `a` and `b`."""
+        if mid_NR is None or dmid_NR is None:
+            return [None, None]
+        da_dtype, db_dtype = self.dtypes
+        return [_product(dmid_NR.mT, x_NI, da_dtype), _product(dy_NO.mT, mid_NR, db_dtype).mul_(self.scale)]
+
+
+def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """`left @ right` in `dtype`; on CUDA without rounding float32 sums of 16-bit products to 16 bits on the way."""
+    is_cuda = left.is_cuda and torch.version.hip is None
+    if is_cuda and dtype == torch.float32 and left.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(left, right, out_dtype=dtype)
+    return (left @ right).to(dtype)
