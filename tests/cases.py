@@ -3,10 +3,11 @@
 Triton's kernels run on a GPU, or on a CPU in its interpreter: `TRITON_INTERPRET=1 pytest`.
 """
 
+import pytest
 import torch
 from torch import Tensor
 
-from expertune.backends import PREFERRED
+from expertune.backends import PREFERRED, triton
 from expertune.backends.protocol import Backend
 from expertune.shapes import Problem
 
@@ -42,6 +43,14 @@ def problem(dtype: torch.dtype, *widths: int) -> Problem:
 def runnable(*dtypes: torch.dtype) -> list[tuple[Backend, torch.dtype]]:
     """Every backend with each of the dtypes in which it can run here."""
     return [(b, dtype) for b in PREFERRED for dtype in dtypes if b.why_not(problem(dtype, 16)) is None]
+
+
+# in which Triton's kernels run here, and the mark of tests of them
+_KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+KERNEL_DTYPES = [dtype for dtype in _KERNEL_DTYPES if triton.BACKEND.why_not(problem(dtype, 16)) is None]
+needs_kernels = pytest.mark.skipif(
+    not KERNEL_DTYPES, reason="needs a GPU, or TRITON_INTERPRET=1 for Triton's interpreter"
+)
 
 
 def pair_id(value: object) -> str:

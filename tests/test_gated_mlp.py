@@ -9,10 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from expertune.activations import Gate, GeGlu, SwiGlu
-from expertune.backends import triton
 from expertune.gated_mlp import Linear, gated_mlp
 from expertune.shapes import LoraFactors
-from tests.cases import DEVICE, problem
+from tests.cases import DEVICE, KERNEL_DTYPES, needs_kernels
 from tests.numerics import assert_no_worse
 
 WIDTH, INNER, RANK, SCALE = 24, 40, 8, 0.5
@@ -133,12 +132,7 @@ def test_saved_for_backward(tile: int | None, kept: int) -> None:
     assert sum(storages.values()) == 2 * (read + num_tokens * kept)
 
 
-KERNEL_DTYPES = [
-    d for d in (torch.float32, torch.float16, torch.bfloat16) if triton.BACKEND.why_not(problem(d, 16)) is None
-]
-
-
-@pytest.mark.skipif(not KERNEL_DTYPES, reason="needs a GPU, or TRITON_INTERPRET=1 for Triton's interpreter")
+@needs_kernels
 @pytest.mark.parametrize("overwrites", [False, True])
 @pytest.mark.parametrize("width", [8, 300])
 @pytest.mark.parametrize("gate", GATES, ids=lambda gate: gate.name)

@@ -4,16 +4,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from expertune.backends import triton as backend
 from expertune.optim import by_chance, dynamic_8bit
 from expertune.optim.adamw_8bit import plain_step, tables
-from tests.cases import DEVICE, problem
+from tests.cases import DEVICE, KERNEL_DTYPES, needs_kernels
 
 triton, tl = pytest.importorskip("triton"), pytest.importorskip("triton.language")
 from expertune.kernels.adamw_8bit import _to_bfloat16, adamw_8bit  # noqa: E402 imports Triton
 
-DTYPES = [d for d in (torch.float32, torch.float16, torch.bfloat16) if backend.BACKEND.why_not(problem(d, 16)) is None]
-pytestmark = pytest.mark.skipif(not DTYPES, reason="needs a GPU, or TRITON_INTERPRET=1 for Triton's interpreter")
+pytestmark = needs_kernels
 SIZES = (1, 256, 300, 2048, 5000)
 UPDATE = (0.999, 0.9, 0.98, 1e-2, 1.5, 1e-8, 7)
 
@@ -33,7 +31,7 @@ def row(numel: int, seed: int, dtype: torch.dtype) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("is_aligned", [True, False])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
 def test_all_parameters_step_as_each_in_torch(dtype: torch.dtype, is_aligned: bool) -> None:
     rows = [row(numel, seed, dtype) for seed, numel in enumerate(SIZES)]
     if not is_aligned:

@@ -13,11 +13,10 @@ from expertune.backends import native_torch, triton
 from expertune.backends.protocol import FactorSide
 from expertune.shapes import Dispatch, LoraFactors
 from expertune.weights.dense import DenseWeights
-from tests.cases import DEVICE, NUM_EXPERTS, ROUTINGS, problem
+from tests.cases import DEVICE, KERNEL_DTYPES, NUM_EXPERTS, ROUTINGS, needs_kernels
 from tests.numerics import assert_no_worse
 
-DTYPES = [d for d in (torch.float32, torch.float16, torch.bfloat16) if triton.BACKEND.why_not(problem(d, 16)) is None]
-pytestmark = pytest.mark.skipif(not DTYPES, reason="needs a GPU, or TRITON_INTERPRET=1 for Triton's interpreter")
+pytestmark = needs_kernels
 
 WIDTH, OUT = 72, 40
 GATES = {
@@ -84,7 +83,7 @@ class TestRouting:
         assert list(zip(tiles.expert[:count].tolist(), tiles.row[:count].tolist(), strict=True)) == expected
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 class TestProducts:
     @pytest.mark.parametrize("is_k_contiguous", [False, True])
     @pytest.mark.parametrize("rank", [0, 8, 24])
@@ -148,7 +147,7 @@ class TestProducts:
             assert_no_worse(got, expected, true, f"factor {i}")
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 @pytest.mark.parametrize("is_transposed", [False, True])
 @pytest.mark.parametrize("ranks", [(8,), (3,), (8, 16)], ids=str)
 def test_packing_is_exact(ranks: tuple[int, ...], is_transposed: bool, dtype: torch.dtype) -> None:
@@ -162,7 +161,7 @@ def test_packing_is_exact(ranks: tuple[int, ...], is_transposed: bool, dtype: to
             assert torch.equal(ours.b_EOR, plain.b_EOR)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 @pytest.mark.parametrize("gate", GATES.values(), ids=GATES)
 def test_gates(routing: Dispatch, gate: Gate, dtype: torch.dtype) -> None:
     num_rows = len(routing.row_expert_N)
@@ -186,7 +185,7 @@ def test_gates(routing: Dispatch, gate: Gate, dtype: torch.dtype) -> None:
         assert_no_worse(ours, plain.to(ours.dtype), truth, name)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 @pytest.mark.parametrize("is_k_contiguous", [False, True])
 @pytest.mark.parametrize("gate", GATES.values(), ids=GATES)
 def test_a_gated_linear_is_the_gate_of_the_linear(
@@ -202,7 +201,7 @@ def test_a_gated_linear_is_the_gate_of_the_linear(
     assert torch.equal(a_NF, steps().gate_forward(gate, h_NG))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 @pytest.mark.parametrize("weighted", [False, True])
 def test_combine(routing: Dispatch, weighted: bool, dtype: torch.dtype) -> None:
     y_ND = normal(len(routing.row_expert_N), WIDTH, dtype=dtype)

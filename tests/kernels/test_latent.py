@@ -6,12 +6,10 @@ from torch import Tensor
 
 from expertune.attention import latent
 from expertune.attention.rotary import Rotation
-from expertune.backends import triton
-from tests.cases import DEVICE, problem
+from tests.cases import DEVICE, KERNEL_DTYPES, needs_kernels
 from tests.numerics import assert_no_worse
 
-DTYPES = [d for d in (torch.float32, torch.float16, torch.bfloat16) if triton.BACKEND.why_not(problem(d, 16)) is None]
-pytestmark = pytest.mark.skipif(not DTYPES, reason="needs a GPU, or TRITON_INTERPRET=1 for Triton's interpreter")
+pytestmark = needs_kernels
 HALVES = Rotation(interleaved=False, shared=False, half_width=False, passes=False)
 ROTATIONS = {
     "halves": HALVES,
@@ -47,7 +45,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(latent, "why_not", lambda *_: None)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 @pytest.mark.parametrize(("num_heads", "widths"), [(4, (8, 4, 8)), (3, (6, 1, 5)), (1, (0, 3, 16))], ids=str)
 @pytest.mark.parametrize("rotation", ROTATIONS.values(), ids=ROTATIONS.keys())
 def test_they_are_no_worse_than_torch(

@@ -6,23 +6,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from expertune.backends import triton
 from expertune.loss.load_balancing import plain_gradient, plain_sums
-from tests.cases import DEVICE, problem
+from tests.cases import DEVICE, KERNEL_DTYPES, needs_kernels
 from tests.numerics import assert_no_worse
 
 pytest.importorskip("triton")
 from expertune.kernels import load_balancing
 from expertune.kernels.load_balancing import balance_backward, balance_sums
 
-DTYPES = [d for d in (torch.float32, torch.float16, torch.bfloat16) if triton.BACKEND.why_not(problem(d, 16)) is None]
-pytestmark = pytest.mark.skipif(not DTYPES, reason="needs a GPU, or TRITON_INTERPRET=1 for Triton's interpreter")
+pytestmark = needs_kernels
 
 
 CASES = [
     pytest.mark.parametrize("is_masked", [False, True]),
     pytest.mark.parametrize("shape", [(1, 1, 2), (3, 7, 5), (2, 40, 60), (2, 9, 512)], ids=str),
-    pytest.mark.parametrize("dtype", DTYPES, ids=str),
+    pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str),
 ]
 
 
@@ -60,7 +58,7 @@ def test_sums_are_no_worse_than_torchs(
 
 
 def test_of_equal_logits_the_first_is_chosen_and_of_no_rows_none() -> None:
-    logits = torch.tensor([[1.0, 2.0, 2.0, 1.0]], device=DEVICE, dtype=DTYPES[0])
+    logits = torch.tensor([[1.0, 2.0, 2.0, 1.0]], device=DEVICE, dtype=KERNEL_DTYPES[0])
     assert balance_sums(logits, 1, None)[0].tolist() == [0, 1, 0, 0]
     assert balance_sums(logits, 3, None)[0].tolist() == [1, 1, 1, 0]
     assert not balance_sums(logits[:0], 1, None).any()

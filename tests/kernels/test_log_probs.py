@@ -4,13 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from expertune.backends import triton
 from expertune.loss.log_probs import Head, _kernel, _plain
-from tests.cases import DEVICE, problem
+from tests.cases import DEVICE, KERNEL_DTYPES, needs_kernels
 from tests.numerics import assert_no_worse
 
-DTYPES = [d for d in (torch.float32, torch.float16, torch.bfloat16) if triton.BACKEND.why_not(problem(d, 16)) is None]
-pytestmark = pytest.mark.skipif(not DTYPES, reason="needs a GPU, or TRITON_INTERPRET=1 for Triton's interpreter")
+pytestmark = needs_kernels
 HEADS = {
     "plain": Head(torch.empty(0)),
     "capped, scaled, warm": Head(torch.empty(0), scale=0.5, softcap=3.0, inv_t=1.25),
@@ -32,7 +30,7 @@ def draw(num_tokens: int, vocabulary: int, dtype: torch.dtype) -> tuple[Tensor, 
 
 @pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
 @pytest.mark.parametrize("shape", [(1, 2), (3, 17), (2, 4096), (4, 9001)], ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 def test_it_is_no_worse_than_torch(dtype: torch.dtype, shape: tuple[int, int], head: Head) -> None:
     logits, label = draw(*shape, dtype)
     kernels, plain, exact = (outs(shape[0], d) for d in (torch.float32, torch.float32, torch.float64))
@@ -48,14 +46,14 @@ def test_it_is_no_worse_than_torch(dtype: torch.dtype, shape: tuple[int, int], h
 
 @pytest.mark.parametrize("label", [1, 3])
 def test_of_equal_maxima_the_first_counts(label: int) -> None:
-    logits = torch.tensor([[0.0, 2.0, 1.0, 2.0]], device=DEVICE, dtype=DTYPES[0])
+    logits = torch.tensor([[0.0, 2.0, 1.0, 2.0]], device=DEVICE, dtype=KERNEL_DTYPES[0])
     given = outs(1, torch.float32)
     _kernel(logits, torch.tensor([label], device=DEVICE), given, HEADS["plain"], writes_gradient=False)
     assert given[2].tolist() == [label == 1]
 
 
 def test_without_a_gradient_logits_stay() -> None:
-    logits, label = draw(3, 33, DTYPES[0])
+    logits, label = draw(3, 33, KERNEL_DTYPES[0])
     before = logits.clone()
     _kernel(logits, label, outs(3, torch.float32), HEADS["plain"], writes_gradient=False)
     assert torch.equal(logits, before)

@@ -15,10 +15,10 @@ from expertune.experts import experts
 from expertune.kernels import plan, program
 from expertune.shapes import ExpertsLayout, LoraFactors
 from expertune.walk import ExpertsStep, Projection
-from tests.cases import DEVICE, ROUTINGS, problem
+from tests.cases import DEVICE, KERNEL_DTYPES, ROUTINGS, needs_kernels
 
-DTYPES = [d for d in (torch.float16, torch.bfloat16) if triton.BACKEND.why_not(problem(d, 16)) is None]
-pytestmark = pytest.mark.skipif(not DTYPES, reason="needs a GPU, or TRITON_INTERPRET=1 for Triton's interpreter")
+DTYPES = [dtype for dtype in KERNEL_DTYPES if dtype.itemsize == 2]
+pytestmark = needs_kernels
 E, D, F, R = 6, 16, 24, 8
 EVEN = ROUTINGS["even"]
 

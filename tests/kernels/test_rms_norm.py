@@ -4,13 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from expertune.backends import triton
 from expertune.rms_norm import _FrozenNorm
-from tests.cases import DEVICE, problem
+from tests.cases import DEVICE, KERNEL_DTYPES, needs_kernels
 from tests.numerics import assert_no_worse
 
-DTYPES = [d for d in (torch.float32, torch.float16, torch.bfloat16) if triton.BACKEND.why_not(problem(d, 16)) is None]
-pytestmark = pytest.mark.skipif(not DTYPES, reason="needs a GPU, or TRITON_INTERPRET=1 for Triton's interpreter")
+pytestmark = needs_kernels
 
 
 def draw(seed: int, *shape: int) -> Tensor:
@@ -31,7 +29,7 @@ def results(out: Tensor, x: Tensor, dy: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("offset", [0.0, 1.0])
 @pytest.mark.parametrize("weight_dtype", [torch.float32, None], ids=str)
 @pytest.mark.parametrize("shape", [(1, 1), (2, 3, 4, 128), (5, 100), (7, 2880)], ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 def test_it_is_no_worse_than_torch(
     dtype: torch.dtype, shape: tuple[int, ...], weight_dtype: torch.dtype | None, offset: float
 ) -> None:
@@ -47,7 +45,7 @@ def test_it_is_no_worse_than_torch(
 
 
 def test_rows_that_are_no_rows_or_lie_apart() -> None:
-    x = draw(0, 4, 6, 8).transpose(0, 1).to(DTYPES[0])
-    weight = draw(1, 8).to(DTYPES[0])
+    x = draw(0, 4, 6, 8).transpose(0, 1).to(KERNEL_DTYPES[0])
+    weight = draw(1, 8).to(KERNEL_DTYPES[0])
     torch.testing.assert_close(_FrozenNorm.apply(x, weight, 1e-6, 0.0), plain(x, weight, 1e-6, 0.0))
     assert _FrozenNorm.apply(x[:0], weight, 1e-6, 0.0).shape == (0, 4, 8)

@@ -5,12 +5,10 @@ import torch
 from torch import Tensor
 
 from expertune.attention.rotary import Rotation, formula, rotate
-from expertune.backends import triton
-from tests.cases import DEVICE, problem
+from tests.cases import DEVICE, KERNEL_DTYPES, needs_kernels
 from tests.numerics import assert_no_worse
 
-DTYPES = [d for d in (torch.float32, torch.float16, torch.bfloat16) if triton.BACKEND.why_not(problem(d, 16)) is None]
-pytestmark = pytest.mark.skipif(not DTYPES, reason="needs a GPU, or TRITON_INTERPRET=1 for Triton's interpreter")
+pytestmark = needs_kernels
 HALVES = Rotation(interleaved=False, shared=False, half_width=False, passes=False)
 ROTATIONS = {
     "halves": HALVES,
@@ -46,7 +44,7 @@ def results(function: str, tensors: list[Tensor], rotation: Rotation) -> list[Te
     return [*[x.detach() for x in outs], *torch.autograd.grad(outs, (q, k), douts)]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 @pytest.mark.parametrize("layout", ["heads", "parts", "plain"])
 @pytest.mark.parametrize(("heads", "pairs"), [((4, 2), 8), ((3, 1), 6), ((5, 5), 1)], ids=str)
 @pytest.mark.parametrize("rotation", ROTATIONS.values(), ids=ROTATIONS.keys())

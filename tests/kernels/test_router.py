@@ -4,17 +4,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from expertune.backends import triton
 from expertune.router import _Route, plain_route
 from expertune.shapes import RoutingRule
-from tests.cases import DEVICE, problem
+from tests.cases import DEVICE, KERNEL_DTYPES, needs_kernels
 from tests.numerics import assert_no_worse
 
 pytest.importorskip("triton")
 from expertune.kernels.router import route, route_backward
 
-DTYPES = [d for d in (torch.float32, torch.float16, torch.bfloat16) if triton.BACKEND.why_not(problem(d, 16)) is None]
-pytestmark = pytest.mark.skipif(not DTYPES, reason="needs a GPU, or TRITON_INTERPRET=1 for Triton's interpreter")
+pytestmark = needs_kernels
 RULES = [RoutingRule(3, is_sigmoid, is_normed, 1.5) for is_sigmoid in (False, True) for is_normed in (False, True)]
 
 
@@ -36,7 +34,7 @@ def kernels(
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
 @pytest.mark.parametrize("shape", [(1, 3), (7, 5), (40, 60), (9, 128), (5, 300)], ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 def test_scores_and_gradients_are_no_worse_than_torchs(
     dtype: torch.dtype, shape: tuple[int, int], rule: RoutingRule
 ) -> None:

@@ -17,10 +17,9 @@ import expertune
 from expertune.kernels.tuning import lookup
 from expertune.kernels.tuning.configs import LinearConfig, LinearShape, ShrinkConfig, ShrinkShape
 from expertune.kernels.tuning.lookup import Key, TunedConfigs
-from tests.cases import DEVICE
+from tests.cases import DEVICE, needs_kernels
 from tests.conftest import Checkpoint
 from tests.hosts.models import load_tiny
-from tests.kernels.test_kernels import DTYPES
 
 CPU = torch.device("cpu")
 SHAPE = LinearShape(64, 32, 8, True)
@@ -141,7 +140,7 @@ def test_the_disk_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert ask(configs) == SHIPPED
 
 
-@pytest.mark.skipif(not DTYPES, reason="needs a GPU, or TRITON_INTERPRET=1 for Triton's interpreter")
+@needs_kernels
 def test_explain_tells_the_status(checkpoint: Checkpoint) -> None:
     model = load_tiny(checkpoint("qwen3_moe"), torch.float32).to(DEVICE)
     text = str(expertune.explain(expertune.optimize(model, backend="triton")))

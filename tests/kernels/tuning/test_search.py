@@ -16,8 +16,7 @@ from expertune.kernels.tuning.jobs import Batch, Job, make_job
 from expertune.kernels.tuning.lookup import Key
 from expertune.kernels.tuning.search import Trial, best, search
 from expertune.kernels.tuning.tables import candidates, shipped
-from tests.cases import DEVICE
-from tests.kernels.test_kernels import DTYPES
+from tests.cases import DEVICE, KERNEL_DTYPES, needs_kernels
 
 GOOD, OTHER = LinearConfig(32, 16, 4, 2), LinearConfig(16, 16, 4, 2)
 EXPECTED = torch.randn(40, 16)
@@ -111,8 +110,8 @@ def test_noise_does_not_replace_the_present_one_and_its_failure_does() -> None:
     assert best([wrong, wrong]) is None
 
 
-@pytest.mark.skipif(not DTYPES, reason="needs a GPU, or TRITON_INTERPRET=1 for Triton's interpreter")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@needs_kernels
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 @pytest.mark.parametrize(
     "shape",
     [
