@@ -12,6 +12,7 @@ from expertune.activations import Gate, GeGlu, SwiGlu
 from expertune.gated_mlp import Linear, gated_mlp
 from expertune.shapes import LoraFactors
 from tests.cases import DEVICE, KERNEL_DTYPES, needs_kernels
+from tests.kept import kept_for_backward
 from tests.numerics import assert_no_worse
 
 WIDTH, INNER, RANK, SCALE = 24, 40, 8, 0.5
@@ -119,13 +120,7 @@ def test_backward_twice(tile: int | None) -> None:
 @pytest.mark.parametrize(("tile", "kept"), [(None, 2 * INNER + 3 * RANK), (4, 0)])
 def test_saved_for_backward(tile: int | None, kept: int) -> None:
     tensors = draw(torch.bfloat16, has_bias=False, adapted=ADAPTED[0])
-    storages: dict[int, int] = {}
-
-    def pack(saved: Tensor) -> Tensor:
-        storages[saved.untyped_storage().data_ptr()] = saved.untyped_storage().nbytes()
-        return saved
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
+    with kept_for_backward() as storages:
         ours(tensors, SwiGlu(), tile)
     num_tokens = 3 * 5
     read = sum(tensor.numel() for tensor in tensors.values())

@@ -15,6 +15,7 @@ from expertune.experts import experts
 from expertune.shapes import ExpertsLayout, LoraFactors
 from expertune.walk import ExpertsStep, Projection
 from tests.cases import DEVICE, pair_id, runnable
+from tests.kept import kept_for_backward
 
 T, K, E, D, F, R = 50, 4, 8, 64, 32, 16
 _Inputs: TypeAlias = tuple[Tensor, Tensor, Tensor, tuple[Projection, Projection]]
@@ -106,17 +107,8 @@ def _formula(expert_TK: Tensor, step: ExpertsStep) -> int:
 def _saved_bytes(inputs: _Inputs, step: ExpertsStep, *, keeps_packed: bool = False) -> int:
     """What forward leaves for backward, beside parameters."""
     x_TD, expert_TK, weight_TK, projections = inputs
-    parameters = {p.weight.untyped_storage().data_ptr() for p in projections}
-    parameters |= {f.untyped_storage().data_ptr() for p in projections for a in p.adapters for f in (a.a, a.b)}
-    saved: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    parameters = [p.weight for p in projections] + [f for p in projections for a in p.adapters for f in (a.a, a.b)]
+    with kept_for_backward(parameters) as saved:
         experts(x_TD, step.dispatch(expert_TK), weight_TK, projections, step, keeps_packed=keeps_packed)
     return sum(saved.values())
 
@@ -145,13 +137,7 @@ def test_an_experts_layer_without_adapters_keeps_no_input() -> None:
     """Frozen, not adapted: only what the gate and the router need."""
     x_TD, expert_TK, weight_TK, projections = _inputs(is_transposed=False, trains_base=False)
     plain = tuple(Projection(weight=p.weight) for p in projections)
-    kept = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        kept.append(tensor.untyped_storage().data_ptr())
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with kept_for_backward() as kept:
         step = _step(native_torch.BACKEND, SwiGlu(), is_transposed=False)
         experts(x_TD, step.dispatch(expert_TK), weight_TK, (plain[0], plain[1]), step)
     assert x_TD.untyped_storage().data_ptr() not in kept

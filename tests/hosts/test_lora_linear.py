@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from expertune.hosts import peft
 from tests.hosts.spies import inputs_of
+from tests.kept import kept_for_backward
 from tests.numerics import assert_no_worse
 
 WIDTH, OUT, RANK = 24, 40, 8
@@ -88,13 +89,7 @@ def test_gradients_of_wide_factors_are_not_rounded_on_the_way() -> None:
 def test_saved_for_backward() -> None:
     layer = _layer(torch.bfloat16, has_bias=False, factors=torch.float32)
     x = torch.randn(50, WIDTH, dtype=torch.bfloat16).requires_grad_()
-    storages: dict[int, int] = {}
-
-    def pack(saved: Tensor) -> Tensor:
-        storages[saved.untyped_storage().data_ptr()] = saved.untyped_storage().nbytes()
-        return saved
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved), torch.autocast("cpu", torch.bfloat16):
+    with kept_for_backward() as storages, torch.autocast("cpu", torch.bfloat16):
         peft._lora_linear_forward(layer, x)
     weight, factors, mid = WIDTH * OUT, RANK * (WIDTH + OUT), 50 * RANK
     assert sum(storages.values()) == 2 * (x.numel() + weight + factors + mid)

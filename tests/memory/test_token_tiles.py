@@ -20,6 +20,7 @@ from expertune.memory.token_tiles import TokenTiles
 from expertune.shapes import ExpertsLayout
 from expertune.walk import ExpertsStep
 from tests.cases import DEVICE, NUM_EXPERTS, pair_id, runnable
+from tests.kept import kept_for_backward
 from tests.numerics import assert_no_worse
 from tests.test_experts import D_, F_, KINDS, SMOOTH_KINDS, Inputs, Kind, cast, define, make_inputs, outputs_and_grads
 
@@ -222,18 +223,8 @@ def test_the_peak_grows_by_what_goes_in_and_out_and_no_more() -> None:
 def test_saved_bytes_are_the_formula() -> None:
     kind = KINDS["concatenated"]
     inputs = make_inputs(kind, _routing(64), torch.float32)
-    parameters = {
-        leaf.untyped_storage().data_ptr() for name, leaf in inputs.leaves().items() if name not in ("x", "router")
-    }
-    saved: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    parameters = [leaf for name, leaf in inputs.leaves().items() if name not in ("x", "router")]
+    with kept_for_backward(parameters) as saved:
         out_TD = _walk(inputs, kind)
     assert out_TD.requires_grad
     assert sum(saved.values()) == 64 * (4 * D_ + 2 * 16) + 4 * 4 * NUM_EXPERTS
