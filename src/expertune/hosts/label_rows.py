@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-_IGNORED = -100  # the label of what is not learned
+IGNORED = -100  # the label of a token that is not learned, in Transformers and torch
 
 
 class LabelRows(TorchFunctionMode):
@@ -28,7 +28,7 @@ class LabelRows(TorchFunctionMode):
     def __init__(self, label: Tensor) -> None:
         super().__init__()
         self._label = label
-        self._mask = label != _IGNORED
+        self._mask = label != IGNORED
         self._count = _Coming(self._mask.sum())
         self._rows: Tensor | None = None
 
@@ -47,7 +47,7 @@ class LabelRows(TorchFunctionMode):
         mine = self._label
         is_same = isinstance(x, Tensor) and x.data_ptr() == mine.data_ptr() and x.dtype == mine.dtype
         is_same = is_same and x.shape == mine.shape and x.stride() == mine.stride()
-        return is_same and isinstance(other, int) and other == _IGNORED
+        return is_same and isinstance(other, int) and other == IGNORED
 
     def _take(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, *x.shape[self._mask.dim() :])

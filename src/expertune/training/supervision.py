@@ -12,9 +12,8 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from trl import get_training_chat_template
 
+from expertune.hosts.label_rows import IGNORED
 from expertune.training.errors import UserError
-
-_IGNORED = -100  # the label of a token without loss, in Transformers and torch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +146,7 @@ def _with_labels(dataset: Dataset) -> Dataset:
 
     def make_labels(row: dict[str, list[int]]) -> dict[str, list[int]]:
         kept = zip(row["input_ids"], *(row[mask] for mask in masks), strict=True)
-        return {"labels": [token if all(bits) else _IGNORED for token, *bits in kept]}
+        return {"labels": [token if all(bits) else IGNORED for token, *bits in kept]}
 
     return dataset.map(make_labels)
 
@@ -161,7 +160,7 @@ def nothing_to_learn(places: Sequence[str]) -> UserError:
 
 
 def _count(labels: Sequence[int]) -> int:
-    return sum(label != _IGNORED for label in labels)
+    return sum(label != IGNORED for label in labels)
 
 
 def _places(places: Sequence[str]) -> str:
