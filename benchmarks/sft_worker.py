@@ -100,16 +100,13 @@ def load(peer: str, args: argparse.Namespace, max_seq_length: int) -> Any:
 def train(peer: str, model: Any, args: argparse.Namespace, context: int, steps: int) -> dict[str, Any]:
     """Some steps at one context length."""
     import torch
-    from datasets import Dataset
     from transformers import AutoTokenizer
     from trl import SFTTrainer
 
     on_gpu = torch.cuda.is_available()
-    vocab = SHAPES[args.shape][1]["vocab_size"]
-    ids = torch.randint(4, vocab, (steps, context), generator=torch.Generator().manual_seed(context)).tolist()
-    data = Dataset.from_dict({"input_ids": ids, "attention_mask": [[1] * context] * steps, "labels": ids})
+    data = _data(args, context, steps)
     clock = _clock(steps)
-    config = _config(peer, context, steps)
+    config = _config(peer, context, steps, packing=args.packed)
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     tokenizer = AutoTokenizer.from_pretrained(args.folder)
@@ -146,7 +143,32 @@ def train(peer: str, model: Any, args: argparse.Namespace, context: int, steps: 
     return row
 
 
-def _config(peer: str, context: int, steps: int) -> Any:
+def _data(args: argparse.Namespace, context: int, steps: int) -> Any:
+    """A row of random ids a step: one sample, or several as TRL packs them."""
+    import torch
+    from datasets import Dataset
+
+    random = torch.Generator().manual_seed(context)
+    vocab = SHAPES[args.shape][1]["vocab_size"]
+    ids = torch.randint(4, vocab, (steps, context), generator=random).tolist()
+    if args.packed:
+        beside = {"seq_lengths": [sample_lengths(context, random) for _ in range(steps)]}
+    else:
+        beside = {"attention_mask": [[1] * context] * steps}
+    return Dataset.from_dict({"input_ids": ids, "labels": ids, **beside})
+
+
+def sample_lengths(context: int, random: Any) -> list[int]:
+    """Of samples of 64 to 511 tokens that fill a context; the last is what remains."""
+    import torch
+
+    lengths: list[int] = []
+    while (rest := context - sum(lengths)) > 0:
+        lengths.append(min(rest, int(torch.randint(64, 512, (), generator=random))))
+    return lengths
+
+
+def _config(peer: str, context: int, steps: int, *, packing: bool) -> Any:
     """The trainer's settings."""
     import torch
     from trl import SFTConfig
@@ -155,6 +177,7 @@ def _config(peer: str, context: int, steps: int) -> Any:
     return SFTConfig(
         output_dir=tempfile.mkdtemp(),
         max_length=context,
+        packing=packing,
         per_device_train_batch_size=1,
         gradient_accumulation_steps=1,  # said, because Unsloth's own default is 2
         warmup_steps=0,

@@ -110,9 +110,12 @@ def _losses_apart(mine: dict[int, Any], stock: dict[int, Any]) -> float | None:
 
 
 def rooflines(report: dict[str, Any], contexts: list[int]) -> dict[int, dict[str, float]] | None:
-    """Milliseconds of each part at each context; None where the card's ceilings are not known."""
+    """Milliseconds of each part at each context; None where it is not known.
+
+    So it is of cards whose ceilings are not, and of packed samples, whose attention depends on their lengths.
+    """
     card = card_of(report["provenance"]["device"])
-    if card is None:
+    if card is None or report.get("packed"):
         return None
     model = dimensions(report["shape"], report["layers"])
     return {context: roofline_ms(step(model, context, report["rank"]), card) for context in contexts}
@@ -189,10 +192,11 @@ def plot_parts(report: dict[str, Any], path: Path) -> bool:
 
 
 def title(report: dict[str, Any]) -> str:
-    """The shape, its layers and rank, and the adapters' dtype where it is not PEFT's default."""
+    """The shape, its layers and rank, and the adapters' dtype and the rows where they are not what is usual."""
     dtype = report.get("adapter_dtype", "float32")
     narrow = "" if dtype == "float32" else f" in {dtype}"
-    return f"SFT step, {report['shape']} shape, {report['layers']} layers, r={report['rank']}{narrow}"
+    packed = ", packed samples" if report.get("packed") else ""
+    return f"SFT step, {report['shape']} shape, {report['layers']} layers, r={report['rank']}{narrow}{packed}"
 
 
 def section(report: dict[str, Any], raw: str, plots: list[str]) -> str:
@@ -221,7 +225,11 @@ def section(report: dict[str, Any], raw: str, plots: list[str]) -> str:
 
 def _about_the_roofline(report: dict[str, Any]) -> list[str]:
     card = card_of(report["provenance"]["device"])
-    if card is None or not any("part_ms" in row for rows in report["peers"].values() for row in rows):
+    if (
+        card is None
+        or report.get("packed")
+        or not any("part_ms" in row for rows in report["peers"].values() for row in rows)
+    ):
         return []
     return [
         f"Roofline: forward and backward with nothing computed twice, at {card.tflops:.0f} TFLOP/s and {card.tb_s} "

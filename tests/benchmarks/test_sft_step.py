@@ -6,6 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from sft_worker import sample_lengths
 
 ROOT = Path(__file__).parents[2]
 
@@ -24,6 +27,25 @@ def test_all_peers_take_the_same_steps(step_results: Path) -> None:
         assert row["loss"][0] == pytest.approx(6.24, abs=0.25)
         assert len(row["loss"]) == 3
     assert (step_results.parent / "sft_step.png").is_file()
+
+
+def test_packed_samples_do_not_see_each_other(tmp_path: Path) -> None:
+    sizes = ["--shape", "tiny", "--layers", "2", "--contexts", "512", "--steps", "2", "--rank", "4"]
+    losses = {}
+    for name, flags, peers in (("whole", [], "transformers"), ("packed", ["--packed"], "transformers,expertune")):
+        command = [sys.executable, str(ROOT / "benchmarks" / "sft_step.py"), *sizes, *flags, "--peers", peers]
+        subprocess.run([*command, "--output", str(tmp_path / name)], check=True)
+        report = json.loads((tmp_path / name / "sft_step.json").read_text())
+        losses[name] = {peer: rows[0]["loss"] for peer, rows in report["peers"].items()}
+    packed = losses["packed"]
+    assert packed["expertune"] == pytest.approx(packed["transformers"], abs=0.001)
+    assert packed["transformers"] != losses["whole"]["transformers"]
+
+
+def test_samples_fill_a_context() -> None:
+    lengths = sample_lengths(4096, torch.Generator().manual_seed(0))
+    assert sum(lengths) == 4096
+    assert all(64 <= length < 512 for length in lengths[:-1])
 
 
 def test_a_peer_that_is_not_known_is_refused() -> None:

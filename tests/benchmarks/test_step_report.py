@@ -128,6 +128,13 @@ def test_a_name_keeps_two_results_of_a_shape_apart(tmp_path: Path) -> None:
     ]
 
 
+def test_packed_samples_have_no_roofline() -> None:
+    text = section(report() | {"packed": True}, "raw.json", [])
+    assert "packed samples" in text
+    assert "oofline" not in text
+    assert "oofline" in section(report(), "raw.json", [])
+
+
 def test_the_committed_section_is_that_of_its_results() -> None:
     text = (ROOT / "docs" / "benchmarks.md").read_text()
     for _, body in re.findall(r"<!-- sft_step (\w+): begin -->\n(.*?)\n<!-- sft_step \1: end -->", text, re.DOTALL):
