@@ -10,7 +10,8 @@ bitsandbytes', and for expertune its own unless `--adam bitsandbytes` says other
 `expertune:lean` its memory, `transformers:eager` its experts (Transformers' loop over them). On a GPU a context takes
 `--steps` and one more for each time that it goes into 32,768, at most 32, for short steps vary most. The median of the
 steps after the fourth counts; the last is profiled, and its GPU time split by part. With `--longest` the longest that
-trains is found by bisection. With `--packed` a context is samples of 64 to 511 tokens, as TRL packs them. Writes `runs/bench/sft_step.json` with its provenance and `sft_step.png`.
+trains is found by bisection. With `--packed` a context is samples of 64 to 511 tokens, as TRL packs them. Writes
+`runs/bench/sft_step.json` with its provenance and `sft_step.png`.
 """
 
 import argparse
