@@ -69,6 +69,9 @@ class FakeHost:
     def is_checkpointed(self) -> bool:
         return False
 
+    def rest(self, _device: torch.device) -> int:
+        return 0
+
     def context(self, _module: nn.Module, _kwargs: dict[str, Any]) -> str:
         return ""
 

@@ -11,7 +11,9 @@ from torch.utils.checkpoint import checkpoint
 
 from expertune.graphs import recording
 from expertune.graphs.piece import MOST_TOKENS, Piece
+from expertune.graphs.pool import Pool
 from tests.graphs.replayed import FakeCapture, Toy, assert_same, gradients, inputs, make_recorder, toys
+from tests.hosts.memories import PLENTY, TOO_LITTLE, Card
 
 
 def test_the_third_call_of_a_kind_is_recorded_and_all_are_right(capture: FakeCapture, pair: tuple[Toy, Toy]) -> None:
@@ -331,6 +333,22 @@ def test_memory_is_given_back_once_the_layer_runs_twice(pair: tuple[Toy, Toy], c
         checkpoint(toy, x, others, use_reentrant=False)[0].sum().backward()
         assert piece.recordings == 0  # type: ignore[attr-defined]
     assert len(capture.recorded) == 3 * 2  # then it no longer tries
+
+
+@pytest.mark.parametrize("is_short", [False, True])
+def test_memory_is_given_back_for_calls_that_are_not_recorded_if_it_is_short(
+    pair: tuple[Toy, Toy], capture: FakeCapture, is_short: bool
+) -> None:
+    card = Card(PLENTY)
+    piece: Any = pair[0].forward
+    piece._recorder._pool_of = lambda _: Pool(capture, card)
+    for seed in range(4):
+        assert_same(*pair, seed)
+    assert piece.holds(5)
+    assert not piece.holds(4)
+    card.left = TOO_LITTLE if is_short else 0
+    assert_same(*pair, 4, length=4)
+    assert piece.recordings == (0 if is_short else 1)
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])

@@ -13,7 +13,6 @@ from transformers import Cache
 import expertune
 from expertune.graphs import recording
 from expertune.graphs.piece import Piece
-from expertune.graphs.pool import Pool
 from expertune.hosts import graphs
 from expertune.hosts.attach import attached
 from tests.conftest import Checkpoint
@@ -164,42 +163,6 @@ def test_recordings_that_have_paid_may_be_given_back_as_often_as_memory_is_wante
         assert "2 of 2 layers" in str(expertune.explain(ours))
         recorder.release()
     assert recorder.is_on
-
-
-def test_explain_says_that_there_was_no_room(checkpoint: Checkpoint) -> None:
-    ours, _, capture = both(checkpoint("qwen3_moe"))
-    recorder = attached(ours.get_base_model()).recorder  # type: ignore[union-attr]
-    assert recorder is not None
-    card = memories.Card(memories.TOO_LITTLE)
-    recorder._pool_of = lambda _: Pool(capture, card)
-    for _ in range(4):
-        step(ours, torch.randint(3, 60, (2, 9)))
-    assert "0 of 2 layers, 0 kinds of calls; there was no room for more" in str(expertune.explain(ours))
-    card.left = memories.PLENTY
-    step(ours, torch.randint(3, 60, (2, 9)))
-    assert str(expertune.explain(ours).graphs) == "CUDA graphs: 2 of 2 layers, 1 kinds of calls"
-
-
-class Filling(memories.Card):
-    """A card on which every recording takes 100 bytes."""
-
-    taken = 0
-
-    def allocated(self) -> int:
-        self.taken += 50  # asked before and after
-        return 2 * self.taken
-
-
-def test_room_is_looked_for_by_what_is_still_to_be_recorded(checkpoint: Checkpoint) -> None:
-    ours, _, capture = both(checkpoint("qwen3_moe"))
-    recorder = attached(ours.get_base_model()).recorder  # type: ignore[union-attr]
-    assert recorder is not None
-    pool = Pool(capture, Filling(left=400))
-    recorder._pool_of = lambda _: pool
-    for _ in range(4):
-        step(ours, torch.randint(3, 60, (2, 9)))
-    assert pool._largest == 100
-    assert "2 of 2 layers, 1 kinds of calls" in str(expertune.explain(ours))
 
 
 def test_hidden_states_and_attentions_are_collected(checkpoint: Checkpoint) -> None:

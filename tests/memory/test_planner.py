@@ -112,6 +112,23 @@ def test_the_last_layers_keep_as_far_as_they_fit() -> None:
     assert set(sizes) >= {0, 2, 4, 6}
 
 
+def test_layers_that_hold_memory_already_keep_wherever_the_rest_of_the_step_fits() -> None:
+    def planned(total: int, held: tuple[int, ...], tokens: int) -> list[int]:
+        device = Device(total)
+        plan = planner(device)
+        for layer in held:
+            plan.layer(layer, nn.Module(), KEPT + WORK, lambda tokens: tokens == 100)
+        step(plan, device, 100)
+        x = torch.empty(tokens, INPUT, dtype=torch.uint8)
+        return [layer for layer in range(LAYERS) if plan.way(layer, x, CPU) is Way.KEEP]
+
+    assert planned(8000, (), 100) == [4, 5]
+    assert planned(8000, (0, 1), 100) == [0, 1, 4, 5]
+    assert planned(8000, (0, 5), 100) == [0, 3, 4, 5]
+    assert planned(8000, (0, 1), 99) == planned(8000, (), 99) == [4, 5]
+    assert planned(4000, (0, 1), 100) == [], "the rest of the step does not fit"
+
+
 def test_more_tokens_than_ever_are_planned_anew() -> None:
     device = Device(total=10**9)
     plan = planner(device)

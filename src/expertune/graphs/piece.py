@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from expertune.graphs.capture import CudaCapture
 from expertune.graphs.pool import Pool
-from expertune.graphs.recording import Recording
+from expertune.graphs.recording import Recording, tokens_of
 from expertune.graphs.structure import NotPlainError, put_together, take_apart
 from expertune.graphs.watch import Watch
 from expertune.memory.meter import meter_of
@@ -52,6 +52,10 @@ class Host(Protocol):
         """Around a forward that is recorded: gives what observers would have taken, filled once it has run."""
         ...
 
+    def rest(self, device: torch.device) -> int:
+        """The bytes that a step takes on a device beside what its layers keep; 0 where nobody has measured them."""
+        ...
+
     def deliver(self, caught: Any) -> None:
         """Hand to the observers what was caught, or what a replay put in its place."""
         ...
@@ -75,6 +79,7 @@ class Recorder:
         self._pool_of = pool_of or cuda_pool
         self._releases = 0
         self._replays = 0  # since the last release
+        self._looked_at = 0  # of these, when it was last seen to that there is room for a call that is not replayed
 
     def pool(self, device: torch.device) -> Pool | None:
         """Of a device; None if nothing is recorded there."""
@@ -100,7 +105,7 @@ class Recorder:
         """Give the memory of all recordings back: it is wanted for something else."""
         if self._replays < _PAYS * sum(piece.recordings for piece in self.pieces):
             self._releases += 1
-        self._replays = 0
+        self._replays = self._looked_at = 0
         for piece in self.pieces:
             piece.forget()
         self.pools.clear()
@@ -108,6 +113,14 @@ class Recorder:
     def note_replay(self) -> None:
         """A recording serves once more."""
         self._replays += 1
+
+    def make_way(self) -> None:
+        """Give memory back if a step of which nothing is replayed may want it. Asked at every such call."""
+        if self._looked_at == self._replays:
+            return
+        self._looked_at = self._replays
+        if any(pool.is_short() for pool in self.pools.values() if pool is not None):
+            self.release()
 
     @property
     def is_on(self) -> bool:
@@ -185,6 +198,10 @@ class Piece:
         """For how many kinds of calls there are recordings."""
         return len(self._recordings)
 
+    def holds(self, tokens: int) -> bool:
+        """Whether what such a call keeps for backward has its memory already."""
+        return any(recording.tokens == tokens for recording in self._recordings.values())
+
     def forget(self) -> None:
         """Drop all recordings, and begin to count anew."""
         self._seen.clear()
@@ -202,6 +219,14 @@ class Piece:
             if self.recordings:  # memory is wanted
                 recorder.release()
             return None
+        found = self._look(args, kwargs)
+        if found is None and self._recordings:
+            recorder.make_way()
+        return found
+
+    def _look(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Recording, list[Tensor]] | None:
+        """The same for a layer that does not run again."""
+        recorder, host = self._recorder, self._recorder.host
         context = host.context(self.module, kwargs)
         if context is None:
             return None
@@ -229,15 +254,18 @@ class Piece:
 
     def _pays(self, tensors: list[Tensor]) -> bool:
         is_refused = type(self.module) in self._recorder.refused
-        return not is_refused and max(tensor.shape[:-1].numel() for tensor in tensors) <= self._most_tokens
+        return not is_refused and tokens_of(tensors) <= self._most_tokens
 
     def _came_before(self, kind: Hashable) -> bool:
-        """Whether such a call came often enough; this one is counted."""
+        """Whether such a call came so often that recording is tried; this one is counted.
+
+        What could not be recorded is tried again after twice as many calls, for asking takes time.
+        """
         if len(self._seen) > _MOST_COUNTED:
             self._seen.clear()
         seen = self._seen.get(kind, 0)
         self._seen[kind] = seen + 1
-        return seen >= _SEEN
+        return seen >= _SEEN and seen.bit_count() == 1
 
     def _may_record(self, watch: Watch, tensors: list[Tensor], pool: Pool) -> bool:
         return (
@@ -248,19 +276,19 @@ class Piece:
             and all(map(self._recorder.host.is_observer, watch.hooks()))
             and not any(isinstance(m, nn.Dropout) and m.p for m in self.module.modules())
             and not getattr(self.module, "attention_dropout", 0.0)
-            and self._has_room(pool)
+            and self._has_room(pool, tensors[0].device)
         )
 
-    def _has_room(self, pool: Pool) -> bool:
-        """For one more recording of each module of this one's type that is not ahead of it."""
-        has_room = pool.has_room(sum(not is_ahead for is_ahead in self._are_ahead()))
+    def _has_room(self, pool: Pool, device: torch.device) -> bool:
+        """For one more recording."""
+        has_room = pool.has_room(self._recorder.host.rest(device))
         self._recorder.lacked_room |= not has_room
         return has_room
 
-    def _are_ahead(self) -> list[bool]:
-        """Of each piece whose module has this one's type, itself among them, whether it has more recordings."""
+    def _is_ahead(self) -> bool:
+        """Whether no piece whose module has this one's type has more recordings."""
         kind = type(self.module)
-        return [p.recordings > self.recordings for p in self._recorder.pieces if type(p.module) is kind]
+        return all(p.recordings <= self.recordings for p in self._recorder.pieces if type(p.module) is kind)
 
     def _record(self, kind: Any, tensors: list[Tensor], pool: Pool) -> tuple[Recording, list[Tensor]] | None:
         (call, _, autocast), device, module = kind, tensors[0].device.type, self.module
@@ -281,7 +309,7 @@ class Piece:
                 raise RuntimeError("it changes its arguments")
             return out, caught
 
-        if not any(self._are_ahead()):  # what all kept in the last step is still held for such work
+        if self._is_ahead():  # what all kept in the last step is still held for such work
             pool.capture.make_room()
         try:
             recording = Recording(forward, tensors, trained, pool)

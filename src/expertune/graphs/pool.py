@@ -10,7 +10,7 @@ from torch import Tensor
 from expertune.graphs.capture import Capture
 from expertune.memory.meter import Meter
 
-_PART = 4  # recordings take at most such a part of the memory that is free
+_PART = 2  # recordings take at most such a part of the memory that would be free without them
 
 
 class User(Protocol):
@@ -72,23 +72,37 @@ class Pool:
         self._meter = meter
         self._shared: list[Shared] = []
         self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
-        self._largest = 0  # bytes that a recording took
+        self._sizes: weakref.WeakKeyDictionary[User, int] = weakref.WeakKeyDictionary()  # bytes that each took
         self._numbers = 0
         self._begun: list[User] = []  # ascending
 
-    def has_room(self, recordings: int) -> bool:
-        """Whether so many more recordings, as large as the largest so far, leave enough memory for all else."""
-        return self._meter is None or recordings * self._largest * _PART <= self._meter.free()
+    def has_room(self, rest: int) -> bool:
+        """Whether one more recording, as large as the largest so far, leaves enough memory for all else.
+
+        Args:
+            rest: the bytes that a step takes beside what its layers keep, as far as they are known.
+        """
+        if self._meter is None:
+            return True
+        held, largest, free = self._held(), max(self._sizes.values(), default=0), self._meter.free()
+        return largest + rest <= free and _PART * (held + largest) <= held + free
+
+    def is_short(self) -> bool:
+        """Whether a step of which nothing is replayed may want what recordings hold: it takes about as much."""
+        return self._meter is not None and self._meter.free() < self._held()
+
+    def _held(self) -> int:
+        return sum(self._sizes.values())
 
     def next_number(self) -> int:
         """Of a recording, in the order in which they are made."""
         self._numbers += 1
         return self._numbers
 
-    def note_size(self, before: int) -> None:
+    def note_size(self, user: User, before: int) -> None:
         """A recording was made; `before` it so many bytes were allocated."""
         if self._meter is not None:
-            self._largest = max(self._largest, self._meter.allocated() - before)
+            self._sizes[user] = self._meter.allocated() - before
 
     def allocated(self) -> int:
         """Bytes, now."""

@@ -17,6 +17,11 @@ from expertune.graphs.structure import put_together, take_apart
 _LARGE = 2**20  # bytes of a gradient from which it is copied out of a graph by itself
 
 
+def tokens_of(inputs: Sequence[Tensor]) -> int:
+    """Of a call: its hidden states have them before their last dimension, and nothing has more."""
+    return max(tensor.shape[:-1].numel() for tensor in inputs)
+
+
 class Recording:
     """The two graphs of a call.
 
@@ -66,7 +71,12 @@ class Recording:
         self._backward = pool.capture.record(self._run_backward, keeps=False)
         self._large = [pool.capture.lend(grad) for grad in self._large]
         self._postponed = [self._lend(each) for each in self._postponed]
-        pool.note_size(before)
+        pool.note_size(self, before)
+
+    @property
+    def tokens(self) -> int:
+        """Of the calls that it serves."""
+        return tokens_of(self._tensors)
 
     @property
     def is_pending(self) -> bool:

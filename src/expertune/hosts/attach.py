@@ -138,10 +138,15 @@ def attach(
     _hook(model, state)
     if state.memory is not None:
         _spare([layer for layer in state.layers if layer.gradient_checkpointing], model, state)
-    state.recorder = Recorder(graphs.TransformersHost(state.replay)) if uses_graphs else None
+    state.recorder = Recorder(graphs.TransformersHost(state.replay, partial(_rest, state))) if uses_graphs else None
     model._expertune = state
     bind_all(model)
     return state
+
+
+def _rest(state: Attached, device: torch.device) -> int:
+    """What the planner of a model has measured of a step beside what its layers keep, in bytes."""
+    return 0 if state.memory is None or state.memory.planner is None else state.memory.planner.rest(device)
 
 
 def _hook(model: PreTrainedModel, state: Attached) -> None:
@@ -277,9 +282,12 @@ def _checkpointed(model: nn.Module) -> list[Any]:
 def _checkpoint(layer: Any, model: PreTrainedModel, state: Attached) -> None:
     """Give a layer our own checkpoint function, with what the setting of memory adds to it."""
     assert state.memory is not None
-    planner, offload, number = state.memory.planner, state.memory.offload, state.layers.index(layer)
+    planner, offload, plan = state.memory.planner, state.memory.offload, None
+    if planner is not None:
+        number, width = state.layers.index(layer), width_of(layer, model.config)
+        plan = planner.layer(number, layer, width, partial(graphs.holds, layer))
     memory = LayerMemory(
-        plan=None if planner is None else planner.layer(number, layer, width_of(layer, model.config)),
+        plan=plan,
         moving=None if offload is None else partial(offload.moving, stays=layer is state.layers[-1]),
         tiles=state.memory.tiles,
     )

@@ -12,6 +12,7 @@ from functools import cache, partial
 from types import FunctionType
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -61,13 +62,15 @@ class TransformersHost:
 
     Args:
         replay: the model's routing replay, which knows when a layer is checkpointed.
+        rest: see `Host.rest`.
     """
 
     # what the loss is divided by goes with every call down to the attention, which does not read it
     ignored = frozenset({"num_items_in_batch"})
 
-    def __init__(self, replay: RoutingReplay) -> None:
+    def __init__(self, replay: RoutingReplay, rest: Callable[[torch.device], int]) -> None:
         self._replay = replay
+        self.rest = rest
 
     def is_checkpointed(self) -> bool:
         """Whether a tape is running."""
@@ -145,6 +148,12 @@ def unbind(recorder: Recorder) -> None:
         if isinstance(piece.function, _Forward):
             forwards.give(piece.module, partial(piece.function.forward, piece.module, *piece.function.others))
     recorder.pieces.clear()
+
+
+def holds(layer: nn.Module, tokens: int) -> bool:
+    """Whether what a layer keeps of so many tokens lies in the memory of its recording."""
+    piece = forwards.given(layer)
+    return isinstance(piece, Piece) and piece.holds(tokens)
 
 
 def parts(layer: nn.Module) -> Iterator[nn.Module]:

@@ -2,9 +2,10 @@
 
 The first step checkpoints every layer. As each runs again, the planner notes what it allocates; from the peak of the
 step it knows what everything else takes. From then on the last layers keep, as many as fit: backward frees them first,
-so they are gone by the time the gradients of the others have come. A batch with more tokens than any before is planned
-like the first one. A step for which the card is too small even so is a lean one, as a whole: nothing is kept or noted,
-and what it took says whether the next one of its length need be. Whatever is kept, the numbers are the same.
+so they are gone by the time the gradients of the others have come. A layer that is replayed (`graphs/`) has memory for
+what it keeps, so it keeps wherever the rest of the step fits. A batch with more tokens than any before is planned like
+the first one. A step for which the card is too small even so is a lean one, as a whole: nothing is kept or noted, and
+what it took says whether the next one of its length need be. Whatever is kept, the numbers are the same.
 """
 
 from collections.abc import Callable, Iterator
@@ -28,6 +29,18 @@ class Way(Enum):
     LEAN = "its input moves to the host, and it runs again with its experts in tiles, where its batch is long enough"
 
 
+class _Layer(NamedTuple):
+    """What `Planner.layer` is told."""
+
+    module: nn.Module
+    width: int
+    holds: Callable[[int], bool]
+
+
+def _no(_tokens: int) -> bool:
+    return False
+
+
 class Planner:
     """The plan of one model, a part a device. Layers are numbered in the order in which a step runs them.
 
@@ -39,18 +52,19 @@ class Planner:
     def __init__(self, meter_of: Callable[[torch.device], Meter | None] = meter_of, lean_from: int = 0) -> None:
         self._meter_of = meter_of
         self._lean_from = lean_from
-        self._layers: dict[int, tuple[nn.Module, int]] = {}
+        self._layers: dict[int, _Layer] = {}
         self._parts: dict[torch.device, _Part | None] = {}
 
-    def layer(self, number: int, layer: nn.Module, width: int) -> "LayerPlan":
+    def layer(self, number: int, layer: nn.Module, width: int, holds: Callable[[int], bool] = _no) -> "LayerPlan":
         """The plan of one layer, in place of what was said of it before.
 
         Args:
             number: of the layer.
             layer: the module.
             width: numbers a token that its second run and its backward hold at once, by an estimate.
+            holds: whether what it keeps of so many tokens has its memory already.
         """
-        self._layers[number] = layer, width
+        self._layers[number] = _Layer(layer, width, holds)
         return LayerPlan(self, number, layer)
 
     def way(self, number: int, x: Tensor, device: torch.device) -> Way:
@@ -60,8 +74,14 @@ class Planner:
             return Way.RUN_AGAIN
         if part.begins_with(number):
             tokens = _tokens(x)
-            part.begin(tokens, partial(self._estimate, x, device), may_be_lean=tokens >= self._lean_from)
+            may_be_lean = tokens >= self._lean_from
+            part.begin(tokens, partial(self._estimate, x, device), self._holds, may_be_lean=may_be_lean)
         return part.way(number)
+
+    def rest(self, device: torch.device) -> int:
+        """The most bytes that a step has taken on a device with every layer checkpointed."""
+        part = self._part(device)
+        return 0 if part is None else part.rise
 
     @contextmanager
     def running_again(self, number: int, x: Tensor, device: torch.device) -> Iterator[None]:
@@ -76,8 +96,11 @@ class Planner:
 
     def _estimate(self, x: Tensor, device: torch.device) -> int:
         """The bytes of all inputs on a device, and of one layer's second run: what a lean step spares, at most."""
-        widths = [width for layer, width in self._layers.values() if _device(layer, x) == device]
+        widths = [each.width for each in self._layers.values() if _device(each.module, x) == device]
         return x.nbytes * len(widths) + _tokens(x) * max(widths, default=0) * x.itemsize
+
+    def _holds(self, number: int, tokens: int) -> bool:
+        return self._layers[number].holds(tokens)
 
     def _part(self, device: torch.device) -> "_Part | None":
         if device not in self._parts:
@@ -142,7 +165,7 @@ class _Part:
     def __init__(self, meter: Meter) -> None:
         self.meter = meter
         self._bytes: dict[int, float] = {}  # a layer keeps for a token
-        self._rise = 0  # the most that a fully checkpointed step took beyond what lay there at its start
+        self.rise = 0  # the most that a fully checkpointed step took beyond what lay there at its start
         self._most_tokens = 0  # of a fully checkpointed step
         self._need = Need()
         self._step: _Step | None = None
@@ -154,8 +177,17 @@ class _Part:
         """Whether a layer is the first of a step."""
         return layer <= self._last or self._last < 0
 
-    def begin(self, tokens: int, estimate: Callable[[], int], *, may_be_lean: bool) -> None:
-        """Plan a step of so many tokens, with an estimate of the bytes that a lean one spares at most."""
+    def begin(
+        self, tokens: int, estimate: Callable[[], int], holds: Callable[[int, int], bool], *, may_be_lean: bool
+    ) -> None:
+        """Plan a step.
+
+        Args:
+            tokens: of its batch.
+            estimate: of the bytes that a lean step spares at most.
+            holds: whether what a layer keeps of so many tokens has its memory already.
+            may_be_lean: whether the step is long enough for that.
+        """
         self._end()
         free, need = self.meter.free(), self._need.of(tokens)
         self._is_lean = may_be_lean and (estimate() if need is None else need) > free
@@ -164,7 +196,7 @@ class _Part:
         if self._is_lean or is_new:
             self._step = _Step(self._is_lean, tokens, estimate(), self.meter.allocated(), self.meter.peak())
         else:
-            self._kept = frozenset(self._fitting(tokens, free - self._rise))
+            self._kept = frozenset(self._fitting(tokens, free - self.rise, holds))
         if not self._is_lean:
             self._most_tokens = max(tokens, self._most_tokens)
 
@@ -187,15 +219,18 @@ class _Part:
         peak = self.meter.peak()
         rise = peak - step.allocated
         if not step.is_lean:
-            self._rise = max(self._rise, rise)
+            self.rise = max(self.rise, rise)
         # where an earlier step took more, this one's own peak is not known
         least = 0 if peak == step.peak else rise
         self._need.learn(step.tokens, least, rise + (step.estimate if step.is_lean else 0))
 
-    def _fitting(self, tokens: int, room: float) -> Iterator[int]:
-        """The last layers whose bytes for so many tokens fit into `room`."""
+    def _fitting(self, tokens: int, room: float, holds: Callable[[int, int], bool]) -> Iterator[int]:
+        """The layers that hold memory already, and the last whose bytes for so many tokens fit into `room`."""
+        if room < 0:
+            return
         for layer in sorted(self._bytes, reverse=True):
-            room -= self._bytes[layer] * tokens
-            if room < 0:
-                return
+            if not holds(layer, tokens):
+                room -= self._bytes[layer] * tokens
+                if room < 0:
+                    continue
             yield layer
