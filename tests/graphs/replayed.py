@@ -82,7 +82,7 @@ class FakeHost:
         self.heard.append(output)
 
     @contextmanager
-    def recording(self) -> Iterator[list[Any]]:
+    def recording(self, _context: str) -> Iterator[list[Any]]:
         before, self.heard = self.heard, []
         try:
             yield self.heard

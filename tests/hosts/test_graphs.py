@@ -305,15 +305,15 @@ def test_adapters_that_change_are_seen(checkpoint: Checkpoint) -> None:
     assert capture.replays
 
 
-def test_generation_and_checkpointing_run_as_without(checkpoint: Checkpoint) -> None:
-    ours, stock, capture = both(checkpoint("qwen3_moe"), memory="lean")
+def test_generation_runs_as_without(checkpoint: Checkpoint) -> None:
+    ours, stock, capture = both(checkpoint("qwen3_moe"), memory="fast")
     for seed in range(4):
         ids = tokens(seed)
         torch.testing.assert_close(step(ours, ids), step(stock, ids))
-    prompt = tokens(9)[:1, :4]
+    before, prompt = capture.replays, tokens(9)[:1, :4]
     generated = [model.eval().generate(input_ids=prompt, max_new_tokens=6, do_sample=False) for model in (ours, stock)]
     assert torch.equal(*generated)
-    assert capture.recorded == []
+    assert capture.replays == before > 0
 
 
 def test_restore_and_copies(checkpoint: Checkpoint) -> None:

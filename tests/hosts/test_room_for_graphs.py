@@ -76,10 +76,10 @@ def test_what_the_rest_of_a_step_takes_is_left_free() -> None:
 
 def test_the_rest_of_a_step_is_what_the_planner_has_measured(checkpoint: Checkpoint) -> None:
     ours, _, _ = both(checkpoint("qwen3_moe"))
+    memories.auto(ours, card=memories.Card(memories.PLENTY))
     state = attached(ours.get_base_model())
     assert state is not None
     assert state.recorder is not None
-    memories.auto(ours, card=memories.Card(memories.PLENTY))
     assert state.recorder.host.rest(torch.device("cpu")) == 0
     assert state.memory is not None
     assert state.memory.planner is not None

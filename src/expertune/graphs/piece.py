@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from expertune.graphs.capture import CudaCapture
 from expertune.graphs.pool import Pool
 from expertune.graphs.recording import Recording, tokens_of
+from expertune.graphs.rerun import Rerun
 from expertune.graphs.structure import NotPlainError, put_together, take_apart
 from expertune.graphs.watch import Watch
 from expertune.memory.meter import meter_of
@@ -48,8 +49,12 @@ class Host(Protocol):
         """
         ...
 
-    def recording(self) -> AbstractContextManager[Any]:
-        """Around a forward that is recorded: gives what observers would have taken, filled once it has run."""
+    def recording(self, context: Any) -> AbstractContextManager[Any]:
+        """Around a forward that is recorded: gives what observers would have taken, filled once it has run.
+
+        Args:
+            context: of the call.
+        """
         ...
 
     def rest(self, device: torch.device) -> int:
@@ -59,6 +64,18 @@ class Host(Protocol):
     def deliver(self, caught: Any) -> None:
         """Hand to the observers what was caught, or what a replay put in its place."""
         ...
+
+
+class _Found(NamedTuple):
+    """The recording of a call, and the call's tensors."""
+
+    recording: Recording
+    tensors: list[Tensor]
+
+
+def _is_saved_otherwise() -> bool:
+    """Whether somebody's hooks say what is saved for backward, as the checkpoint that is not reentrant does."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 class Recorder:
@@ -92,11 +109,11 @@ class Recorder:
         return vars(self) | {"pools": {}}
 
     @contextmanager
-    def recording(self) -> Iterator[Any]:
-        """Around a forward that is recorded, in which pieces run as they are: gives what observers would have taken."""
+    def recording(self, context: Any) -> Iterator[Any]:
+        """Around a forward that is recorded, in which pieces run as they are: see `Host.recording`."""
         self.is_recording = True
         try:
-            with self.host.recording() as caught:
+            with self.host.recording(context) as caught:
                 yield caught
         finally:
             self.is_recording = False
@@ -166,6 +183,7 @@ class Piece:
         self._seen: dict[Hashable, int] = {}
         self._recordings: dict[Hashable, Recording] = {}
         self._watch: Watch | None = None
+        self._given: _Found | None = None
         recorder.pieces.append(self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -180,7 +198,7 @@ class Piece:
 
     def _inside(self, _module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Replay the call, record it or run it."""
-        found = self._find(args, kwargs)
+        found = self._given or self._find(args, kwargs)
         if found is None:
             return self._run(args, kwargs)
         recording, tensors = found
@@ -191,7 +209,7 @@ class Piece:
 
     def __getstate__(self) -> dict[str, Any]:
         """Recordings belong to one model in one process; a copy makes its own."""
-        return vars(self) | {"_seen": {}, "_recordings": {}, "_watch": None, "_outside": None}
+        return vars(self) | {"_seen": {}, "_recordings": {}, "_watch": None, "_outside": None, "_given": None}
 
     @property
     def recordings(self) -> int:
@@ -200,7 +218,27 @@ class Piece:
 
     def holds(self, tokens: int) -> bool:
         """Whether what such a call keeps for backward has its memory already."""
-        return any(recording.tokens == tokens for recording in self._recordings.values())
+        return any(recording.keeps and recording.tokens == tokens for recording in self._recordings.values())
+
+    def running_again(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> AbstractContextManager[None] | None:
+        """Around this very call of the module, whose backward is to run forward again: both are then replayed.
+
+        Returns:
+            None where they have not been recorded: the call is to be checkpointed.
+        """
+        if not self._is_asked():
+            return None
+        self._make_way(is_wanted=True)
+        found = self._look(args, kwargs, keeps=False)
+        return None if found is None else self._giving(found)
+
+    @contextmanager
+    def _giving(self, found: "_Found") -> Iterator[None]:
+        self._given = found
+        try:
+            yield
+        finally:
+            self._given = None
 
     def forget(self) -> None:
         """Drop all recordings, and begin to count anew."""
@@ -210,22 +248,36 @@ class Piece:
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return (self.function or type(self.module).forward)(self.module, *args, **kwargs)
 
-    def _find(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Recording, list[Tensor]] | None:
+    def _find(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "_Found | None":
         """The recording for a call, perhaps made now, and the call's tensors; None if the module itself is to run."""
-        recorder, host = self._recorder, self._recorder.host
-        if not recorder.is_on or recorder.is_recording or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if not self._is_asked():
             return None
-        if host.is_checkpointed() or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
-            if self.recordings:  # memory is wanted
-                recorder.release()
+        if self._recorder.host.is_checkpointed() or _is_saved_otherwise():
+            self._make_way(is_wanted=True)
             return None
-        found = self._look(args, kwargs)
-        if found is None and self._recordings:
-            recorder.make_way()
+        found = self._look(args, kwargs, keeps=True)
+        if found is None:
+            self._make_way(is_wanted=False)
         return found
 
-    def _look(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Recording, list[Tensor]] | None:
-        """The same for a layer that does not run again."""
+    def _is_asked(self) -> bool:
+        """Whether this is a call of the module as it is trained."""
+        recorder = self._recorder
+        is_training = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        return is_training and recorder.is_on and not recorder.is_recording
+
+    def _make_way(self, *, is_wanted: bool) -> None:
+        """Give back what recordings hold, where it surely is wanted or may be."""
+        if any(recording.keeps for recording in self._recordings.values()):
+            if is_wanted:
+                self._recorder.release()
+            else:
+                self._recorder.make_way()
+
+    def _look(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, keeps: bool) -> "_Found | None":
+        """The recording for a call as it is trained, that keeps what backward needs or runs forward again."""
+        if not keeps and (_is_saved_otherwise() or self._recorder.host.is_checkpointed()):
+            return None
         recorder, host = self._recorder, self._recorder.host
         context = host.context(self.module, kwargs)
         if context is None:
@@ -241,14 +293,14 @@ class Piece:
             return None
         device = tensors[0].device.type
         autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
-        kind = (call, context, autocast)
+        kind = (call, context, autocast, keeps)
         if self._watch is None or not self._watch.is_same():
             self.forget()
             self._watch = Watch(self.module)
         recording = self._recordings.get(kind)
         if recording is not None:
-            return (recording, tensors) if recording.may_begin(tensors) else None
-        if not self._came_before(kind) or not self._may_record(self._watch, tensors, pool):
+            return _Found(recording, tensors) if recording.may_begin(tensors) else None
+        if not self._came_before(kind) or not self._may_record(self._watch, tensors, pool, keeps=keeps):
             return None
         return self._record(kind, tensors, pool)
 
@@ -267,16 +319,16 @@ class Piece:
         self._seen[kind] = seen + 1
         return seen >= _SEEN and seen.bit_count() == 1
 
-    def _may_record(self, watch: Watch, tensors: list[Tensor], pool: Pool) -> bool:
+    def _may_record(self, watch: Watch, tensors: list[Tensor], pool: Pool, *, keeps: bool) -> bool:
         return (
-            self.recordings < _MOST_KINDS
+            sum(recording.keeps is keeps for recording in self._recordings.values()) < _MOST_KINDS
             and sum(p.numel() for p in self.module.parameters() if p.requires_grad) <= _MOST_TRAINED
             and any(tensor.requires_grad for tensor in (*tensors, *self.module.parameters()))
             and not any(tensor.is_inference() for tensor in tensors)
             and all(map(self._recorder.host.is_observer, watch.hooks()))
             and not any(isinstance(m, nn.Dropout) and m.p for m in self.module.modules())
             and not getattr(self.module, "attention_dropout", 0.0)
-            and self._has_room(pool, tensors[0].device)
+            and (not keeps or self._has_room(pool, tensors[0].device))
         )
 
     def _has_room(self, pool: Pool, device: torch.device) -> bool:
@@ -290,8 +342,8 @@ class Piece:
         kind = type(self.module)
         return all(p.recordings <= self.recordings for p in self._recorder.pieces if type(p.module) is kind)
 
-    def _record(self, kind: Any, tensors: list[Tensor], pool: Pool) -> tuple[Recording, list[Tensor]] | None:
-        (call, _, autocast), device, module = kind, tensors[0].device.type, self.module
+    def _record(self, kind: Any, tensors: list[Tensor], pool: Pool) -> "_Found | None":
+        (call, context, autocast, keeps), device, module = kind, tensors[0].device.type, self.module
         recorder = self._recorder
         trained = [p for p in module.parameters() if p.requires_grad]
 
@@ -302,7 +354,7 @@ class Piece:
             # a weight that an earlier operation cast would be read from the cache, and be stale in every replay
             autocasts = torch.autocast(device, dtype=autocast or None, enabled=bool(autocast), cache_enabled=False)
             instead = dict(zip(trained, leaves, strict=True))
-            with autocasts, _with_parameters(module, instead), recorder.recording() as caught:
+            with autocasts, _with_parameters(module, instead), recorder.recording(context) as caught:
                 out = self._run(args, kwargs)
             left: list[Tensor] = []
             if take_apart((args, kwargs), left) != before or any(a is not b for a, b in zip(given, left, strict=True)):
@@ -312,13 +364,13 @@ class Piece:
         if self._is_ahead():  # what all kept in the last step is still held for such work
             pool.capture.make_room()
         try:
-            recording = Recording(forward, tensors, trained, pool)
+            recording = (Recording if keeps else Rerun)(forward, tensors, trained, pool)
         except RuntimeError as error:
             recorder.refused[type(module)] = str(error).splitlines()[0]
             return None
         self._recordings[kind] = recording
-        recorder.lacked_room = False
-        return recording, tensors
+        recorder.lacked_room &= not keeps
+        return _Found(recording, tensors)
 
 
 @contextmanager

@@ -70,7 +70,7 @@ class Pool:
     def __init__(self, capture: Capture, meter: Meter | None = None) -> None:
         self.capture = capture
         self._meter = meter
-        self._shared: list[Shared] = []
+        self._shared: dict[bool, list[Shared]] = {False: [], True: []}
         self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
         self._sizes: weakref.WeakKeyDictionary[User, int] = weakref.WeakKeyDictionary()  # bytes that each took
         self._numbers = 0
@@ -124,13 +124,19 @@ class Pool:
         """A forward is replayed."""
         self._begun.append(user)
 
-    def shared(self, x: Tensor) -> Shared:
-        """A copy of `x` for recordings to read: the one that holds it already, if there is one."""
-        for shared in self._shared:
+    def shared(self, x: Tensor, *, is_passing: bool = False) -> Shared:
+        """A copy of `x` for recordings to read: the one that holds it already, if there is one.
+
+        Args:
+            x: a tensor without gradient.
+            is_passing: whether its readers load it before each replay, so that it may be written to between.
+        """
+        alike = self._shared[is_passing]
+        for shared in alike:
             if shared.holds(x):
                 return shared
-        self._shared.append(Shared(x))
-        return self._shared[-1]
+        alike.append(Shared(x))
+        return alike[-1]
 
     def buffer(self, purpose: str, numel: int, like: Tensor) -> Tensor:
         """A flat buffer through which values enter or leave a graph, the same memory for all recordings.

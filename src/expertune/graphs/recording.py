@@ -11,8 +11,10 @@ from torch.autograd.function import once_differentiable
 
 from expertune import accumulate
 from expertune.accumulate import Postponed
-from expertune.graphs.pool import Pool
+from expertune.graphs.capture import Graph
+from expertune.graphs.pool import Pool, Shared
 from expertune.graphs.structure import put_together, take_apart
+from expertune.shapes import Tensors
 
 _LARGE = 2**20  # bytes of a gradient from which it is copied out of a graph by itself
 
@@ -29,6 +31,8 @@ class Recording:
     such, but for gradients that are postponed: these are computed after the replay. So nobody holds a tensor that a
     later step writes to. What backward needs stays in the recording's own memory.
 
+    `keeps` says that it does; `rerun.py` is a recording whose backward runs forward again.
+
     Args:
         call: the module's forward, as a function of its tensors and of what stands for its parameters.
         inputs: these tensors, as they are now.
@@ -38,6 +42,8 @@ class Recording:
     Raises:
         RuntimeError: the module waits for the device, or there is no memory.
     """
+
+    keeps = True
 
     def __init__(
         self,
@@ -54,10 +60,7 @@ class Recording:
         self._number_of = {id(leaf): number for number, leaf in enumerate(self._leaves)}
         self._pass: Callable[[], _Pass | None] = lambda: None
         before = pool.allocated()
-        self._own = [_Own(i, torch.empty_like(x).requires_grad_()) for i, x in enumerate(inputs) if x.requires_grad]
-        self._shared = [(i, pool.shared(x)) for i, x in enumerate(inputs) if not x.requires_grad]
-        for _, shared in self._shared:
-            shared.users.add(self)
+        self._own, self._shared = self._places(inputs)
         by_place = dict(self._own) | {i: shared.tensor for i, shared in self._shared}
         self._tensors = [by_place[i] for i in range(len(inputs))]
         self._rest: Any = None
@@ -66,11 +69,9 @@ class Recording:
         self._load(inputs)
         self._large: list[Tensor] = []
         self._postponed: list[Postponed] = []
+        self.wanted_outs: list[int] = []  # the numbers of the outputs that carry a gradient
         self._leaving, self._numbers_of_large, self._douts = self._try()
-        self._forward = pool.capture.record(self._run_forward, keeps=True)
-        self._backward = pool.capture.record(self._run_backward, keeps=False)
-        self._large = [pool.capture.lend(grad) for grad in self._large]
-        self._postponed = [self._lend(each) for each in self._postponed]
+        self._forward, self._backward = self._record()
         pool.note_size(self, before)
 
     @property
@@ -92,7 +93,7 @@ class Recording:
         outs = _Replay.apply(self, len(inputs), *inputs, *self._parameters)  # type: ignore[no-untyped-call]
         return put_together(self._rest, iter(outs))
 
-    def forward(self, inputs: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], "_Pass"]:
+    def forward(self, inputs: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], "_Pass | None"]:
         """The outputs, and what stands for their backward: once nobody holds it, none is to come."""
         self._load(inputs)
         self._forward.replay()
@@ -102,12 +103,12 @@ class Recording:
         return tuple(out.detach().clone() for out in self._outs), begun
 
     def backward(
-        self, begun: "_Pass", douts: Sequence[Tensor], sums: Sequence[Tensor | None], *, is_last: bool
+        self, begun: Any, douts: Sequence[Tensor], sums: Sequence[Tensor | None], *, is_last: bool
     ) -> list[Tensor | None]:
         """The gradients of the inputs that want one, then of the parameters.
 
         Args:
-            begun: from `forward`.
+            begun: from `forward`; the inputs, if the recording keeps nothing.
             douts: of the outputs that want one.
             sums: of each parameter what a large gradient is added to in place, or None; it is then None too.
             is_last: whether no other backward of this forward follows.
@@ -115,11 +116,7 @@ class Recording:
         Raises:
             RuntimeError: another forward has been replayed since, or this backward was the last already.
         """
-        if self._pass() is not begun:
-            raise RuntimeError(
-                "backward came a second time, without retain_graph=True in the first or after another forward of the "
-                "same layer. Do without it, or call expertune.optimize(model, graphs=False)."
-            )
+        self._prepare(begun)
         for mine, dout in zip(self._douts, douts, strict=True):
             mine.copy_(dout)
         self._backward.replay()
@@ -127,7 +124,7 @@ class Recording:
             self._pass = lambda: None
         grads: list[Tensor | None] = [None] * (len(self._own) + len(self._parameters))
         for leaving in self._leaving:
-            for number, part in zip(leaving.numbers, _parts(leaving.flat.clone(), leaving.shapes), strict=True):
+            for number, part in zip(leaving.numbers, leaving.parts(leaving.flat.clone()), strict=True):
                 grads[number] = part
         all_sums = [*[None] * len(self._own), *sums]
         for number, grad in zip(self._numbers_of_large, self._large, strict=True):
@@ -152,10 +149,29 @@ class Recording:
         """The places of the inputs that want a gradient."""
         return [place for place, _ in self._own]
 
-    @property
-    def wanted_outs(self) -> list[int]:
-        """The numbers of the outputs that carry a gradient."""
-        return [number for number, out in enumerate(self._outs) if out.requires_grad]
+    def _places(self, inputs: Sequence[Tensor]) -> tuple[list["Own"], list[tuple[int, Shared]]]:
+        """Where inputs are copied to: those that want a gradient, and the others."""
+        own = [Own(i, torch.empty_like(x).requires_grad_()) for i, x in enumerate(inputs) if x.requires_grad]
+        shared = [(i, self._pool.shared(x)) for i, x in enumerate(inputs) if not x.requires_grad]
+        for _, each in shared:
+            each.users.add(self)
+        return own, shared
+
+    def _record(self) -> tuple[Graph, Graph]:
+        """Forward and backward."""
+        capture = self._pool.capture
+        graphs = capture.record(self._run_forward, keeps=True), capture.record(self._run_backward, keeps=False)
+        self._large = [capture.lend(grad) for grad in self._large]
+        self._postponed = [each._replace(made=self._lend(each.made)) for each in self._postponed]
+        return graphs
+
+    def _prepare(self, begun: Any) -> None:
+        """See that a backward can be replayed."""
+        if self._pass() is not begun:
+            raise RuntimeError(
+                "backward came a second time, without retain_graph=True in the first or after another forward of the "
+                "same layer. Do without it, or call expertune.optimize(model, graphs=False)."
+            )
 
     def _load(self, inputs: Sequence[Tensor]) -> None:
         for place, tensor in self._own:
@@ -163,7 +179,7 @@ class Recording:
         for place, shared in self._shared:
             shared.load(inputs[place])
 
-    def _try(self) -> tuple[list["_Buffered"], list[int], list[Tensor]]:
+    def _try(self) -> tuple[list["Buffered"], list[int], list[Tensor]]:
         """Run once for all that is done but once, and to see which gradients there are.
 
         Returns:
@@ -171,11 +187,12 @@ class Recording:
             enter.
         """
         self._run_forward()
+        self.wanted_outs = [number for number, out in enumerate(self._outs) if out.requires_grad]
         asked = [self._outs[number] for number in self.wanted_outs]
         douts = list(asked)
         for entering in self._side_by_side("in", dict(enumerate(asked))):
             entering.flat.zero_()
-            for number, part in zip(entering.numbers, _parts(entering.flat, entering.shapes), strict=True):
+            for number, part in zip(entering.numbers, entering.parts(), strict=True):
                 douts[number] = part
         grads = {number: grad for number, grad in enumerate(self._gradients(douts)) if grad is not None}
         large = [number for number, grad in grads.items() if grad.nbytes >= _LARGE]
@@ -184,7 +201,7 @@ class Recording:
         self._outs, self._postponed = [], []
         return self._side_by_side("out", small), large, douts
 
-    def _side_by_side(self, purpose: str, tensors: dict[int, Tensor]) -> list["_Buffered"]:
+    def _side_by_side(self, purpose: str, tensors: dict[int, Tensor]) -> list["Buffered"]:
         """Room for such tensors in buffers that recordings share, one a dtype."""
         by_dtype: defaultdict[torch.dtype, list[int]] = defaultdict(list)
         for number, tensor in tensors.items():
@@ -193,7 +210,7 @@ class Recording:
         for numbers in by_dtype.values():
             shapes = [tensors[number].shape for number in numbers]
             flat = self._pool.buffer(purpose, sum(shape.numel() for shape in shapes), tensors[numbers[0]])
-            rooms.append(_Buffered(numbers, shapes, flat))
+            rooms.append(Buffered(numbers, shapes, flat))
         return rooms
 
     def _run_forward(self) -> None:
@@ -211,10 +228,9 @@ class Recording:
             each._replace(made=[None if x is None else x.contiguous() for x in each.made]) for each in self._postponed
         ]
 
-    def _lend(self, postponed: Postponed) -> Postponed:
-        """The same, without keeping what backward has made: other recordings may use its memory."""
-        lend = self._pool.capture.lend
-        return postponed._replace(made=[None if x is None else lend(x) for x in postponed.made])
+    def _lend(self, tensors: Tensors) -> Tensors:
+        """The same, without keeping it: other recordings may use its memory."""
+        return [None if x is None else self._pool.capture.lend(x) for x in tensors]
 
     def _gradients(self, douts: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
         """Of the inputs that want one and of the parameters; None where there is none, or it is postponed."""
@@ -224,24 +240,24 @@ class Recording:
             return torch.autograd.grad(asked, wanted, douts, retain_graph=True, allow_unused=True)
 
 
-class _Own(NamedTuple):
+class Own(NamedTuple):
     """The copy of an input that wants a gradient."""
 
     place: int
     tensor: Tensor
 
 
-class _Buffered(NamedTuple):
+class Buffered(NamedTuple):
     """Gradients of one dtype, side by side in one buffer, in which they leave a graph or enter it."""
 
     numbers: list[int]
     shapes: list[torch.Size]
     flat: Tensor
 
-
-def _parts(flat: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
-    parts = torch.split(flat, [shape.numel() for shape in shapes])
-    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+    def parts(self, flat: Tensor | None = None) -> list[Tensor]:
+        """Each of them, in the buffer or in a copy of it."""
+        parts = torch.split(self.flat if flat is None else flat, [shape.numel() for shape in self.shapes])
+        return [part.view(shape) for part, shape in zip(parts, self.shapes, strict=True)]
 
 
 class _Pass:
@@ -254,6 +270,8 @@ class _Replay(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, recording: Recording, num_inputs: int, *tensors: Tensor) -> tuple[Tensor, ...]:
         outs, ctx.begun = recording.forward(tensors[:num_inputs])
+        if not recording.keeps:
+            ctx.save_for_backward(*tensors[:num_inputs])
         ctx.recording, ctx.num_inputs = recording, num_inputs
         wanted = recording.wanted_outs
         ctx.mark_non_differentiable(*[out for number, out in enumerate(outs) if number not in wanted])
@@ -266,7 +284,8 @@ class _Replay(torch.autograd.Function):
         is_last = not torch._C._autograd._get_current_graph_task_keep_graph()
         asked = [douts[i] for i in recording.wanted_outs]
         sums = accumulate.sums(ctx, recording.parameters)
-        grads = iter(recording.backward(ctx.begun, asked, sums, is_last=is_last))
+        begun = ctx.begun if recording.keeps else ctx.saved_tensors
+        grads = iter(recording.backward(begun, asked, sums, is_last=is_last))
         of_inputs: list[Tensor | None] = [None] * ctx.num_inputs
         for place in recording.wants:
             of_inputs[place] = next(grads)

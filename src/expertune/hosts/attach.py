@@ -290,6 +290,7 @@ def _checkpoint(layer: Any, model: PreTrainedModel, state: Attached) -> None:
         plan=plan,
         moving=None if offload is None else partial(offload.moving, stays=layer is state.layers[-1]),
         tiles=state.memory.tiles,
+        again=None if offload is None else partial(graphs.running_again, layer, offload.least_tokens),
     )
     host = layer._gradient_checkpointing_func
     layer._gradient_checkpointing_func = state.replay.wrap(

@@ -5,8 +5,8 @@ A layer cannot be where samples are packed or padded: its attention depends on w
 At short context the many small operations of a layer take longer to submit than to run.
 """
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from types import FunctionType
@@ -76,7 +76,7 @@ class TransformersHost:
         """Whether a tape is running."""
         return self._replay.tape is not None
 
-    def context(self, module: nn.Module, kwargs: dict[str, Any]) -> Hashable | None:
+    def context(self, module: nn.Module, kwargs: dict[str, Any]) -> tuple[str, tuple[str, ...]] | None:
         """The attention that the call runs, which the host reads from its config, and what is collected from it."""
         config = next((m.config for m in module.modules() if hasattr(m, "config")), None)
         implementation = getattr(config, "_attn_implementation", "")
@@ -91,11 +91,12 @@ class TransformersHost:
         return is_observer(hook)
 
     @contextmanager
-    def recording(self) -> Iterator[dict[str, list[Any]]]:
+    def recording(self, context: tuple[str, tuple[str, ...]]) -> Iterator[dict[str, list[Any]]]:
         """Lists in place of those that the hooks append to."""
+        _, names = context
         self._replay.is_graph_recorded = True
         try:
-            with collected.catching(collected.names()) as caught:
+            with collected.catching(names) as caught:
                 yield caught
         finally:
             self._replay.is_graph_recorded = False
@@ -154,6 +155,22 @@ def holds(layer: nn.Module, tokens: int) -> bool:
     """Whether what a layer keeps of so many tokens lies in the memory of its recording."""
     piece = forwards.given(layer)
     return isinstance(piece, Piece) and piece.holds(tokens)
+
+
+def running_again(
+    layer: nn.Module, below: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> AbstractContextManager[None] | None:
+    """Around a call of a layer that spares memory: replays it, and in backward again. None if it cannot be.
+
+    Args:
+        layer: the layer.
+        below: tokens from which on more is done to spare memory.
+        args, kwargs: of the call.
+    """
+    piece = forwards.given(layer)
+    if not isinstance(piece, Piece) or not args or args[0].shape[:-1].numel() >= below:
+        return None
+    return piece.running_again(args, kwargs)
 
 
 def parts(layer: nn.Module) -> Iterator[nn.Module]:

@@ -22,6 +22,7 @@ from expertune.memory.token_tiles import TokenTiles
 
 _Made = TypeVar("_Made")
 Moving: TypeAlias = Callable[[Tensor], AbstractContextManager[None]]
+Again: TypeAlias = Callable[[tuple[Any, ...], dict[str, Any]], AbstractContextManager[None] | None]
 
 
 class LayerMemory(NamedTuple):
@@ -31,11 +32,14 @@ class LayerMemory(NamedTuple):
         plan: says in which way it runs; None for the lean one in every step.
         moving: in the lean way around the checkpointed call, given its input: moves what is saved of it.
         tiles: in the lean way those into which its experts cut a long batch.
+        again: around a call, given its arguments, instead of a checkpoint: its backward then runs forward again by
+            itself. Gives None where that cannot be.
     """
 
     plan: LayerPlan | None = None
     moving: Moving | None = None
     tiles: TokenTiles | None = None
+    again: Again | None = None
 
 
 class Tape:
@@ -196,6 +200,9 @@ class ReplayingCheckpoint:
         way = self._way(args)
         if way is Way.KEEP:
             return function(*args, **kwargs)
+        if (again := self._again(function, args, kwargs)) is not None:
+            with again:
+                return function(*args, **kwargs)
         tape = Tape(self._leave_out, self._memory.tiles if way is Way.LEAN else None)
         keywords: dict[str, Any] = {}
         if isinstance(function, partial):  # hosts bind a layer's keywords this way; the checkpoint may look at them
@@ -213,6 +220,12 @@ class ReplayingCheckpoint:
         if self._memory.plan is None:
             return Way.LEAN
         return self._memory.plan.way(args[0]) if args and torch.is_grad_enabled() else Way.RUN_AGAIN
+
+    def _again(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> AbstractContextManager[None] | None:
+        keywords = function.keywords | kwargs if isinstance(function, partial) else kwargs
+        return None if self._memory.again is None else self._memory.again(args, keywords)
 
     def _running_again(self, args: tuple[Any, ...]) -> AbstractContextManager[None]:
         return nullcontext() if self._memory.plan is None or not args else self._memory.plan.running_again(args[0])

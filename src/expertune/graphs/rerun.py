@@ -1,0 +1,69 @@
+"""A recorded call whose backward runs forward again: it keeps its inputs and no memory of its own.
+
+What gradient checkpointing does, in two graphs: forward, and forward with its backward. All layers use the same memory,
+one after another, so this costs a card no more than checkpointing does, and the CPU two calls a layer. The second
+forward runs the kernels of the first on the same numbers: a router chooses the same experts.
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from expertune.graphs.capture import Graph
+from expertune.graphs.pool import Shared
+from expertune.graphs.recording import Own, Recording
+from expertune.shapes import Tensors
+
+
+class Rerun(Recording):
+    """Of a call. What goes in is copied before each replay, to tensors that all of these share."""
+
+    keeps = False
+
+    def may_begin(self, _inputs: Sequence[Tensor]) -> bool:
+        """Always: no later replay reads what an earlier one left."""
+        return True
+
+    def forward(self, inputs: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], None]:
+        """The outputs."""
+        self._load(inputs)
+        self._forward.replay()
+        return tuple(out.detach().clone() for out in self._outs), None
+
+    def _places(self, inputs: Sequence[Tensor]) -> tuple[list[Own], list[tuple[int, Shared]]]:
+        wanted = {place: x for place, x in enumerate(inputs) if x.requires_grad}
+        own = [
+            Own(place, part.detach().requires_grad_())
+            for room in self._side_by_side("inputs", wanted)
+            for place, part in zip(room.numbers, room.parts(), strict=True)
+        ]
+        others = [(place, x) for place, x in enumerate(inputs) if not x.requires_grad]
+        return sorted(own, key=lambda each: each.place), [(i, self._pool.shared(x, is_passing=True)) for i, x in others]
+
+    def _record(self) -> tuple[Graph, Graph]:
+        capture = self._pool.capture
+        forward = capture.record(self._run_forward, keeps=False)
+        outs = self._outs = [capture.lend(out) for out in self._outs]
+        both = capture.record(self._run_both, keeps=False)
+        self._outs = outs
+        self._large = [capture.lend(grad) for grad in self._large]
+        self._postponed = [
+            each._replace(saved=self._lend(each.saved), made=self._lend(each.made)) for each in self._postponed
+        ]
+        return forward, both
+
+    def _prepare(self, begun: Sequence[Tensor]) -> None:
+        self._load(begun)
+
+    def _run_forward(self) -> None:
+        super()._run_forward()
+        self._outs = [out.contiguous() for out in self._outs]
+
+    def _run_both(self) -> None:
+        self._run_forward()
+        self._run_backward()
+
+    def _lend(self, tensors: Tensors) -> Tensors:
+        """The same but for weights that a host laid out otherwise, which nobody writes to."""
+        lend = self._pool.capture.lend
+        return [x if x is None or not x.is_contiguous() else lend(x) for x in tensors]
