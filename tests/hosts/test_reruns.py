@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import expertune
 from expertune.graphs import recording
+from expertune.hosts import transformers
 from expertune.hosts.attach import attached
 from expertune.memory.offload import Offload
 from tests.conftest import Checkpoint
@@ -31,6 +32,28 @@ def test_every_step_is_the_same(
     assert capture.recorded == [False] * (2 * 2)
     assert capture.replays == 4 * 2 * 2
     assert "2 of 2 layers, 1 kinds of calls" in str(expertune.explain(ours))
+
+
+@pytest.mark.parametrize(
+    ("family", "leaves_out"), [("qwen3_moe", [False, False, True, True]), ("glm4_moe_lite", [False, False])]
+)
+def test_the_experts_output_is_left_out_where_backward_does_not_read_it(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, family: str, leaves_out: list[bool]
+) -> None:
+    """Of GLM's two layers one has experts, and a shared one after them, which is a custom function here."""
+    walk, calls = transformers.experts, []
+
+    def spy(*args: Any, leaves_out: bool, **keywords: Any) -> Tensor:
+        calls.append(leaves_out)
+        return walk(*args, leaves_out=leaves_out, **keywords)
+
+    monkeypatch.setattr(transformers, "experts", spy)
+    ours, stock, _ = both(checkpoint(family), family, memory="lean")
+    for seed in range(5):
+        calls.clear()
+        mine = step(ours, tokens(seed))
+        assert seed < 3 or sorted(calls) == leaves_out
+        torch.testing.assert_close(mine, step(stock, tokens(seed)))
 
 
 def test_nothing_but_inputs_is_kept(checkpoint: Checkpoint) -> None:

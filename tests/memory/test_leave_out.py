@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from expertune.memory.checkpoint import checkpoint_layer
+from expertune.memory.leave_out import LeaveOut
 from expertune.memory.replay import RoutingReplay
 
 
@@ -102,3 +103,36 @@ def test_the_other_checkpoint_leaves_nothing_out() -> None:
     x = torch.ones(2, requires_grad=True)
     wrapped(layer, x, use_reentrant=False).sum().backward()
     assert not any(layer.left_out)
+
+
+def test_a_run_of_its_own_leaves_out_what_was_right_and_says_if_it_no_longer_is() -> None:
+    replay, leave_out = RoutingReplay(), LeaveOut()
+    layer = _Layer(replay, lambda out: out)
+    x = torch.ones(2, requires_grad=True)
+
+    def run() -> list[bool]:
+        layer.left_out = []
+        with replay.leaving_out(leave_out):
+            layer(x)
+        return layer.left_out
+
+    assert run() == [False], "nothing is known"
+    replay.wrap(checkpoint_layer, leave_out=leave_out)(layer, x).sum().backward()
+    assert run() == [True]
+    assert not leave_out.is_on
+    layer.after = torch.square
+    with pytest.raises(RuntimeError, match="reads the experts' output"):
+        run()
+    assert run() == [False]
+
+
+def test_a_run_of_its_own_is_in_full_while_somebody_looks_on() -> None:
+    is_watched = False
+    replay, leave_out = RoutingReplay(), LeaveOut(lambda: is_watched)
+    layer = _Layer(replay, lambda out: out)
+    x = torch.ones(2, requires_grad=True)
+    replay.wrap(checkpoint_layer, leave_out=leave_out)(layer, x).sum().backward()
+    is_watched, layer.left_out = True, []
+    with replay.leaving_out(leave_out):
+        layer(x)
+    assert layer.left_out == [False]

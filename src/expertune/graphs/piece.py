@@ -1,7 +1,7 @@
 """Which calls of a module are recorded: those that came before, in training, on few tokens."""
 
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from expertune.graphs.capture import CudaCapture
 from expertune.graphs.pool import Pool
 from expertune.graphs.recording import Recording, tokens_of
-from expertune.graphs.rerun import Rerun
+from expertune.graphs.rerun import Around, Rerun
 from expertune.graphs.structure import NotPlainError, put_together, take_apart
 from expertune.graphs.watch import Watch
 from expertune.memory.meter import meter_of
@@ -220,8 +220,14 @@ class Piece:
         """Whether what such a call keeps for backward has its memory already."""
         return any(recording.keeps and recording.tokens == tokens for recording in self._recordings.values())
 
-    def running_again(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> AbstractContextManager[None] | None:
+    def running_again(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], around_again: Around = nullcontext
+    ) -> AbstractContextManager[None] | None:
         """Around this very call of the module, whose backward is to run forward again: both are then replayed.
+
+        Args:
+            args, kwargs: of the call.
+            around_again: around the second forward when it is recorded; nobody reads what it returns.
 
         Returns:
             None where they have not been recorded: the call is to be checkpointed.
@@ -229,7 +235,7 @@ class Piece:
         if not self._is_asked():
             return None
         self._make_way(is_wanted=True)
-        found = self._look(args, kwargs, keeps=False)
+        found = self._look(args, kwargs, around_again)
         return None if found is None else self._giving(found)
 
     @contextmanager
@@ -255,7 +261,7 @@ class Piece:
         if self._recorder.host.is_checkpointed() or _is_saved_otherwise():
             self._make_way(is_wanted=True)
             return None
-        found = self._look(args, kwargs, keeps=True)
+        found = self._look(args, kwargs)
         if found is None:
             self._make_way(is_wanted=False)
         return found
@@ -274,8 +280,11 @@ class Piece:
             else:
                 self._recorder.make_way()
 
-    def _look(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, keeps: bool) -> "_Found | None":
+    def _look(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], around_again: Around | None = None
+    ) -> "_Found | None":
         """The recording for a call as it is trained, that keeps what backward needs or runs forward again."""
+        keeps = around_again is None
         if not keeps and (_is_saved_otherwise() or self._recorder.host.is_checkpointed()):
             return None
         recorder, host = self._recorder, self._recorder.host
@@ -302,7 +311,7 @@ class Piece:
             return _Found(recording, tensors) if recording.may_begin(tensors) else None
         if not self._came_before(kind) or not self._may_record(self._watch, tensors, pool, keeps=keeps):
             return None
-        return self._record(kind, tensors, pool)
+        return self._record(kind, tensors, pool, around_again)
 
     def _pays(self, tensors: list[Tensor]) -> bool:
         is_refused = type(self.module) in self._recorder.refused
@@ -342,8 +351,8 @@ class Piece:
         kind = type(self.module)
         return all(p.recordings <= self.recordings for p in self._recorder.pieces if type(p.module) is kind)
 
-    def _record(self, kind: Any, tensors: list[Tensor], pool: Pool) -> "_Found | None":
-        (call, context, autocast, keeps), device, module = kind, tensors[0].device.type, self.module
+    def _record(self, kind: Any, tensors: list[Tensor], pool: Pool, around_again: Around | None) -> "_Found | None":
+        (call, context, autocast, _), device, module = kind, tensors[0].device.type, self.module
         recorder = self._recorder
         trained = [p for p in module.parameters() if p.requires_grad]
 
@@ -364,12 +373,16 @@ class Piece:
         if self._is_ahead():  # what all kept in the last step is still held for such work
             pool.capture.make_room()
         try:
-            recording = (Recording if keeps else Rerun)(forward, tensors, trained, pool)
+            recording = (
+                Recording(forward, tensors, trained, pool)
+                if around_again is None
+                else Rerun(around_again, forward, tensors, trained, pool)
+            )
         except RuntimeError as error:
             recorder.refused[type(module)] = str(error).splitlines()[0]
             return None
         self._recordings[kind] = recording
-        recorder.lacked_room &= not keeps
+        recorder.lacked_room &= around_again is not None
         return _Found(recording, tensors)
 
 

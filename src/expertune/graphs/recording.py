@@ -3,7 +3,7 @@
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -179,7 +179,7 @@ class Recording:
         for place, shared in self._shared:
             shared.load(inputs[place])
 
-    def _try(self) -> tuple[list["Buffered"], list[int], list[Tensor]]:
+    def _try(self) -> "Tried":
         """Run once for all that is done but once, and to see which gradients there are.
 
         Returns:
@@ -238,6 +238,9 @@ class Recording:
         wanted = [*(tensor for _, tensor in self._own), *self._leaves]
         with accumulate.postponing(self._large_leaves) as self._postponed:
             return torch.autograd.grad(asked, wanted, douts, retain_graph=True, allow_unused=True)
+
+
+Tried: TypeAlias = tuple[list["Buffered"], list[int], list[Tensor]]
 
 
 class Own(NamedTuple):

@@ -5,20 +5,33 @@ one after another, so this costs a card no more than checkpointing does, and the
 forward runs the kernels of the first on the same numbers: a router chooses the same experts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, TypeAlias
 
 from torch import Tensor
 
 from expertune.graphs.capture import Graph
 from expertune.graphs.pool import Shared
-from expertune.graphs.recording import Own, Recording
+from expertune.graphs.recording import Own, Recording, Tried
 from expertune.shapes import Tensors
+
+Around: TypeAlias = Callable[[], AbstractContextManager[None]]
 
 
 class Rerun(Recording):
-    """Of a call. What goes in is copied before each replay, to tensors that all of these share."""
+    """Of a call. What goes in is copied before each replay, to tensors that all of these share.
+
+    Args:
+        around_again: around the second forward, whose outputs nobody reads.
+        others: as for `Recording`.
+    """
 
     keeps = False
+
+    def __init__(self, around_again: Around, *others: Any) -> None:
+        self._around_again = around_again
+        super().__init__(*others)
 
     def may_begin(self, _inputs: Sequence[Tensor]) -> bool:
         """Always: no later replay reads what an earlier one left."""
@@ -59,9 +72,17 @@ class Rerun(Recording):
         super()._run_forward()
         self._outs = [out.contiguous() for out in self._outs]
 
+    def _run_again(self) -> None:
+        with self._around_again():
+            self._run_forward()
+
     def _run_both(self) -> None:
-        self._run_forward()
+        self._run_again()
         self._run_backward()
+
+    def _try(self) -> Tried:
+        self._run_again()
+        return super()._try()
 
     def _lend(self, tensors: Tensors) -> Tensors:
         """The same but for weights that a host laid out otherwise, which nobody writes to."""

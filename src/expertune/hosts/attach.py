@@ -286,16 +286,14 @@ def _checkpoint(layer: Any, model: PreTrainedModel, state: Attached) -> None:
     if planner is not None:
         number, width = state.layers.index(layer), width_of(layer, model.config)
         plan = planner.layer(number, layer, width, partial(graphs.holds, layer))
-    memory = LayerMemory(
-        plan=plan,
-        moving=None if offload is None else partial(offload.moving, stays=layer is state.layers[-1]),
-        tiles=state.memory.tiles,
-        again=None if offload is None else partial(graphs.running_again, layer, offload.least_tokens),
-    )
+    leave_out, moving, again = LeaveOut(partial(_is_watched, layer)), None, None
+    if offload is not None:
+        moving = partial(offload.moving, stays=layer is state.layers[-1])
+        around = partial(state.replay.leaving_out, leave_out)
+        again = partial(graphs.running_again, layer, offload.least_tokens, around)
+    memory = LayerMemory(plan=plan, moving=moving, tiles=state.memory.tiles, again=again)
     host = layer._gradient_checkpointing_func
-    layer._gradient_checkpointing_func = state.replay.wrap(
-        checkpoint_collecting, host, memory, LeaveOut(partial(_is_watched, layer))
-    )
+    layer._gradient_checkpointing_func = state.replay.wrap(checkpoint_collecting, host, memory, leave_out)
 
 
 def _replay(layer: Any, state: Attached) -> None:

@@ -19,6 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import output_capturing
 
 from expertune.graphs.piece import MOST_TOKENS, Piece, Recorder
+from expertune.graphs.rerun import Around
 from expertune.hosts import attention, collected, forwards, latent_attention, mlps, peft, rotary
 from expertune.hosts.transformers import is_experts
 from expertune.hosts.twins import twin_around
@@ -158,19 +159,20 @@ def holds(layer: nn.Module, tokens: int) -> bool:
 
 
 def running_again(
-    layer: nn.Module, below: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+    layer: nn.Module, below: int, around_again: Around, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> AbstractContextManager[None] | None:
     """Around a call of a layer that spares memory: replays it, and in backward again. None if it cannot be.
 
     Args:
         layer: the layer.
         below: tokens from which on more is done to spare memory.
+        around_again: see `Piece.running_again`.
         args, kwargs: of the call.
     """
     piece = forwards.given(layer)
     if not isinstance(piece, Piece) or not args or args[0].shape[:-1].numel() >= below:
         return None
-    return piece.running_again(args, kwargs)
+    return piece.running_again(args, kwargs, around_again)
 
 
 def parts(layer: nn.Module) -> Iterator[nn.Module]:

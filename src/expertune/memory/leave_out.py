@@ -11,8 +11,8 @@ Only under the reentrant checkpoint. The other stops by itself once all that was
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -56,6 +56,26 @@ class LeaveOut:
                 self._guard = None
                 self._left_out.clear()
         return function(*args, **kwargs)
+
+    @contextmanager
+    def leaving_out(self) -> Iterator[None]:
+        """Around one more run of the layer, of which the output is left out if it has shown that this is right.
+
+        Raises:
+            RuntimeError: it was not. The layer is run in full from then on.
+        """
+        if not self._is_right or self._is_watched():
+            yield
+            return
+        try:
+            with ExitStack() as self._guard:
+                yield
+        except _OutputNeededError:
+            self._is_right = False
+            raise RuntimeError("it reads the experts' output in backward, as it did not before") from None
+        finally:
+            self._guard = None
+            self._left_out.clear()
 
     @property
     def is_on(self) -> bool:

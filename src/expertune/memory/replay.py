@@ -154,6 +154,12 @@ class RoutingReplay:
             else:
                 self._tapes[thread] = outer
 
+    @contextmanager
+    def leaving_out(self, leave_out: LeaveOut) -> Iterator[None]:
+        """Around a run of a layer that is followed by its backward, with the experts' output left out if it may be."""
+        with self.using(Tape(leave_out)), leave_out.leaving_out():
+            yield
+
     @property
     def tape(self) -> Tape | None:
         """The one that runs in this thread."""
