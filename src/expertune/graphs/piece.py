@@ -1,13 +1,14 @@
 """Which calls of a module are recorded: those that came before, in training, on few tokens."""
 
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from expertune.graphs.capture import CudaCapture
+from expertune.graphs.host import Host
 from expertune.graphs.pool import Pool
 from expertune.graphs.recording import Recording, tokens_of
 from expertune.graphs.rerun import Around, Rerun
@@ -26,44 +27,6 @@ _MOST_COUNTED = 64  # kinds of calls whose number is kept
 _MOST_TRAINED = 2**27  # parameters: their gradients leave a recording by a copy
 
 PoolOf: TypeAlias = Callable[[torch.device], Pool | None]
-
-
-class Host(Protocol):
-    """Whose modules they are."""
-
-    ignored: frozenset[str]
-    """Keywords that no module reads."""
-
-    def is_checkpointed(self) -> bool:
-        """Whether the layer that runs now will run again in backward."""
-        ...
-
-    def context(self, module: nn.Module, kwargs: dict[str, Any]) -> Hashable | None:
-        """What else a call depends on; None if it must not be recorded."""
-        ...
-
-    def is_observer(self, hook: Callable[..., Any]) -> bool:
-        """Whether a hook on a module changes nothing, and hears of what `caught` and `deliver` pass on, if of anything.
-
-        Any other hook wants to be called, so its module is not recorded.
-        """
-        ...
-
-    def recording(self, context: Any) -> AbstractContextManager[Any]:
-        """Around a forward that is recorded: gives what observers would have taken, filled once it has run.
-
-        Args:
-            context: of the call.
-        """
-        ...
-
-    def rest(self, device: torch.device) -> int:
-        """The bytes that a step takes on a device beside what its layers keep; 0 where nobody has measured them."""
-        ...
-
-    def deliver(self, caught: Any) -> None:
-        """Hand to the observers what was caught, or what a replay put in its place."""
-        ...
 
 
 class _Found(NamedTuple):
@@ -216,12 +179,17 @@ class Piece:
         """For how many kinds of calls there are recordings."""
         return len(self._recordings)
 
+    @property
+    def runs_again(self) -> bool:
+        """Whether a recording of it runs forward again in backward."""
+        return not all(recording.keeps for recording in self._recordings.values())
+
     def holds(self, tokens: int) -> bool:
         """Whether what such a call keeps for backward has its memory already."""
         return any(recording.keeps and recording.tokens == tokens for recording in self._recordings.values())
 
     def running_again(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], around_again: Around = nullcontext
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], around_again: Around
     ) -> AbstractContextManager[None] | None:
         """Around this very call of the module, whose backward is to run forward again: both are then replayed.
 

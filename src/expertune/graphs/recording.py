@@ -251,7 +251,7 @@ class Own(NamedTuple):
 
 
 class Buffered(NamedTuple):
-    """Gradients of one dtype, side by side in one buffer, in which they leave a graph or enter it."""
+    """Tensors of one dtype, side by side in one buffer, in which they leave a graph or enter it."""
 
     numbers: list[int]
     shapes: list[torch.Size]

@@ -56,7 +56,7 @@ class _Forward:
 
 
 class TransformersHost:
-    """Of one model: see `expertune.graphs.piece.Host`.
+    """Of one model: see `expertune.graphs.host.Host`.
 
     Transformers collects what a caller asked for, such as the routers' logits, by hooks that append to lists. They are
     given other lists while a layer is recorded.
@@ -205,7 +205,10 @@ def status(recorder: Recorder) -> str:
     whole = sum(piece in layers for piece in recorded)
     kinds = max((piece.recordings for piece in recorded), default=0)
     parts_alone = f" and {len(recorded) - whole} parts of layers" if len(recorded) > whole else ""
+    again = sum(piece.runs_again for piece in layers)
+    runs_again = f", {again} of the layers run forward again in backward" if again else ""
     refused = "".join(f"; {kind.__name__} cannot be: {reason}" for kind, reason in recorder.refused.items())
     short = "; there was no room for more" if recorder.lacked_room else ""
     ended = "" if recorder.is_on else "; no more are made, because their memory was wanted again and again"
-    return f"CUDA graphs: {whole} of {len(layers)} layers{parts_alone}, {kinds} kinds of calls{refused}{short}{ended}"
+    said = f"CUDA graphs: {whole} of {len(layers)} layers{parts_alone}, {kinds} kinds of calls"
+    return f"{said}{runs_again}{refused}{short}{ended}"
