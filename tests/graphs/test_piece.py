@@ -2,7 +2,8 @@
 
 import copy
 import pickle
-from typing import Any, NamedTuple
+from contextlib import nullcontext
+from typing import Any, NamedTuple, cast
 
 import pytest
 import torch
@@ -298,6 +299,18 @@ def test_room_is_made_once_for_all_that_are_recorded_together(capture: FakeCaptu
                 assert_same(toy, stock, seed, length)
     assert len(capture.recorded) == 2 * 2 * 3
     assert capture.rooms == [0, 2 * 3]
+
+
+def test_room_is_made_for_those_that_run_again_too(capture: FakeCapture) -> None:
+    """Beside one that keeps."""
+    (kept, *others), (stock, *_) = toys(make_recorder(capture), 3)
+    for seed in range(4):
+        assert_same(kept, stock, seed)
+    for _ in range(3):
+        found = [cast(Piece, toy.forward).running_again(inputs(0), {}, nullcontext) for toy in others]
+    assert None not in found
+    assert capture.recorded == [True, False, *[False] * 4]
+    assert capture.rooms == [0, 2]
 
 
 def test_dropout_that_is_turned_on_ends_a_recording(pair: tuple[Toy, Toy], capture: FakeCapture) -> None:

@@ -182,7 +182,7 @@ class Piece:
     @property
     def runs_again(self) -> bool:
         """Whether a recording of it runs forward again in backward."""
-        return not all(recording.keeps for recording in self._recordings.values())
+        return self._number(keeps=False) > 0
 
     def holds(self, tokens: int) -> bool:
         """Whether what such a call keeps for backward has its memory already."""
@@ -242,7 +242,7 @@ class Piece:
 
     def _make_way(self, *, is_wanted: bool) -> None:
         """Give back what recordings hold, where it surely is wanted or may be."""
-        if any(recording.keeps for recording in self._recordings.values()):
+        if self._number(keeps=True):
             if is_wanted:
                 self._recorder.release()
             else:
@@ -298,7 +298,7 @@ class Piece:
 
     def _may_record(self, watch: Watch, tensors: list[Tensor], pool: Pool, *, keeps: bool) -> bool:
         return (
-            sum(recording.keeps is keeps for recording in self._recordings.values()) < _MOST_KINDS
+            self._number(keeps=keeps) < _MOST_KINDS
             and sum(p.numel() for p in self.module.parameters() if p.requires_grad) <= _MOST_TRAINED
             and any(tensor.requires_grad for tensor in (*tensors, *self.module.parameters()))
             and not any(tensor.is_inference() for tensor in tensors)
@@ -314,10 +314,14 @@ class Piece:
         self._recorder.lacked_room |= not has_room
         return has_room
 
-    def _is_ahead(self) -> bool:
-        """Whether no piece whose module has this one's type has more recordings."""
-        kind = type(self.module)
-        return all(p.recordings <= self.recordings for p in self._recorder.pieces if type(p.module) is kind)
+    def _number(self, *, keeps: bool) -> int:
+        """Of recordings that keep what backward needs, or of those that run forward again."""
+        return sum(recording.keeps is keeps for recording in self._recordings.values())
+
+    def _is_first(self, *, keeps: bool) -> bool:
+        """Whether no piece whose module has this one's type has more recordings of this way."""
+        alike = [p for p in self._recorder.pieces if type(p.module) is type(self.module)]
+        return max(p._number(keeps=keeps) for p in alike) == self._number(keeps=keeps)
 
     def _record(self, kind: Any, tensors: list[Tensor], pool: Pool, around_again: Around | None) -> "_Found | None":
         (call, context, autocast, _), device, module = kind, tensors[0].device.type, self.module
@@ -338,7 +342,7 @@ class Piece:
                 raise RuntimeError("it changes its arguments")
             return out, caught
 
-        if self._is_ahead():  # what all kept in the last step is still held for such work
+        if self._is_first(keeps=around_again is None):  # what all kept in the last step is still held for such work
             pool.capture.make_room()
         try:
             recording = (
