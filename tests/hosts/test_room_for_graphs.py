@@ -6,6 +6,8 @@ import torch
 import expertune
 from expertune.graphs.pool import Pool
 from expertune.hosts.attach import attached
+from expertune.memory import policy
+from expertune.memory.planner import Planner
 from tests.conftest import Checkpoint
 from tests.graphs.replayed import FakeCapture
 from tests.hosts import memories
@@ -87,3 +89,23 @@ def test_the_rest_of_a_step_is_what_the_planner_has_measured(checkpoint: Checkpo
     assert part is not None
     part.rise = 7
     assert state.recorder.host.rest(torch.device("cpu")) == 7
+
+
+def test_a_layer_that_may_keep_without_room_for_a_recording_runs_again(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, stock, capture = both(checkpoint("qwen3_moe"))
+    plenty = memories.Card(memories.PLENTY)
+    monkeypatch.setattr(policy, "Planner", lambda lean_from: Planner(lambda _: plenty, lean_from))
+    expertune.optimize(ours, memory="auto")
+    recorder = attached(ours.get_base_model()).recorder  # type: ignore[union-attr]
+    assert recorder is not None
+    pool = Pool(capture, Filling(499))
+    recorder._pool_of = lambda _: pool
+    for seed in range(9):
+        before = capture.replays
+        torch.testing.assert_close(step(ours, tokens(seed)), step(stock, tokens(seed)))
+    assert capture.recorded == [True, False, False, False]
+    assert capture.replays - before == 2 * 2
+    said = "2 of 2 layers, 1 kinds of calls, 1 of the layers run forward again in backward; there was no room for more"
+    assert said in str(expertune.explain(ours).graphs)

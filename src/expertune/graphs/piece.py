@@ -147,6 +147,7 @@ class Piece:
         self._recordings: dict[Hashable, Recording] = {}
         self._watch: Watch | None = None
         self._given: _Found | None = None
+        self.lacks_room = False  # for a recording that keeps, while it has none
         recorder.pieces.append(self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -216,6 +217,7 @@ class Piece:
 
     def forget(self) -> None:
         """Drop all recordings, and begin to count anew."""
+        self.lacks_room = False
         self._seen.clear()
         self._recordings.clear()
 
@@ -312,6 +314,7 @@ class Piece:
         """For one more recording."""
         has_room = pool.has_room(self._recorder.host.rest(device))
         self._recorder.lacked_room |= not has_room
+        self.lacks_room = not has_room and not self._number(keeps=True)
         return has_room
 
     def _number(self, *, keeps: bool) -> int:

@@ -23,6 +23,7 @@ from expertune.graphs.rerun import Around
 from expertune.hosts import attention, collected, forwards, latent_attention, mlps, peft, rotary
 from expertune.hosts.transformers import is_experts
 from expertune.hosts.twins import twin_around
+from expertune.memory.planner import Way
 from expertune.memory.replay import RoutingReplay
 
 _OBSERVERS = (output_capturing.__name__, "expertune.hosts.attach")  # whose hooks do nothing else
@@ -159,18 +160,24 @@ def holds(layer: nn.Module, tokens: int) -> bool:
 
 
 def running_again(
-    layer: nn.Module, below: int, around_again: Around, args: tuple[Any, ...], kwargs: dict[str, Any]
+    layer: nn.Module, below: int, around_again: Around, way: Way, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> AbstractContextManager[None] | None:
     """Around a call of a layer that spares memory: replays it, and in backward again. None if it cannot be.
+
+    A layer that may keep, but has no room for a recording that does, runs again too: replayed twice it takes less time
+    than submitted once.
 
     Args:
         layer: the layer.
         below: tokens from which on more is done to spare memory.
         around_again: see `Piece.running_again`.
+        way: in which the layer was to run.
         args, kwargs: of the call.
     """
     piece = forwards.given(layer)
     if not isinstance(piece, Piece) or not args or args[0].shape[:-1].numel() >= below:
+        return None
+    if way is Way.KEEP and not piece.lacks_room:
         return None
     return piece.running_again(args, kwargs, around_again)
 

@@ -22,7 +22,7 @@ from expertune.memory.token_tiles import TokenTiles
 
 _Made = TypeVar("_Made")
 Moving: TypeAlias = Callable[[Tensor], AbstractContextManager[None]]
-Again: TypeAlias = Callable[[tuple[Any, ...], dict[str, Any]], AbstractContextManager[None] | None]
+Again: TypeAlias = Callable[[Way, tuple[Any, ...], dict[str, Any]], AbstractContextManager[None] | None]
 
 
 class LayerMemory(NamedTuple):
@@ -32,8 +32,8 @@ class LayerMemory(NamedTuple):
         plan: says in which way it runs; None for the lean one in every step.
         moving: in the lean way around the checkpointed call, given its input: moves what is saved of it.
         tiles: in the lean way those into which its experts cut a long batch.
-        again: around a call, given its arguments, instead of a checkpoint: its backward then runs forward again by
-            itself. Gives None where that cannot be.
+        again: around a call, given the planned way and its arguments, in place of that way: its backward then runs
+            forward again by itself. Gives None where that cannot be, or would be slower.
     """
 
     plan: LayerPlan | None = None
@@ -204,11 +204,11 @@ class ReplayingCheckpoint:
         if torch.compiler.is_compiling():  # the compiler decides itself what runs again, and traces no tape
             return self.checkpoint(function, *args, **kwargs)
         way = self._way(args)
-        if way is Way.KEEP:
-            return function(*args, **kwargs)
-        if (again := self._again(function, args, kwargs)) is not None:
+        if (again := self._again(way, function, args, kwargs)) is not None:
             with again:
                 return function(*args, **kwargs)
+        if way is Way.KEEP:
+            return function(*args, **kwargs)
         tape = Tape(self._leave_out, self._memory.tiles if way is Way.LEAN else None)
         keywords: dict[str, Any] = {}
         if isinstance(function, partial):  # hosts bind a layer's keywords this way; the checkpoint may look at them
@@ -228,10 +228,10 @@ class ReplayingCheckpoint:
         return self._memory.plan.way(args[0]) if args and torch.is_grad_enabled() else Way.RUN_AGAIN
 
     def _again(
-        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, way: Way, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> AbstractContextManager[None] | None:
         keywords = function.keywords | kwargs if isinstance(function, partial) else kwargs
-        return None if self._memory.again is None else self._memory.again(args, keywords)
+        return None if self._memory.again is None else self._memory.again(way, args, keywords)
 
     def _running_again(self, args: tuple[Any, ...]) -> AbstractContextManager[None]:
         return nullcontext() if self._memory.plan is None or not args else self._memory.plan.running_again(args[0])
