@@ -16,7 +16,7 @@ from typing import Any
 
 from dimensions import dimensions
 from parts import PARTS
-from roofline import card_of, roofline_ms, step
+from roofline import Card, card_of, roofline_ms, step
 
 _OURS, _STOCK = "expertune", "transformers"
 
@@ -110,15 +110,17 @@ def _losses_apart(mine: dict[int, Any], stock: dict[int, Any]) -> float | None:
 
 
 def rooflines(report: dict[str, Any], contexts: list[int]) -> dict[int, dict[str, float]] | None:
-    """Milliseconds of each part at each context; None where it is not known.
-
-    So it is of cards whose ceilings are not, and of packed samples, whose attention depends on their lengths.
-    """
-    card = card_of(report["provenance"]["device"])
-    if card is None or report.get("packed"):
+    """Milliseconds of each part at each context; None where it is not known."""
+    card = _card(report)
+    if card is None:
         return None
     model = dimensions(report["shape"], report["layers"])
     return {context: roofline_ms(step(model, context, report["rank"]), card) for context in contexts}
+
+
+def _card(report: dict[str, Any]) -> Card | None:
+    """The card, if the roofline is known on it: not of packed samples, whose attention depends on their lengths."""
+    return None if report.get("packed") else card_of(report["provenance"]["device"])
 
 
 def _parts(report: dict[str, Any], rows: dict[str, dict[int, Any]], contexts: list[int]) -> list[Table]:
@@ -224,12 +226,8 @@ def section(report: dict[str, Any], raw: str, plots: list[str]) -> str:
 
 
 def _about_the_roofline(report: dict[str, Any]) -> list[str]:
-    card = card_of(report["provenance"]["device"])
-    if (
-        card is None
-        or report.get("packed")
-        or not any("part_ms" in row for rows in report["peers"].values() for row in rows)
-    ):
+    card = _card(report)
+    if card is None or not any("part_ms" in row for rows in report["peers"].values() for row in rows):
         return []
     return [
         f"Roofline: forward and backward with nothing computed twice, at {card.tflops:.0f} TFLOP/s and {card.tb_s} "

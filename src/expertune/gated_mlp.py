@@ -128,7 +128,7 @@ def _walk_back(
     dmid_NR = parts.down.dmid(dy_NO)
     a_NF, dh_NG = _backward(gate, h_NG, parts.down.input_grad(dy_NO, dmid_NR))
     down_mid = parts.down.mid(a_NF) if down_mid is None else down_mid
-    of_down = parts.down.factor_grads(a_NF, dy_NO, down_mid, dmid_NR)
+    of_down = [parts.down.a_grad(a_NF, dmid_NR), parts.down.b_grad(dy_NO, down_mid)]
     del a_NF, h_NG
     dx_NI: Tensor | None = None
     grads: list[Tensor | None] = []
@@ -137,7 +137,7 @@ def _walk_back(
         dmid_NR = part.dmid(dh_NF)
         if wants_x:
             dx_NI = part.input_grad(dh_NF, dmid_NR, dx_NI)
-        grads += part.factor_grads(x_NI, dh_NF, mid_NR, dmid_NR)
+        grads += [part.a_grad(x_NI, dmid_NR), part.b_grad(dh_NF, mid_NR)]
     return [dx_NI, *grads, *of_down]
 
 

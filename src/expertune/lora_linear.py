@@ -49,7 +49,8 @@ class _LoraLinear(torch.autograd.Function):
         linear = SplitLinear(weight_OI, None, a_RI, b_OR, ctx.scale, ctx.dtypes)
         wants_x, _, _, wants_a, wants_b, _ = ctx.needs_input_grad
         dy_NO = dy.reshape(-1, dy.shape[-1])
-        dmid_NR = linear.dmid(dy_NO)
+        dmid_NR = linear.dmid(dy_NO) if wants_x or wants_a else None
         dx = linear.input_grad(dy_NO, dmid_NR).view(ctx.shape) if wants_x else None
-        da, db = linear.factor_grads(x_NI, dy_NO, mid_NR, dmid_NR) if wants_a or wants_b else (None, None)
-        return dx, None, None, da if wants_a else None, db if wants_b else None, None
+        da = linear.a_grad(x_NI, dmid_NR) if wants_a else None
+        db = linear.b_grad(dy_NO, mid_NR) if wants_b else None
+        return dx, None, None, da, db, None

@@ -48,14 +48,13 @@ class SplitLinear(NamedTuple):
         dx_NI = dy_NO @ self.weight_OI if out_NI is None else out_NI.addmm_(dy_NO, self.weight_OI)
         return dx_NI if self.a_RI is None or dmid_NR is None else dx_NI.addmm_(dmid_NR, self.a_RI)
 
-    def factor_grads(
-        self, x_NI: Tensor, dy_NO: Tensor, mid_NR: Tensor | None, dmid_NR: Tensor | None
-    ) -> list[Tensor | None]:
-        """Of `a` and `b`."""
-        if mid_NR is None or dmid_NR is None:
-            return [None, None]
-        da_dtype, db_dtype = self.dtypes
-        return [_product(dmid_NR.mT, x_NI, da_dtype), _product(dy_NO.mT, mid_NR, db_dtype).mul_(self.scale)]
+    def a_grad(self, x_NI: Tensor, dmid_NR: Tensor | None) -> Tensor | None:
+        """`da_RI`."""
+        return None if dmid_NR is None else _product(dmid_NR.mT, x_NI, self.dtypes[0])
+
+    def b_grad(self, dy_NO: Tensor, mid_NR: Tensor | None) -> Tensor | None:
+        """`db_OR`."""
+        return None if mid_NR is None else _product(dy_NO.mT, mid_NR, self.dtypes[1]).mul_(self.scale)
 
 
 def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:

@@ -36,11 +36,6 @@ class _Found(NamedTuple):
     tensors: list[Tensor]
 
 
-def _is_saved_otherwise() -> bool:
-    """Whether somebody's hooks say what is saved for backward, as the checkpoint that is not reentrant does."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-
-
 class Recorder:
     """The pieces of one model.
 
@@ -201,9 +196,9 @@ class Piece:
         Returns:
             None where they have not been recorded: the call is to be checkpointed.
         """
-        if not self._is_asked():
+        if not self._is_asked() or self._is_spared():
             return None
-        self._make_way(is_wanted=True)
+        self._give_back()
         found = self._look(args, kwargs, around_again)
         return None if found is None else self._giving(found)
 
@@ -228,12 +223,12 @@ class Piece:
         """The recording for a call, perhaps made now, and the call's tensors; None if the module itself is to run."""
         if not self._is_asked():
             return None
-        if self._recorder.host.is_checkpointed() or _is_saved_otherwise():
-            self._make_way(is_wanted=True)
+        if self._is_spared():
+            self._give_back()
             return None
         found = self._look(args, kwargs)
-        if found is None:
-            self._make_way(is_wanted=False)
+        if found is None and self._number(keeps=True):
+            self._recorder.make_way()
         return found
 
     def _is_asked(self) -> bool:
@@ -242,22 +237,24 @@ class Piece:
         is_training = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         return is_training and recorder.is_on and not recorder.is_recording
 
-    def _make_way(self, *, is_wanted: bool) -> None:
-        """Give back what recordings hold, where it surely is wanted or may be."""
+    def _is_spared(self) -> bool:
+        """Whether memory is spared around this call: by a checkpoint, or by hooks that say what is saved for backward.
+
+        The checkpoint that is not reentrant has such hooks, too.
+        """
+        is_checkpointed = self._recorder.host.is_checkpointed()
+        return is_checkpointed or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+    def _give_back(self) -> None:
+        """Memory is wanted that recordings of this module hold."""
         if self._number(keeps=True):
-            if is_wanted:
-                self._recorder.release()
-            else:
-                self._recorder.make_way()
+            self._recorder.release()
 
     def _look(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], around_again: Around | None = None
     ) -> "_Found | None":
         """The recording for a call as it is trained, that keeps what backward needs or runs forward again."""
-        keeps = around_again is None
-        if not keeps and (_is_saved_otherwise() or self._recorder.host.is_checkpointed()):
-            return None
-        recorder, host = self._recorder, self._recorder.host
+        keeps, recorder, host = around_again is None, self._recorder, self._recorder.host
         context = host.context(self.module, kwargs)
         if context is None:
             return None
@@ -357,7 +354,8 @@ class Piece:
             recorder.refused[type(module)] = str(error).splitlines()[0]
             return None
         self._recordings[kind] = recording
-        recorder.lacked_room &= around_again is not None
+        if around_again is None:
+            recorder.lacked_room = False
         return _Found(recording, tensors)
 
 

@@ -14,7 +14,6 @@ from expertune.accumulate import Postponed
 from expertune.graphs.capture import Graph
 from expertune.graphs.pool import Pool, Shared
 from expertune.graphs.structure import put_together, take_apart
-from expertune.shapes import Tensors
 
 _LARGE = 2**20  # bytes of a gradient from which it is copied out of a graph by itself
 
@@ -71,7 +70,9 @@ class Recording:
         self._postponed: list[Postponed] = []
         self.wanted_outs: list[int] = []  # the numbers of the outputs that carry a gradient
         self._leaving, self._numbers_of_large, self._douts = self._try()
-        self._forward, self._backward = self._record()
+        self._forward, self._backward = self._capture()
+        self._large = [pool.capture.lend(grad) for grad in self._large]
+        self._postponed = [self._lend(each) for each in self._postponed]
         pool.note_size(self, before)
 
     @property
@@ -97,10 +98,7 @@ class Recording:
         """The outputs, and what stands for their backward: once nobody holds it, none is to come."""
         self._load(inputs)
         self._forward.replay()
-        begun = _Pass()
-        self._pass = weakref.ref(begun)
-        self._pool.begin(self)
-        return tuple(out.detach().clone() for out in self._outs), begun
+        return tuple(out.detach().clone() for out in self._outs), self._begin()
 
     def backward(
         self, begun: Any, douts: Sequence[Tensor], sums: Sequence[Tensor | None], *, is_last: bool
@@ -157,13 +155,17 @@ class Recording:
             each.users.add(self)
         return own, shared
 
-    def _record(self) -> tuple[Graph, Graph]:
+    def _capture(self) -> tuple[Graph, Graph]:
         """Forward and backward."""
-        capture = self._pool.capture
-        graphs = capture.record(self._run_forward, keeps=True), capture.record(self._run_backward, keeps=False)
-        self._large = [capture.lend(grad) for grad in self._large]
-        self._postponed = [each._replace(made=self._lend(each.made)) for each in self._postponed]
-        return graphs
+        record = self._pool.capture.record
+        return record(self._run_forward, keeps=True), record(self._run_backward, keeps=False)
+
+    def _begin(self) -> "_Pass | None":
+        """What stands for the backward of a forward that was replayed."""
+        begun = _Pass()
+        self._pass = weakref.ref(begun)
+        self._pool.begin(self)
+        return begun
 
     def _prepare(self, begun: Any) -> None:
         """See that a backward can be replayed."""
@@ -228,9 +230,10 @@ class Recording:
             each._replace(made=[None if x is None else x.contiguous() for x in each.made]) for each in self._postponed
         ]
 
-    def _lend(self, tensors: Tensors) -> Tensors:
-        """The same, without keeping it: other recordings may use its memory."""
-        return [None if x is None else self._pool.capture.lend(x) for x in tensors]
+    def _lend(self, postponed: Postponed) -> Postponed:
+        """The same, without keeping what backward has made: other recordings may use its memory."""
+        lend = self._pool.capture.lend
+        return postponed._replace(made=[None if x is None else lend(x) for x in postponed.made])
 
     def _gradients(self, douts: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
         """Of the inputs that want one and of the parameters; None where there is none, or it is postponed."""

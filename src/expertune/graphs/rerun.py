@@ -11,10 +11,10 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
+from expertune.accumulate import Postponed
 from expertune.graphs.capture import Graph
 from expertune.graphs.pool import Shared
 from expertune.graphs.recording import Own, Recording, Tried
-from expertune.shapes import Tensors
 
 Around: TypeAlias = Callable[[], AbstractContextManager[None]]
 
@@ -37,12 +37,6 @@ class Rerun(Recording):
         """Always: no later replay reads what an earlier one left."""
         return True
 
-    def forward(self, inputs: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], None]:
-        """The outputs."""
-        self._load(inputs)
-        self._forward.replay()
-        return tuple(out.detach().clone() for out in self._outs), None
-
     def _places(self, inputs: Sequence[Tensor]) -> tuple[list[Own], list[tuple[int, Shared]]]:
         wanted = {place: x for place, x in enumerate(inputs) if x.requires_grad}
         own = [
@@ -53,17 +47,16 @@ class Rerun(Recording):
         others = [(place, x) for place, x in enumerate(inputs) if not x.requires_grad]
         return sorted(own, key=lambda each: each.place), [(i, self._pool.shared(x, is_passing=True)) for i, x in others]
 
-    def _record(self) -> tuple[Graph, Graph]:
+    def _capture(self) -> tuple[Graph, Graph]:
         capture = self._pool.capture
         forward = capture.record(self._run_forward, keeps=False)
-        outs = self._outs = [capture.lend(out) for out in self._outs]
+        outs = self._outs = [capture.lend(out) for out in self._outs]  # what made them goes, before it is made again
         both = capture.record(self._run_both, keeps=False)
         self._outs = outs
-        self._large = [capture.lend(grad) for grad in self._large]
-        self._postponed = [
-            each._replace(saved=self._lend(each.saved), made=self._lend(each.made)) for each in self._postponed
-        ]
         return forward, both
+
+    def _begin(self) -> None:
+        """Nothing waits in the recording for a backward."""
 
     def _prepare(self, begun: Sequence[Tensor]) -> None:
         self._load(begun)
@@ -84,7 +77,8 @@ class Rerun(Recording):
         self._run_again()
         return super()._try()
 
-    def _lend(self, tensors: Tensors) -> Tensors:
-        """The same but for weights that a host laid out otherwise, which nobody writes to."""
+    def _lend(self, postponed: Postponed) -> Postponed:
+        """The same of what forward has made, but for weights that a host laid out otherwise and nobody writes to."""
         lend = self._pool.capture.lend
-        return [x if x is None or not x.is_contiguous() else lend(x) for x in tensors]
+        saved = [x if x is None or not x.is_contiguous() else lend(x) for x in postponed.saved]
+        return super()._lend(postponed)._replace(saved=saved)

@@ -44,7 +44,7 @@ class LeaveOut:
         if self._is_right is not False and not self._is_watched():
             cpu_state, device_states = torch.get_rng_state(), get_device_states(*args)
             try:
-                with ExitStack() as self._guard:
+                with self._guarding():
                     out = function(*args, **kwargs)
                     self._check(out)
                     return out
@@ -52,9 +52,6 @@ class LeaveOut:
                 self._is_right = False
                 torch.set_rng_state(cpu_state)
                 set_device_states(*device_states)
-            finally:
-                self._guard = None
-                self._left_out.clear()
         return function(*args, **kwargs)
 
     @contextmanager
@@ -68,11 +65,18 @@ class LeaveOut:
             yield
             return
         try:
-            with ExitStack() as self._guard:
+            with self._guarding():
                 yield
         except _OutputNeededError:
             self._is_right = False
             raise RuntimeError("it reads the experts' output in backward, as it did not before") from None
+
+    @contextmanager
+    def _guarding(self) -> Iterator[None]:
+        """Around a run without the experts' output: whoever saves a tensor after them is caught."""
+        try:
+            with ExitStack() as self._guard:
+                yield
         finally:
             self._guard = None
             self._left_out.clear()

@@ -230,8 +230,10 @@ class ReplayingCheckpoint:
     def _again(
         self, way: Way, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> AbstractContextManager[None] | None:
+        if self._memory.again is None:
+            return None
         keywords = function.keywords | kwargs if isinstance(function, partial) else kwargs
-        return None if self._memory.again is None else self._memory.again(way, args, keywords)
+        return self._memory.again(way, args, keywords)
 
     def _running_again(self, args: tuple[Any, ...]) -> AbstractContextManager[None]:
         return nullcontext() if self._memory.plan is None or not args else self._memory.plan.running_again(args[0])
