@@ -45,6 +45,8 @@ def runnable(*dtypes: torch.dtype) -> list[tuple[Backend, torch.dtype]]:
     return [(b, dtype) for b in PREFERRED for dtype in dtypes if b.why_not(problem(dtype, 16)) is None]
 
 
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
 # in which Triton's kernels run here, and the mark of tests of them
 _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 KERNEL_DTYPES = [dtype for dtype in _KERNEL_DTYPES if triton.BACKEND.why_not(problem(dtype, 16)) is None]

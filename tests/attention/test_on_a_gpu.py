@@ -8,8 +8,9 @@ from expertune.attention.attend import attend
 from expertune.attention.kernels import Kernel
 from expertune.attention.sequences import Sequences
 from tests.attention.test_attend import causal, gradients, inputs, same, written_out
+from tests.cases import needs_cuda
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+pytestmark = needs_cuda
 
 T = 333
 

@@ -15,13 +15,13 @@ from transformers import PreTrainedModel
 from trl import SFTConfig, SFTTrainer
 
 import expertune
-from expertune.hosts.attach import attached
 from expertune.hosts.trl import GradientProof
 from tests.families.found import families
 from tests.families.proof import exactly, farthest, run, usual_names
 from tests.families.tiny import SIZES, tiny_model
 from tests.graphs.replayed import FakeCapture
 from tests.hosts.models import tokenizer
+from tests.hosts.recorded import recorder_of
 
 HEADLINE = (
     "qwen3_moe",
@@ -201,8 +201,8 @@ def test_a_layer_that_is_replayed_is_as_it_was(model: PreTrainedModel) -> None:
     plain = copy.deepcopy(ours)
     expertune.optimize(plain, graphs=False)
     capture = FakeCapture()
-    recorder = attached(ours.get_base_model()).recorder  # type: ignore[union-attr,arg-type]
-    recorder._pool_of = capture.pool  # type: ignore[union-attr]
+    recorder = recorder_of(ours)
+    recorder._pool_of = capture.pool
     for seed in range(5):
         difference, name = farthest(run(ours, seed), run(plain, seed))
         assert difference <= 1e-5, f"{name}: {difference:.3g}"

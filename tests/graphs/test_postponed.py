@@ -19,7 +19,7 @@ from expertune.graphs import recording
 from expertune.graphs.piece import Piece, Recorder
 from expertune.shapes import ExpertsLayout, LoraFactors
 from expertune.walk import ExpertsStep, Projection
-from tests.cases import DEVICE, NUM_EXPERTS, ROUTINGS, pair_id, runnable
+from tests.cases import DEVICE, NUM_EXPERTS, ROUTINGS, needs_cuda, pair_id, runnable
 from tests.graphs.replayed import FakeCapture, FakeHost, make_recorder
 
 WIDTH, INNER, TOKENS = 16, 24, len(ROUTINGS["even"])
@@ -123,7 +123,7 @@ def test_batches_anew_and_added(
     assert made._numbers_of_large == [0, 1], "of inputs: no factor's gradient is copied"
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@needs_cuda
 def test_real_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two layers, so that one's replay writes to what the other's backward had made."""
     monkeypatch.setattr(recording, "_LARGE", 64)

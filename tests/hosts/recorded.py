@@ -4,9 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
 
 import expertune
+from expertune.graphs.piece import Recorder
 from expertune.hosts.attach import attached
 from tests.graphs.replayed import FakeCapture
 from tests.hosts.models import load_tiny
@@ -26,12 +28,19 @@ def make(folder: Path, family: str, *, graphs: bool, modules_to_save: list[str] 
     return expertune.add_lora(model, r=4, target_modules=targets, init_lora_weights=False, **saved)
 
 
+def recorder_of(model: Any) -> Recorder:
+    """What records the layers of a model, or of one that PEFT has wrapped."""
+    state = attached(model.get_base_model() if isinstance(model, PeftModel) else model)
+    assert state is not None
+    assert state.recorder is not None
+    return state.recorder
+
+
 def both(folder: Path, family: str = "", **settings: Any) -> tuple[Any, Any, FakeCapture]:
     """A model that records without a GPU, the same without recordings, and what counts them."""
     ours, stock = (make(folder, family, graphs=graphs, **settings) for graphs in (True, False))
     capture = FakeCapture()
-    recorder = attached(ours.get_base_model()).recorder  # type: ignore[union-attr]
-    recorder._pool_of = capture.pool  # type: ignore[union-attr]
+    recorder_of(ours)._pool_of = capture.pool
     return ours, stock, capture
 
 

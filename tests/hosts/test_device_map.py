@@ -18,6 +18,7 @@ from tests.graphs.replayed import FakeCapture
 from tests.hosts.adapters import wrap
 from tests.hosts.models import batch, load_tiny
 from tests.hosts.passes import assert_equal_within, on_the_truths_routes, run
+from tests.hosts.recorded import recorder_of
 from tests.numerics import assert_no_worse
 
 Places: TypeAlias = tuple[Any, Any]
@@ -123,7 +124,7 @@ def mapped_later(places: Places, folder: Path) -> Any:
 def test_layers_are_replayed_below_hooks_that_came_later(folder: Path) -> None:
     ours = mapped_later(CPU, folder)
     capture = FakeCapture()
-    attached(ours.get_base_model()).recorder._pool_of = capture.pool  # type: ignore[union-attr]
+    recorder_of(ours)._pool_of = capture.pool
     assert_steps_are_stock(ours, stock_on(CPU, folder, torch.float32, ours), 6)
     assert capture.replays
     assert RECORDED in str(expertune.explain(ours))

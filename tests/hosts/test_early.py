@@ -8,6 +8,7 @@ from torch import nn
 
 import expertune
 from expertune.hosts import early, router
+from tests.cases import needs_cuda
 from tests.conftest import Checkpoint
 from tests.hosts.models import load_tiny, save_tiny, tokenizer
 
@@ -40,7 +41,7 @@ def test_nothing_is_begun_without_a_gpu(checkpoint: Checkpoint) -> None:
     assert early.begin(expertune.optimize(load_tiny(checkpoint("qwen3_moe"), torch.float32))) == []
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@needs_cuda
 @pytest.mark.parametrize("family", SHAPES)
 def test_on_a_gpu_all_of_it_succeeds_and_draws_no_random_number(checkpoint: Checkpoint, family: str) -> None:
     model = expertune.optimize(load_tiny(checkpoint(family), torch.bfloat16).cuda())

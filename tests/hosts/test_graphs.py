@@ -14,12 +14,12 @@ import expertune
 from expertune.graphs import recording
 from expertune.graphs.piece import Piece
 from expertune.hosts import graphs
-from expertune.hosts.attach import attached
+from tests.cases import needs_cuda
 from tests.conftest import Checkpoint
 from tests.graphs.replayed import FakeCapture
 from tests.hosts import memories
 from tests.hosts.models import load_tiny
-from tests.hosts.recorded import TARGETS, both, make, step, tokens
+from tests.hosts.recorded import TARGETS, both, make, recorder_of, step, tokens
 
 _LAYERS = [f"layers.{i}{part}" for i in range(2) for part in ("", ".self_attn", ".mlp")]
 PIECES = {
@@ -54,8 +54,8 @@ def test_stock_adapters_that_come_later_to_a_dense_model_are_taken_in(checkpoint
     folder, capture = checkpoint("gemma3_text"), FakeCapture()
     ours, stock = (load_tiny(folder, torch.float32) for _ in range(2))
     expertune.optimize(ours, memory="fast")
-    recorder = attached(ours).recorder  # type: ignore[union-attr]
-    recorder._pool_of = capture.pool  # type: ignore[union-attr]
+    recorder = recorder_of(ours)
+    recorder._pool_of = capture.pool
     config = LoraConfig(r=4, target_modules=TARGETS["gemma3_text"], init_lora_weights=False)
     torch.manual_seed(0)
     ours = get_peft_model(ours, config)
@@ -84,8 +84,7 @@ def test_a_layer_that_runs_again_is_not_recorded_and_gives_memory_back(checkpoin
     ours, stock, capture = both(checkpoint("qwen3_moe"))
     card = memories.Card(memories.PLENTY)
     memories.auto(ours, card=card)
-    recorder = attached(ours.get_base_model()).recorder  # type: ignore[union-attr]
-    assert recorder is not None
+    recorder = recorder_of(ours)
     recorder._pool_of = capture.pool
 
     def replays(length: int, seed: int = 0) -> int:
@@ -137,8 +136,7 @@ def test_router_logits_and_their_loss_are_the_hosts(checkpoint: Checkpoint) -> N
 def test_explain_says_that_no_more_are_made(checkpoint: Checkpoint) -> None:
     """Once their memory was given back three times, for steps that needed it."""
     ours, _, _ = both(checkpoint("qwen3_moe"))
-    recorder = attached(ours.get_base_model()).recorder  # type: ignore[union-attr]
-    assert recorder is not None
+    recorder = recorder_of(ours)
     ids = torch.randint(3, 60, (2, 9))
     for _ in range(3):
         assert "no more are made" not in str(expertune.explain(ours))
@@ -154,8 +152,7 @@ def test_explain_says_that_no_more_are_made(checkpoint: Checkpoint) -> None:
 def test_recordings_that_have_paid_may_be_given_back_as_often_as_memory_is_wanted(checkpoint: Checkpoint) -> None:
     """As where now and then a batch is longer than any before."""
     ours, _, _ = both(checkpoint("qwen3_moe"))
-    recorder = attached(ours.get_base_model()).recorder  # type: ignore[union-attr]
-    assert recorder is not None
+    recorder = recorder_of(ours)
     ids = tokens(0)
     for _ in range(4):
         for _ in range(22):
@@ -326,7 +323,7 @@ def test_restore_and_copies(checkpoint: Checkpoint) -> None:
     assert not any(isinstance(vars(module).get("forward"), Piece) for module in ours.modules())
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@needs_cuda
 @pytest.mark.parametrize("large", [recording._LARGE, 0], ids=["", "all gradients by themselves"])
 @pytest.mark.parametrize("family", PIECES)
 def test_on_a_gpu(checkpoint: Checkpoint, family: str, large: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,12 +10,12 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 
 from expertune.hosts import peft
+from tests.cases import needs_cuda
 from tests.hosts.spies import inputs_of
 from tests.kept import kept_for_backward
 from tests.numerics import assert_no_worse
 
 WIDTH, OUT, RANK = 24, 40, 8
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 class _Model(nn.Module):

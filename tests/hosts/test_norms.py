@@ -12,6 +12,7 @@ from expertune.hosts import norms
 from expertune.hosts.attach import attached
 from expertune.hosts.norms import Formula, formula_of
 from expertune.rms_norm import rms_norm
+from tests.cases import needs_cuda
 from tests.conftest import Checkpoint
 from tests.hosts.models import load_tiny
 from tests.hosts.passes import assert_equal_within, logits
@@ -87,7 +88,7 @@ def test_the_formula_is_found_whatever_torch_makes_by_default() -> None:
     "device",
     [
         "cpu",
-        pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")),
+        pytest.param("cuda", marks=needs_cuda),
     ],
 )
 @pytest.mark.parametrize("offset", [0.0, 1.0])

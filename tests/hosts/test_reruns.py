@@ -12,9 +12,10 @@ from expertune.graphs import recording
 from expertune.hosts import transformers
 from expertune.hosts.attach import attached
 from expertune.memory.offload import Offload
+from tests.cases import needs_cuda
 from tests.conftest import Checkpoint
 from tests.hosts import memories
-from tests.hosts.recorded import both, make, step, tokens
+from tests.hosts.recorded import both, make, recorder_of, step, tokens
 from tests.kept import kept_for_backward
 
 FAMILIES = ["qwen3_moe", "gpt_oss", "glm4_moe_lite", "gemma3_text"]
@@ -114,7 +115,7 @@ def test_layers_whose_inputs_move_are_not(checkpoint: Checkpoint) -> None:
     ours, stock, capture = both(checkpoint("qwen3_moe"))
     memories.lean(ours)
     assert isinstance(attached(ours.get_base_model()).memory.offload, Offload)  # type: ignore[union-attr]
-    attached(ours.get_base_model()).recorder._pool_of = capture.pool  # type: ignore[union-attr]
+    recorder_of(ours)._pool_of = capture.pool
     for seed in range(4):
         torch.testing.assert_close(step(ours, tokens(seed)), step(stock, tokens(seed)))
     assert capture.recorded == []
@@ -136,7 +137,7 @@ def test_a_layer_that_changed_is_seen(checkpoint: Checkpoint, change: Callable[[
         torch.testing.assert_close(step(ours, tokens(seed)), step(stock, tokens(seed)))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@needs_cuda
 @pytest.mark.parametrize("large", [0, 2**20])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_on_a_gpu(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, family: str, large: int) -> None:

@@ -11,13 +11,12 @@ from expertune.memory.planner import Planner
 from tests.conftest import Checkpoint
 from tests.graphs.replayed import FakeCapture
 from tests.hosts import memories
-from tests.hosts.recorded import both, step, tokens
+from tests.hosts.recorded import both, recorder_of, step, tokens
 
 
 def test_explain_says_that_there_was_no_room(checkpoint: Checkpoint) -> None:
     ours, _, capture = both(checkpoint("qwen3_moe"))
-    recorder = attached(ours.get_base_model()).recorder  # type: ignore[union-attr]
-    assert recorder is not None
+    recorder = recorder_of(ours)
     card = memories.Card(memories.TOO_LITTLE)
     recorder._pool_of = lambda _: Pool(capture, card)
     for _ in range(4):
@@ -45,8 +44,7 @@ def test_a_recorded_layer_needs_no_room_to_keep(checkpoint: Checkpoint) -> None:
     ours, stock, capture = both(checkpoint("qwen3_moe"))
     card = Filling(memories.PLENTY)
     memories.auto(ours, card=card)
-    recorder = attached(ours.get_base_model()).recorder  # type: ignore[union-attr]
-    assert recorder is not None
+    recorder = recorder_of(ours)
     recorder._pool_of = capture.pool
     for seed in range(7):
         if seed == 5:
@@ -61,8 +59,7 @@ def test_a_recorded_layer_needs_no_room_to_keep(checkpoint: Checkpoint) -> None:
 @pytest.mark.parametrize(("left", "recorded"), [(499, 1), (500, 2), (10**6, 2)])
 def test_recordings_take_half_of_what_is_free_at_most(checkpoint: Checkpoint, left: int, recorded: int) -> None:
     ours, stock, capture = both(checkpoint("qwen3_moe"))
-    recorder = attached(ours.get_base_model()).recorder  # type: ignore[union-attr]
-    assert recorder is not None
+    recorder = recorder_of(ours)
     pool = Pool(capture, Filling(left))
     recorder._pool_of = lambda _: pool
     for seed in range(5):
@@ -98,8 +95,7 @@ def test_a_layer_that_may_keep_without_room_for_a_recording_runs_again(
     plenty = memories.Card(memories.PLENTY)
     monkeypatch.setattr(policy, "Planner", lambda lean_from: Planner(lambda _: plenty, lean_from))
     expertune.optimize(ours, memory="auto")
-    recorder = attached(ours.get_base_model()).recorder  # type: ignore[union-attr]
-    assert recorder is not None
+    recorder = recorder_of(ours)
     pool = Pool(capture, Filling(499))
     recorder._pool_of = lambda _: pool
     for seed in range(9):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import expertune
 from expertune.attention.rotary import Rotation, formula, why_not
 from expertune.hosts import forwards, rotary
+from tests.cases import needs_cuda
 from tests.conftest import Checkpoint
 from tests.hosts.models import load_tiny
 
@@ -97,7 +98,7 @@ def test_what_ours_does_not_take() -> None:
     assert why_not(q, q, angles, angles, HALVES) == "there is no Triton here"
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@needs_cuda
 def test_what_ours_does_not_take_on_a_gpu() -> None:
     q, k, cos, sin = (torch.zeros(shape, device="cuda") for shape in ((1, 2, 3, 8), (1, 1, 3, 8), (1, 3, 8), (1, 3, 8)))
     assert why_not(q, k, cos, sin, HALVES) is None
@@ -112,7 +113,7 @@ def test_what_ours_does_not_take_on_a_gpu() -> None:
     assert why_not(q, k, cos[..., :4], sin[..., :4], HALVES._replace(passes=True)) is None
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@needs_cuda
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "glm4_moe_lite"])
 def test_on_a_gpu_it_is_as_the_hosts(checkpoint: Checkpoint, family: str) -> None:
     stock = load_tiny(checkpoint(family), torch.float32).cuda()

@@ -13,9 +13,9 @@ from expertune.kernels.device import is_hopper
 from expertune.kernels.program import Program, Programs
 from expertune.shapes import ExpertsLayout, LoraFactors
 from expertune.walk import ExpertsStep, Projection
-from tests.cases import problem
+from tests.cases import needs_cuda, problem
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = needs_cuda
 CUDA = torch.device("cuda", 0)
 DTYPE = torch.bfloat16
 

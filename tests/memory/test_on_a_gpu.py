@@ -22,12 +22,13 @@ from expertune.memory.replay import LayerMemory, RoutingReplay
 from expertune.memory.token_tiles import TokenTiles
 from expertune.shapes import ExpertsLayout, LoraFactors, Problem
 from expertune.walk import ExpertsStep, Projection
+from tests.cases import needs_cuda
 from tests.conftest import Checkpoint
 from tests.hosts.adapters import lora, stock
 from tests.hosts.models import batch
 from tests.hosts.passes import assert_equal_within, run
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+pytestmark = needs_cuda
 
 LAYERS, WIDTH = 12, 1024
 INPUT = LEAST_TOKENS * WIDTH * 2  # bytes
