@@ -15,6 +15,11 @@ from parts import sum_by_part
 from shapes import SHAPES, attention_targets, expert_targets, longest_context
 
 PEERS = ("transformers", "expertune", "unsloth")
+ROWS = ("whole", "packed", "padded")
+_SAMPLE = (64, 512)  # tokens of one that is packed or padded, from and below
+_PADDED_TO = 128  # tokens, whose multiples the lengths of our padded batches are, as README says
+# steps that do not count: ours records layers in the fourth of a kind, and padded batches are of several
+_NUM_WARM = {"whole": 4, "packed": 8, "padded": 16}
 
 
 def work(peer: str, args: argparse.Namespace) -> None:
@@ -36,7 +41,7 @@ def work(peer: str, args: argparse.Namespace) -> None:
 
     fits = 0
     for context in contexts:
-        row = trained(context, num_steps(context, args.steps))
+        row = trained(context, num_steps(context, args.steps, args.rows))
         fits = max(fits, context) if row else fits
         print(json.dumps({"context": context} | (row or {"ms": None})), flush=True)
     if args.longest:
@@ -44,11 +49,12 @@ def work(peer: str, args: argparse.Namespace) -> None:
         print(json.dumps({"longest": found}), flush=True)
 
 
-def num_steps(context: int, least: int) -> int:
+def num_steps(context: int, least: int, rows: str = "whole") -> int:
     """Of a context; see `sft_step.py`."""
     import torch
 
-    return least + (min(32, 32768 // context) if torch.cuda.is_available() else 0)
+    more = min(32, 32768 // context) + _NUM_WARM[rows] - _NUM_WARM["whole"]
+    return least + (more if torch.cuda.is_available() else 0)
 
 
 def longest(trains: Callable[[int], bool], fits: int, limit: int, grain: int = 1024) -> int:
@@ -106,7 +112,7 @@ def train(peer: str, model: Any, args: argparse.Namespace, context: int, steps: 
     on_gpu = torch.cuda.is_available()
     data = _data(args, context, steps)
     clock = _clock(steps)
-    config = _config(peer, context, steps, packing=args.packed)
+    config = _config(peer, args.rows, context, steps)
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     tokenizer = AutoTokenizer.from_pretrained(args.folder)
@@ -124,13 +130,14 @@ def train(peer: str, model: Any, args: argparse.Namespace, context: int, steps: 
         clock.close()
         shutil.rmtree(config.output_dir, ignore_errors=True)
     spans = clock.spans
-    counted = spans[4:-1] or spans[-1:]  # of ours, the fourth step records graphs
+    counted = spans[_NUM_WARM[args.rows] : -1] or spans[-1:]
     ms = statistics.median(counted)
+    num_tokens = sum(map(len, data["input_ids"])) / steps
     row = {
         "ms": round(ms, 1),
         "ms_min": round(min(counted), 1),
         "first_step_ms": round(spans[0], 1),
-        "tokens_per_s": round(1000 * context / ms),
+        "tokens_per_s": round(1000 * num_tokens / ms),
         "loss": [round(log["loss"], 4) for log in trainer.state.log_history if "loss" in log],
     }
     if peer == "expertune":
@@ -144,31 +151,39 @@ def train(peer: str, model: Any, args: argparse.Namespace, context: int, steps: 
 
 
 def _data(args: argparse.Namespace, context: int, steps: int) -> Any:
-    """A row of random ids a step: one sample, or several as TRL packs them."""
+    """Random ids: a row a step, of one sample or of several as TRL packs them, or samples that TRL pads."""
     import torch
     from datasets import Dataset
 
     random = torch.Generator().manual_seed(context)
     vocab = SHAPES[args.shape][1]["vocab_size"]
-    ids = torch.randint(4, vocab, (steps, context), generator=random).tolist()
-    if args.packed:
-        beside = {"seq_lengths": [sample_lengths(context, random) for _ in range(steps)]}
+    if args.rows == "padded":
+        lengths = torch.randint(*_SAMPLE, (steps * batch_size(args.rows, context),), generator=random).tolist()
     else:
-        beside = {"attention_mask": [[1] * context] * steps}
+        lengths = [context] * steps
+    ids = [torch.randint(4, vocab, (length,), generator=random).tolist() for length in lengths]
+    beside = {}
+    if args.rows == "packed":
+        beside["seq_lengths"] = [sample_lengths(context, random) for _ in ids]
     return Dataset.from_dict({"input_ids": ids, "labels": ids, **beside})
 
 
+def batch_size(rows: str, context: int) -> int:
+    """Rows a step."""
+    return max(1, context // _SAMPLE[1]) if rows == "padded" else 1
+
+
 def sample_lengths(context: int, random: Any) -> list[int]:
-    """Of samples of 64 to 511 tokens that fill a context; the last is what remains."""
+    """Of samples that fill a context; the last is what remains."""
     import torch
 
     lengths: list[int] = []
     while (rest := context - sum(lengths)) > 0:
-        lengths.append(min(rest, int(torch.randint(64, 512, (), generator=random))))
+        lengths.append(min(rest, int(torch.randint(*_SAMPLE, (), generator=random))))
     return lengths
 
 
-def _config(peer: str, context: int, steps: int, *, packing: bool) -> Any:
+def _config(peer: str, rows: str, context: int, steps: int) -> Any:
     """The trainer's settings."""
     import torch
     from trl import SFTConfig
@@ -177,8 +192,9 @@ def _config(peer: str, context: int, steps: int, *, packing: bool) -> Any:
     return SFTConfig(
         output_dir=tempfile.mkdtemp(),
         max_length=context,
-        packing=packing,
-        per_device_train_batch_size=1,
+        packing=rows == "packed",
+        pad_to_multiple_of=_PADDED_TO if peer == "expertune" and rows == "padded" else None,
+        per_device_train_batch_size=batch_size(rows, context),
         gradient_accumulation_steps=1,  # said, because Unsloth's own default is 2
         warmup_steps=0,
         max_steps=steps,

@@ -119,8 +119,13 @@ def rooflines(report: dict[str, Any], contexts: list[int]) -> dict[int, dict[str
 
 
 def _card(report: dict[str, Any]) -> Card | None:
-    """The card, if the roofline is known on it: not of packed samples, whose attention depends on their lengths."""
-    return None if report.get("packed") else card_of(report["provenance"]["device"])
+    """The card, if the roofline is known on it: not of several samples a batch, which depends on their lengths."""
+    return card_of(report["provenance"]["device"]) if _rows(report) == "whole" else None
+
+
+def _rows(report: dict[str, Any]) -> str:
+    """What a batch is made of; of reports from before there was a choice, too."""
+    return str(report.get("rows", "whole"))
 
 
 def _parts(report: dict[str, Any], rows: dict[str, dict[int, Any]], contexts: list[int]) -> list[Table]:
@@ -197,8 +202,8 @@ def title(report: dict[str, Any]) -> str:
     """The shape, its layers and rank, and the adapters' dtype and the rows where they are not what is usual."""
     dtype = report.get("adapter_dtype", "float32")
     narrow = "" if dtype == "float32" else f" in {dtype}"
-    packed = ", packed samples" if report.get("packed") else ""
-    return f"SFT step, {report['shape']} shape, {report['layers']} layers, r={report['rank']}{narrow}{packed}"
+    several = "" if _rows(report) == "whole" else f", {_rows(report)} samples"
+    return f"SFT step, {report['shape']} shape, {report['layers']} layers, r={report['rank']}{narrow}{several}"
 
 
 def section(report: dict[str, Any], raw: str, plots: list[str]) -> str:
@@ -211,9 +216,10 @@ def section(report: dict[str, Any], raw: str, plots: list[str]) -> str:
     where = dict(report["provenance"])
     machine, day, commit, remark = (where.pop(key, None) for key in ("device", "date", "commit", "what"))
     versions = ", ".join(f"{package} {version}" for package, version in where.items() if version)
+    batch = "one row for each 512 tokens" if _rows(report) == "padded" else "batch 1"
     pieces = [
         f"### {title(report)}",
-        f"{machine}, {day}, commit {commit}; {versions}. {report['steps']} steps a context or more, batch 1, bf16; "
+        f"{machine}, {day}, commit {commit}; {versions}. {report['steps']} steps a context or more, {batch}, bf16; "
         f'expertune with `memory="{report["memory"]}"` where its name says no other, adapters in '
         f"{report.get('adapter_dtype', 'float32')}, and {report['adam']}'s 8-bit AdamW; the others with gradient "
         f"checkpointing and bitsandbytes'. [Raw]({raw})",

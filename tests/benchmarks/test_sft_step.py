@@ -29,17 +29,18 @@ def test_all_peers_take_the_same_steps(step_results: Path) -> None:
     assert (step_results.parent / "sft_step.png").is_file()
 
 
-def test_packed_samples_do_not_see_each_other(tmp_path: Path) -> None:
-    sizes = ["--shape", "tiny", "--layers", "2", "--contexts", "512", "--steps", "2", "--rank", "4"]
+@pytest.mark.parametrize("rows", ["packed", "padded"])
+def test_several_samples_do_not_see_each_other(rows: str, tmp_path: Path) -> None:
+    sizes = ["--shape", "tiny", "--layers", "2", "--contexts", "1024", "--steps", "2", "--rank", "4"]
     losses = {}
-    for name, flags, peers in (("whole", [], "transformers"), ("packed", ["--packed"], "transformers,expertune")):
-        command = [sys.executable, str(ROOT / "benchmarks" / "sft_step.py"), *sizes, *flags, "--peers", peers]
-        subprocess.run([*command, "--output", str(tmp_path / name)], check=True)
-        report = json.loads((tmp_path / name / "sft_step.json").read_text())
-        losses[name] = {peer: rows[0]["loss"] for peer, rows in report["peers"].items()}
-    packed = losses["packed"]
-    assert packed["expertune"] == pytest.approx(packed["transformers"], abs=0.001)
-    assert packed["transformers"] != losses["whole"]["transformers"]
+    for kind, peers in (("whole", "transformers"), (rows, "transformers,expertune")):
+        command = [sys.executable, str(ROOT / "benchmarks" / "sft_step.py"), *sizes, "--rows", kind, "--peers", peers]
+        subprocess.run([*command, "--output", str(tmp_path / kind)], check=True)
+        report = json.loads((tmp_path / kind / "sft_step.json").read_text())
+        losses[kind] = {peer: rows[0]["loss"] for peer, rows in report["peers"].items()}
+    several = losses[rows]
+    assert several["expertune"] == pytest.approx(several["transformers"], abs=0.001)
+    assert several["transformers"] != losses["whole"]["transformers"]
 
 
 def test_samples_fill_a_context() -> None:

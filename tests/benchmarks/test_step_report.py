@@ -128,9 +128,10 @@ def test_a_name_keeps_two_results_of_a_shape_apart(tmp_path: Path) -> None:
     ]
 
 
-def test_packed_samples_have_no_roofline() -> None:
-    text = section(report() | {"packed": True}, "raw.json", [])
-    assert "packed samples" in text
+@pytest.mark.parametrize("rows", ["packed", "padded"])
+def test_several_samples_have_no_roofline(rows: str) -> None:
+    text = section(report() | {"rows": rows}, "raw.json", [])
+    assert f"{rows} samples" in text
     assert "oofline" not in text
     assert "oofline" in section(report(), "raw.json", [])
 
