@@ -2,8 +2,7 @@
 
 import copy
 import pickle
-from contextlib import nullcontext
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -11,10 +10,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from expertune.graphs import recording
-from expertune.graphs.piece import MOST_TOKENS, Piece
-from expertune.graphs.pool import Pool
+from expertune.graphs.piece import Piece
 from tests.graphs.replayed import FakeCapture, Toy, assert_same, gradients, inputs, make_recorder, toys
-from tests.hosts.memories import PLENTY, TOO_LITTLE, Card
 
 
 def test_the_third_call_of_a_kind_is_recorded_and_all_are_right(capture: FakeCapture, pair: tuple[Toy, Toy]) -> None:
@@ -284,35 +281,6 @@ def test_an_argument_of_a_type_of_its_own_is_read_by_the_module(capture: FakeCap
     assert not capture.recorded
 
 
-def test_only_so_many_tokens_and_kinds(capture: FakeCapture, pair: tuple[Toy, Toy]) -> None:
-    for length, recordings in ((MOST_TOKENS + 1, 0), (3, 1), (4, 2), (5, 2)):
-        for seed in range(4):
-            assert_same(*pair, seed, length)
-        assert len(capture.recorded) == 2 * recordings
-
-
-def test_room_is_made_once_for_all_that_are_recorded_together(capture: FakeCapture) -> None:
-    pairs = list(zip(*toys(make_recorder(capture), 3), strict=True))
-    for length in (3, 4):
-        for seed in range(4):
-            for toy, stock in pairs:
-                assert_same(toy, stock, seed, length)
-    assert len(capture.recorded) == 2 * 2 * 3
-    assert capture.rooms == [0, 2 * 3]
-
-
-def test_room_is_made_for_those_that_run_again_too(capture: FakeCapture) -> None:
-    """Beside one that keeps."""
-    (kept, *others), (stock, *_) = toys(make_recorder(capture), 3)
-    for seed in range(4):
-        assert_same(kept, stock, seed)
-    for _ in range(3):
-        found = [cast(Piece, toy.forward).running_again(inputs(0), {}, nullcontext) for toy in others]
-    assert None not in found
-    assert capture.recorded == [True, False, *[False] * 4]
-    assert capture.rooms == [0, 2]
-
-
 def test_dropout_that_is_turned_on_ends_a_recording(pair: tuple[Toy, Toy], capture: FakeCapture) -> None:
     for toy in pair:
         toy.linear = nn.Sequential(nn.Linear(4, 4).requires_grad_(False), nn.Dropout(0.0))  # type: ignore[assignment]
@@ -334,34 +302,6 @@ def test_a_module_that_cannot_be_recorded_runs_as_it_is(pair: tuple[Toy, Toy], c
     recorder = toy.forward._recorder  # type: ignore[attr-defined]
     assert recorder.refused == {Toy: "operation not permitted when stream is capturing"}
     assert capture.replays == 0
-
-
-def test_memory_is_given_back_once_the_layer_runs_twice(pair: tuple[Toy, Toy], capture: FakeCapture) -> None:
-    toy, _ = pair
-    piece = toy.forward
-    for _ in range(4):
-        for seed in range(3):
-            assert_same(*pair, seed)
-        x, others = inputs(0)
-        checkpoint(toy, x, others, use_reentrant=False)[0].sum().backward()
-        assert piece.recordings == 0  # type: ignore[attr-defined]
-    assert len(capture.recorded) == 3 * 2  # then it no longer tries
-
-
-@pytest.mark.parametrize("is_short", [False, True])
-def test_memory_is_given_back_for_calls_that_are_not_recorded_if_it_is_short(
-    pair: tuple[Toy, Toy], capture: FakeCapture, is_short: bool
-) -> None:
-    card = Card(PLENTY)
-    piece: Any = pair[0].forward
-    piece._recorder._pool_of = lambda _: Pool(capture, card)
-    for seed in range(4):
-        assert_same(*pair, seed)
-    assert piece.holds(5)
-    assert not piece.holds(4)
-    card.left = TOO_LITTLE if is_short else 0
-    assert_same(*pair, 4, length=4)
-    assert piece.recordings == (0 if is_short else 1)
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])

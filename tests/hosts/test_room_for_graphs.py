@@ -45,7 +45,7 @@ def test_a_recorded_layer_needs_no_room_to_keep(checkpoint: Checkpoint) -> None:
     card = Filling(memories.PLENTY)
     memories.auto(ours, card=card)
     recorder = recorder_of(ours)
-    recorder._pool_of = capture.pool
+    recorder._pool_of = lambda _: Pool(capture, card)
     for seed in range(7):
         if seed == 5:
             card.left = card.taken + 50  # of the 100 that the second run of a layer took

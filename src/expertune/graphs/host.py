@@ -37,8 +37,11 @@ class Host(Protocol):
         """
         ...
 
-    def rest(self, device: torch.device) -> int:
-        """The bytes that a step takes on a device beside what its layers keep; 0 where nobody has measured them."""
+    def rest(self, device: torch.device) -> float:
+        """The bytes that a step takes on a device beside what its layers keep; 0 where nobody has measured them.
+
+        Infinite in a step that is to have all there are.
+        """
         ...
 
     def deliver(self, caught: Any) -> None:

@@ -17,13 +17,14 @@ from expertune.graphs.watch import Watch
 from expertune.memory.meter import meter_of
 
 _SEEN = 2  # calls of a kind before the one that is recorded: the first finds kernels, the second runs as planned
-_MOST_KINDS = 2  # of calls that a module is recorded for: each takes memory of its own
+_MOST_KEPT = 2  # kinds of calls that a module is recorded for with what they keep: each takes memory of its own
+_MOST_RUN_AGAIN = 64  # kinds that run again: they share memory, and graphs take little
 # Above, a step waits for the device. At 8,192 tokens recording saves 14 of 188 ms of GLM's shape and none of Qwen3's
 # (H200); on an H100 1 of 188, for 2.5 GiB.
 MOST_TOKENS = 8192
 _PAYS = 20  # replays of a recording, after which it has been worth making
 _MOST_RELEASES = 3  # of recordings that had not paid
-_MOST_COUNTED = 64  # kinds of calls whose number is kept
+_MOST_COUNTED = 256  # kinds of calls whose number is kept
 _MOST_TRAINED = 2**27  # parameters: their gradients leave a recording by a copy
 
 PoolOf: TypeAlias = Callable[[torch.device], Pool | None]
@@ -54,7 +55,6 @@ class Recorder:
         self._pool_of = pool_of or cuda_pool
         self._releases = 0
         self._replays = 0  # since the last release
-        self._looked_at = 0  # of these, when it was last seen to that there is room for a call that is not replayed
 
     def pool(self, device: torch.device) -> Pool | None:
         """Of a device; None if nothing is recorded there."""
@@ -80,7 +80,7 @@ class Recorder:
         """Give the memory of all recordings back: it is wanted for something else."""
         if self._replays < _PAYS * sum(piece.recordings for piece in self.pieces):
             self._releases += 1
-        self._replays = self._looked_at = 0
+        self._replays = 0
         for piece in self.pieces:
             piece.forget()
         self.pools.clear()
@@ -90,11 +90,9 @@ class Recorder:
         self._replays += 1
 
     def make_way(self) -> None:
-        """Give memory back if a step of which nothing is replayed may want it. Asked at every such call."""
-        if self._looked_at == self._replays:
-            return
-        self._looked_at = self._replays
-        if any(pool.is_short() for pool in self.pools.values() if pool is not None):
+        """Give memory back if a step that recordings do not serve may want it."""
+        pools = [(device, pool) for device, pool in self.pools.items() if pool is not None]
+        if any(pool.is_short(self.host.rest(device)) for device, pool in pools):
             self.release()
 
     @property
@@ -142,7 +140,7 @@ class Piece:
         self._recordings: dict[Hashable, Recording] = {}
         self._watch: Watch | None = None
         self._given: _Found | None = None
-        self.lacks_room = False  # for a recording that keeps, while it has none
+        self.is_full = False  # whether no other kind of call is recorded with what it keeps
         recorder.pieces.append(self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -176,6 +174,11 @@ class Piece:
         return len(self._recordings)
 
     @property
+    def keeps(self) -> bool:
+        """Whether a recording of it keeps what backward needs."""
+        return self._number(keeps=True) > 0
+
+    @property
     def runs_again(self) -> bool:
         """Whether a recording of it runs forward again in backward."""
         return self._number(keeps=False) > 0
@@ -185,21 +188,23 @@ class Piece:
         return any(recording.keeps and recording.tokens == tokens for recording in self._recordings.values())
 
     def running_again(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], around_again: Around
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], around_again: Around, *, may_keep: bool
     ) -> AbstractContextManager[None] | None:
         """Around this very call of the module, whose backward is to run forward again: both are then replayed.
 
         Args:
             args, kwargs: of the call.
             around_again: around the second forward when it is recorded; nobody reads what it returns.
+            may_keep: whether a recording that keeps serves as well.
 
         Returns:
-            None where they have not been recorded: the call is to be checkpointed.
+            None where they have not been recorded: the call is to run as it would without.
         """
         if not self._is_asked() or self._is_spared():
             return None
-        self._give_back()
-        found = self._look(args, kwargs, around_again)
+        if not may_keep:
+            self._make_way()
+        found = self._look(args, kwargs, around_again, may_keep=may_keep)
         return None if found is None else self._giving(found)
 
     @contextmanager
@@ -212,7 +217,7 @@ class Piece:
 
     def forget(self) -> None:
         """Drop all recordings, and begin to count anew."""
-        self.lacks_room = False
+        self.is_full = False
         self._seen.clear()
         self._recordings.clear()
 
@@ -223,12 +228,9 @@ class Piece:
         """The recording for a call, perhaps made now, and the call's tensors; None if the module itself is to run."""
         if not self._is_asked():
             return None
-        if self._is_spared():
-            self._give_back()
-            return None
-        found = self._look(args, kwargs)
-        if found is None and self._number(keeps=True):
-            self._recorder.make_way()
+        found = None if self._is_spared() else self._look(args, kwargs)
+        if found is None:
+            self._make_way()
         return found
 
     def _is_asked(self) -> bool:
@@ -245,15 +247,26 @@ class Piece:
         is_checkpointed = self._recorder.host.is_checkpointed()
         return is_checkpointed or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
-    def _give_back(self) -> None:
-        """Memory is wanted that recordings of this module hold."""
-        if self._number(keeps=True):
-            self._recorder.release()
+    def _make_way(self) -> None:
+        """Memory may be wanted that recordings hold: at a call that they do not serve, looked at once a step."""
+        if self is next((piece for piece in self._recorder.pieces if piece.keeps), None):
+            self._recorder.make_way()
 
     def _look(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], around_again: Around | None = None
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        around_again: Around | None = None,
+        *,
+        may_keep: bool = True,
     ) -> "_Found | None":
-        """The recording for a call as it is trained, that keeps what backward needs or runs forward again."""
+        """The recording for a call as it is trained.
+
+        Args:
+            args, kwargs: of the call.
+            around_again: around the second forward of one that runs forward again; None if none is to.
+            may_keep: whether one that keeps what backward needs will do.
+        """
         keeps, recorder, host = around_again is None, self._recorder, self._recorder.host
         context = host.context(self.module, kwargs)
         if context is None:
@@ -269,14 +282,17 @@ class Piece:
             return None
         device = tensors[0].device.type
         autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
-        kind = (call, context, autocast, keeps)
+        kind = (call, context, autocast)
         if self._watch is None or not self._watch.is_same():
             self.forget()
             self._watch = Watch(self.module)
-        recording = self._recordings.get(kind)
-        if recording is not None:
-            return _Found(recording, tensors) if recording.may_begin(tensors) else None
-        if not self._came_before(kind) or not self._may_record(self._watch, tensors, pool, keeps=keeps):
+        known = [self._recordings.get((kind, way)) for way in (True, False) if (may_keep if way else not keeps)]
+        for recording in filter(None, known):
+            if recording.may_begin(tensors):
+                return _Found(recording, tensors)
+        if (kind, keeps) in self._recordings or not self._came_before((kind, keeps)):
+            return None
+        if not self._may_record(self._watch, tensors, pool, keeps=keeps):
             return None
         return self._record(kind, tensors, pool, around_again)
 
@@ -297,22 +313,23 @@ class Piece:
 
     def _may_record(self, watch: Watch, tensors: list[Tensor], pool: Pool, *, keeps: bool) -> bool:
         return (
-            self._number(keeps=keeps) < _MOST_KINDS
-            and sum(p.numel() for p in self.module.parameters() if p.requires_grad) <= _MOST_TRAINED
+            sum(p.numel() for p in self.module.parameters() if p.requires_grad) <= _MOST_TRAINED
             and any(tensor.requires_grad for tensor in (*tensors, *self.module.parameters()))
             and not any(tensor.is_inference() for tensor in tensors)
             and all(map(self._recorder.host.is_observer, watch.hooks()))
             and not any(isinstance(m, nn.Dropout) and m.p for m in self.module.modules())
             and not getattr(self.module, "attention_dropout", 0.0)
-            and (not keeps or self._has_room(pool, tensors[0].device))
+            and self._has_room(pool, tensors[0].device, keeps=keeps)
         )
 
-    def _has_room(self, pool: Pool, device: torch.device) -> bool:
+    def _has_room(self, pool: Pool, device: torch.device, *, keeps: bool) -> bool:
         """For one more recording."""
-        has_room = pool.has_room(self._recorder.host.rest(device))
-        self._recorder.lacked_room |= not has_room
-        self.lacks_room = not has_room and not self._number(keeps=True)
-        return has_room
+        if not keeps:
+            return self._number(keeps=False) < _MOST_RUN_AGAIN
+        lacks_room = not pool.has_room(self._recorder.host.rest(device))
+        self._recorder.lacked_room |= lacks_room
+        self.is_full = lacks_room or self._number(keeps=True) == _MOST_KEPT
+        return not self.is_full
 
     def _number(self, *, keeps: bool) -> int:
         """Of recordings that keep what backward needs, or of those that run forward again."""
@@ -324,8 +341,8 @@ class Piece:
         return max(p._number(keeps=keeps) for p in alike) == self._number(keeps=keeps)
 
     def _record(self, kind: Any, tensors: list[Tensor], pool: Pool, around_again: Around | None) -> "_Found | None":
-        (call, context, autocast, _), device, module = kind, tensors[0].device.type, self.module
-        recorder = self._recorder
+        (call, context, autocast), device, module = kind, tensors[0].device.type, self.module
+        recorder, keeps = self._recorder, around_again is None
         trained = [p for p in module.parameters() if p.requires_grad]
 
         def forward(inputs: Any, leaves: Any) -> Any:
@@ -342,7 +359,7 @@ class Piece:
                 raise RuntimeError("it changes its arguments")
             return out, caught
 
-        if self._is_first(keeps=around_again is None):  # what all kept in the last step is still held for such work
+        if self._is_first(keeps=keeps):  # what all kept in the last step is still held for such work
             pool.capture.make_room()
         try:
             recording = (
@@ -353,9 +370,9 @@ class Piece:
         except RuntimeError as error:
             recorder.refused[type(module)] = str(error).splitlines()[0]
             return None
-        self._recordings[kind] = recording
-        if around_again is None:
-            recorder.lacked_room = False
+        self._recordings[kind, keeps] = recording
+        if keeps:
+            recorder.lacked_room, self.is_full = False, self._number(keeps=True) == _MOST_KEPT
         return _Found(recording, tensors)
 
 

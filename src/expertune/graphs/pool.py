@@ -76,7 +76,7 @@ class Pool:
         self._numbers = 0
         self._begun: list[User] = []  # ascending
 
-    def has_room(self, rest: int) -> bool:
+    def has_room(self, rest: float) -> bool:
         """Whether one more recording, as large as the largest so far, leaves enough memory for all else.
 
         Args:
@@ -87,9 +87,13 @@ class Pool:
         held, largest, free = self._held(), max(self._sizes.values(), default=0), self._meter.free()
         return largest + rest <= free and _PART * (held + largest) <= held + free
 
-    def is_short(self) -> bool:
-        """Whether a step of which nothing is replayed may want what recordings hold: it takes about as much."""
-        return self._meter is not None and self._meter.free() < self._held()
+    def is_short(self, rest: float) -> bool:
+        """Whether a step that recordings do not serve may want what they hold.
+
+        Args:
+            rest: as for `has_room`; where it is not known, such a step takes about as much as recordings hold.
+        """
+        return self._meter is not None and self._meter.free() < (rest or self._held())
 
     def _held(self) -> int:
         return sum(self._sizes.values())

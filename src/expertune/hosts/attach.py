@@ -144,7 +144,7 @@ def attach(
     return state
 
 
-def _rest(state: Attached, device: torch.device) -> int:
+def _rest(state: Attached, device: torch.device) -> float:
     """What the planner of a model has measured of a step beside what its layers keep, in bytes."""
     return 0 if state.memory is None or state.memory.planner is None else state.memory.planner.rest(device)
 

@@ -70,7 +70,7 @@ class TransformersHost:
     # what the loss is divided by goes with every call down to the attention, which does not read it
     ignored = frozenset({"num_items_in_batch"})
 
-    def __init__(self, replay: RoutingReplay, rest: Callable[[torch.device], int]) -> None:
+    def __init__(self, replay: RoutingReplay, rest: Callable[[torch.device], float]) -> None:
         self._replay = replay
         self.rest = rest
 
@@ -164,8 +164,8 @@ def running_again(
 ) -> AbstractContextManager[None] | None:
     """Around a call of a layer that spares memory: replays it, and in backward again. None if it cannot be.
 
-    A layer that may keep, but has no room for a recording that does, runs again too: replayed twice it takes less time
-    than submitted once.
+    A layer that may keep, but for which no more is recorded that does, runs again too: replayed twice it takes less
+    time than submitted once.
 
     Args:
         layer: the layer.
@@ -177,9 +177,9 @@ def running_again(
     piece = forwards.given(layer)
     if not isinstance(piece, Piece) or not args or args[0].shape[:-1].numel() >= below:
         return None
-    if way is Way.KEEP and not piece.lacks_room:
+    if way is Way.KEEP and not piece.is_full:
         return None
-    return piece.running_again(args, kwargs, around_again)
+    return piece.running_again(args, kwargs, around_again, may_keep=way is Way.KEEP)
 
 
 def parts(layer: nn.Module) -> Iterator[nn.Module]:

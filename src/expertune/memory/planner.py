@@ -8,6 +8,7 @@ the first one. A step for which the card is too small even so is a lean one, as 
 what it took says whether the next one of its length need be. Whatever is kept, the numbers are the same.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from enum import Enum
@@ -78,10 +79,10 @@ class Planner:
             part.begin(tokens, partial(self._estimate, x, device), self._holds, may_be_lean=may_be_lean)
         return part.way(number)
 
-    def rest(self, device: torch.device) -> int:
-        """The most bytes that a step has taken on a device with every layer checkpointed."""
+    def rest(self, device: torch.device) -> float:
+        """The most bytes that a step has taken on a device with every layer checkpointed; in a lean step, all."""
         part = self._part(device)
-        return 0 if part is None else part.rise
+        return 0 if part is None else part.rest
 
     @contextmanager
     def running_again(self, number: int, x: Tensor, device: torch.device) -> Iterator[None]:
@@ -206,6 +207,11 @@ class _Part:
         if self._is_lean:
             return Way.LEAN
         return Way.KEEP if layer in self._kept else Way.RUN_AGAIN
+
+    @property
+    def rest(self) -> float:
+        """See `Planner.rest`."""
+        return math.inf if self._is_lean else self.rise
 
     def note(self, layer: int, num_bytes: int, tokens: int) -> None:
         """What the second run of a layer has allocated."""
