@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import expertune
-from expertune.hosts import llama4
+from expertune.hosts import attention, llama4, samples
+from expertune.hosts.attach import decoders
 from expertune.hosts.transformers import first_name, is_experts, layout_of
 from tests.families.tiny import SIZES
 from tests.hosts.passes import Routes
@@ -49,13 +50,24 @@ def exactly() -> Iterator[None]:
         Tensor.float = narrow  # type: ignore[method-assign]
 
 
-def run(model: nn.Module, seed: int = 0) -> dict[str, Tensor | None]:
-    """What comes out for two rows of tokens, and the gradient of every trained parameter."""
+def run(
+    model: nn.Module, seed: int = 0, parts: tuple[slice, ...] = (slice(None),), **inputs: Tensor
+) -> dict[str, Tensor | None]:
+    """What comes out for two rows of tokens, and the gradient of every trained parameter.
+
+    Args:
+        model: the model.
+        seed: of the tokens and what backward begins with.
+        parts: of the rows that are run one after another.
+        inputs: beside the tokens, such as a mask; what lies beyond it is not read.
+    """
     torch.manual_seed(seed)  # a diffusion model draws noise
     ids = torch.randint(3, SIZES["image_token_id"], (2, 11))
     model.zero_grad(set_to_none=True)
-    out = model(input_ids=ids, use_cache=False)
-    result = out.logits if hasattr(out, "logits") else out.last_hidden_state
+    outs = [model(input_ids=ids[:, part], use_cache=False, **inputs) for part in parts]
+    result = torch.cat([out.logits if hasattr(out, "logits") else out.last_hidden_state for out in outs], dim=1)
+    if "attention_mask" in inputs:
+        result = result * inputs["attention_mask"][..., None]
     result.backward(torch.randn(result.shape).to(result.dtype))
     return {"out": result.detach()} | {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
@@ -95,6 +107,25 @@ def full_fine_tuning(model: PreTrainedModel) -> tuple[float, str]:
     with exactly():
         truth = run(model)
         return farthest(run(expertune.optimize(copy.deepcopy(model), backend="native_torch")), truth)
+
+
+def packed(model: PreTrainedModel) -> tuple[float, str]:
+    """Every parameter is trained, on samples of 7 and 4 tokens a row: each as if it were alone, if that can be had."""
+    position_ids = torch.tensor([[*range(7), *range(4)]] * 2)
+    ours = expertune.optimize(copy.deepcopy(model), backend="native_torch")
+    are_apart = any(attention.is_ours(decoder) and samples.hands_down(decoder) for decoder in decoders(ours))
+    with exactly():
+        truth = run(model, parts=(slice(7), slice(7, 11))) if are_apart else run(model, position_ids=position_ids)
+        return farthest(run(ours, position_ids=position_ids), truth)
+
+
+def padded(model: PreTrainedModel) -> tuple[float, str]:
+    """Every parameter is trained, on one row that is padded behind and one that is not."""
+    mask = torch.tensor([[1] * 11, [1] * 6 + [0] * 5])
+    with exactly():
+        truth = run(model, attention_mask=mask)
+        ours = expertune.optimize(copy.deepcopy(model), backend="native_torch")
+        return farthest(run(ours, attention_mask=mask), truth)
 
 
 def lora(model: PreTrainedModel) -> tuple[float, str]:

@@ -1,5 +1,6 @@
 """Each family of the installed Transformers, through the walk against its own eager code."""
 
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -16,6 +17,10 @@ from tests.numerics import assert_no_worse
 ROUNDING = 1e-11
 RECOMPUTED = 1e-6  # in float32
 UNDIFFERENTIABLE = {("diffusion_gemma", "reentrant")}
+NO_SEVERAL = {
+    "diffusion_gemma": "takes canvases of one length",
+    "qwen3_omni_moe_thinker": "the config of the thinker alone lacks a token that a mask asks for",
+}
 NO_GENERATION = {
     "diffusion_gemma": "draws noise for every token",
     "qwen3_omni_moe_thinker": "the config of the thinker alone lacks a token that generation asks for",
@@ -47,6 +52,15 @@ each = pytest.mark.parametrize("model", families(), indirect=True)
 @each
 def test_full_fine_tuning(model: PreTrainedModel) -> None:
     difference, name = proof.full_fine_tuning(model)
+    assert difference <= ROUNDING, f"{name}: {difference:.3g}"
+
+
+@pytest.mark.parametrize("kind", [proof.packed, proof.padded])
+@each
+def test_several_samples(model: PreTrainedModel, kind: Callable[[PreTrainedModel], tuple[float, str]]) -> None:
+    if model.config.model_type in NO_SEVERAL:
+        pytest.skip(NO_SEVERAL[model.config.model_type])
+    difference, name = kind(model)
     assert difference <= ROUNDING, f"{name}: {difference:.3g}"
 
 

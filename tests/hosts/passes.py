@@ -30,17 +30,17 @@ def run(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
     assert grads, "nothing is trained"
     missing = [name for name, grad in grads.items() if grad is None]
     assert not missing, f"no gradient: {missing}"
-    return {"logits": _of_tokens(out.logits.detach(), batch), "loss": out.loss.detach()} | grads
+    return {"logits": of_tokens(out.logits.detach(), batch), "loss": out.loss.detach()} | grads
 
 
 def logits(model: nn.Module) -> dict[str, Tensor]:
     """The logits of a batch's tokens alone, without gradients."""
     batch = make_batch()
     with torch.no_grad():
-        return {"logits": _of_tokens(model(**batch).logits, batch)}
+        return {"logits": of_tokens(model(**batch).logits, batch)}
 
 
-def _of_tokens(logits: Tensor, batch: Batch) -> Tensor:
+def of_tokens(logits: Tensor, batch: Batch) -> Tensor:
     mask = batch.get("attention_mask")
     return logits if mask is None or mask.dim() > 2 else logits[mask.bool()]
 

@@ -78,8 +78,12 @@ def test_packed_samples_are_as_if_alone(checkpoint: Checkpoint, family: str) -> 
 
 def test_sequences_are_found_once_a_step(checkpoint: Checkpoint, found: list[str]) -> None:
     model = expertune.optimize(load_tiny(checkpoint("gpt_oss", num_hidden_layers=6, layer_types=None)), memory="lean")
-    model(**batch(length=LENGTH)).loss.backward()
+    inputs = batch(length=LENGTH)
+    model(**{name: x.flip(-1) for name, x in inputs.items()}).loss.backward()
     assert found == ["of_padding"] * 2  # the host makes a mask for the windows and one for the rest
+    found.clear()
+    model(**inputs).loss.backward()
+    assert found == ["of_positions"], "padding behind is as no padding"
     found.clear()
     model(input_ids=batch()["input_ids"]).logits.sum().backward()
     assert found == ["of_positions"]
@@ -163,7 +167,10 @@ def test_explain_says_whose_it_is(checkpoint: Checkpoint) -> None:
     assert "attention of GptOssModel: expertune" in words
     assert "windows, heads of 8: tiles (cudnn: needs a CUDA device" in words
     words = str(expertune.explain(expertune.optimize(load_tiny(checkpoint("qwen3_moe")))))
-    assert "attention of Qwen3MoeModel: the host's sdpa (the host's own needs no matrix of scores)" in words
+    said = (
+        "attention of Qwen3MoeModel: the host's sdpa, and expertune for packed samples, in memory linear in the length"
+    )
+    assert f"{said}; packed samples, heads of 8: tiles (cudnn: needs a CUDA device" in words
     assert "Gemma3TextModel: expertune" in str(expertune.explain(expertune.optimize(gemma3())))
 
 

@@ -241,7 +241,7 @@ def test_a_cache_that_a_call_fills_is_not_kept(checkpoint: Checkpoint, monkeypat
 
 
 def test_packed_padded_and_longer_batches_between(checkpoint: Checkpoint) -> None:
-    """Ours looks at positions and padding before a layer runs, so such a batch is not replayed as a plain one.
+    """Where padding lies in front, ours looks for it in the layer, so such a batch is not replayed as a plain one.
 
     Its experts are: they do not depend on where samples lie.
     """

@@ -1,11 +1,12 @@
 """Which rows of a batch are one sequence: found once a step, from padding or from positions that start again."""
 
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+_SHORTEST = 256  # rows: of fewer, a kernel's tiles are the same
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,11 +43,21 @@ class Sequences:
         lengths_C = F.pad(first_C, (0, 1), value=position_BT.numel()).diff().int()
         return cls(start_C=_starts(lengths_C), longest=int(lengths_C.max()))
 
-    @cached_property
-    def sequence_N(self) -> Tensor:
-        """The number of each row's sequence."""
+    def rounded(self, num_rows: int) -> "Sequences":
+        """The same with empty sequences behind and a longest that is not reached, so that there are few kinds.
+
+        Args:
+            num_rows: of the batch, which no sequence exceeds.
+        """
+        num_more = _power_of_four(self.start_C.numel() - 1) + 1 - self.start_C.numel()
+        longest = min(num_rows, max(_SHORTEST, _power_of_four(self.longest)))
+        return replace(self, start_C=F.pad(self.start_C, (0, num_more), value=num_rows), longest=longest)
+
+    def sequence_N(self, num_rows: int) -> Tensor:
+        """The number of each row's sequence. Waits for nothing."""
         lengths_C = self.start_C.diff()
-        return torch.arange(lengths_C.numel(), device=lengths_C.device).repeat_interleave(lengths_C)
+        numbers_C = torch.arange(lengths_C.numel(), device=lengths_C.device)
+        return numbers_C.repeat_interleave(lengths_C, output_size=num_rows)
 
     def take(self, x_BHTD: Tensor) -> Tensor:
         """The rows of a batch as one sample, `(1, H, N, D)`."""
@@ -64,3 +75,11 @@ class Sequences:
 
 def _starts(lengths_C: Tensor) -> Tensor:
     return F.pad(lengths_C.cumsum(0, dtype=torch.int32), (1, 0))
+
+
+def _power_of_four(least: int) -> int:
+    """The first that is not less."""
+    power = 1
+    while power < least:
+        power *= 4
+    return power

@@ -31,6 +31,7 @@ from expertune.hosts import (
     peft,
     rotary,
     router,
+    samples,
     transformers,
     trl_head,
 )
@@ -156,6 +157,8 @@ def _hook(model: PreTrainedModel, state: Attached) -> None:
         state.handles.append(block.register_forward_hook(partial(_after_block, state.replay), always_call=True))
     for decoder in decoders(model):
         state.handles.append(decoder.register_forward_pre_hook(partial(_before_decoder, model, state)))
+        tell = partial(samples.tell, samples.hands_down(decoder))
+        state.handles.append(decoder.register_forward_pre_hook(tell, with_kwargs=True))
 
 
 def detach(model: PreTrainedModel) -> None:
@@ -244,7 +247,9 @@ def _refuse_all_the_hosts(model: PreTrainedModel, is_attention_ours: bool) -> No
     for decoder in decoders(model):
         reason = attention.why_not(decoder) if is_attention_ours else "attention='host' was asked for"
         if reason is None or (is_attention_ours and attention.is_ours(decoder)):
-            return
+            if attention.forms_scores(decoder):
+                return
+            reason = "the host's own needs no matrix of scores"
         kept[type(decoder).__name__] = reason
     reasons = "; ".join(f"{name}: {reason}" for name, reason in kept.items())
     raise ValueError(

@@ -1,8 +1,9 @@
-"""Transformers' attention interface: our attention for models that the host would run with a full matrix of scores.
+"""Transformers' attention interface: our attention where the host would run with a full matrix of scores.
 
 A model that declares support for FlashAttention keeps its contract: attention is causal, with sliding windows and sinks
-as keywords, and a 2D mask says what is padding. Such a model is taken over where the host has nothing in linear memory
-for it: it does not support torch's SDPA (sinks), or has sliding windows, for which SDPA wants a mask of `T x T`.
+as keywords, and a 2D mask says what is padding. Such a model is taken over: as a whole where the host has nothing in
+linear memory for it, because it does not support torch's SDPA (sinks) or has sliding windows, for which SDPA wants a
+mask of `T x T`; elsewhere for packed samples alone, and SDPA does the rest.
 """
 
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from expertune.attention.attend import PREFERRED, attend
@@ -20,6 +22,7 @@ from expertune.attention.kernels import Pattern, choose
 from expertune.attention.sequences import Sequences
 
 IMPLEMENTATION = "expertune"
+BESIDE_SDPA = "expertune_beside_sdpa"
 _HOSTS_OWN = ("eager", "sdpa")
 _SEQUENCES = WeakTensorKeyDictionary()  # found once a step, by the mask or the positions that every layer gets
 
@@ -28,6 +31,8 @@ def register() -> None:
     """Enter our attention into the host's registries. Twice does no harm."""
     AttentionInterface.register(IMPLEMENTATION, _attention)
     AttentionMaskInterface.register(IMPLEMENTATION, _mask)
+    AttentionInterface.register(BESIDE_SDPA, _attention_beside_sdpa)
+    AttentionMaskInterface.register(BESIDE_SDPA, sdpa_mask)
 
 
 def why_not(decoder: PreTrainedModel) -> str | None:
@@ -38,9 +43,10 @@ def why_not(decoder: PreTrainedModel) -> str | None:
         return f"{implementation} was asked for"
     if not decoder._supports_flash_attn:
         return f"{type(decoder).__name__} does not keep the contract of FlashAttention"
-    if decoder._supports_sdpa and not _has_windows(config):
-        return "the host's own needs no matrix of scores"
-    if any(not getattr(module, "is_causal", True) for module in decoder.modules()):
+    said = [module.is_causal for module in decoder.modules() if hasattr(module, "is_causal")]
+    if not said:
+        return "no attention of its says that it is causal"
+    if not all(said):
         return "it attends in both directions"
     if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
         return "it attends in chunks"
@@ -54,45 +60,57 @@ def why_not(decoder: PreTrainedModel) -> str | None:
 def take_over(decoder: PreTrainedModel) -> str:
     """Let a decoder attend through ours; the name of what it had comes back, for `give_back`."""
     register()
-    had = decoder.config._attn_implementation
-    decoder.config._attn_implementation = IMPLEMENTATION
+    had: str = decoder.config._attn_implementation
+    decoder.config._attn_implementation = IMPLEMENTATION if forms_scores(decoder) else BESIDE_SDPA
     return had
+
+
+def forms_scores(decoder: PreTrainedModel) -> bool:
+    """Whether the host's own attention forms all scores of whole samples."""
+    return not decoder._supports_sdpa or _has_windows(decoder.config)
 
 
 def give_back(decoder: PreTrainedModel, had: str) -> None:
     """Undo `take_over`, unless someone has chosen another attention since."""
-    if decoder.config._attn_implementation == IMPLEMENTATION:
+    if is_ours(decoder):
         decoder.config._attn_implementation = had
 
 
 def is_ours(decoder: PreTrainedModel) -> bool:
     """Whether a decoder attends through ours."""
-    return decoder.config._attn_implementation == IMPLEMENTATION
+    return decoder.config._attn_implementation in (IMPLEMENTATION, BESIDE_SDPA)
 
 
 def kernels_of(decoder: PreTrainedModel) -> str:
-    """Which kernels its layers take for whole samples in the dtype and on the device of its weights."""
+    """Which kernels its layers take in the dtype and on the device of its weights: ours for whole samples, if any."""
     weight = next(decoder.parameters())
     # not the config: one whose layers differ refuses to say
     widths = {getattr(module, "head_dim", None) for module in decoder.modules() if hasattr(module, "is_causal")}
-    kinds = {"full": None} | ({"windows": 1} if _has_windows(decoder.config) else {})
+    if forms_scores(decoder):
+        kinds = {"full": Pattern(scale=1.0)}
+        kinds |= {"windows": Pattern(scale=1.0, window=1)} if _has_windows(decoder.config) else {}
+    else:
+        starts = torch.empty(1, dtype=torch.int32, device=weight.device)
+        kinds = {"packed samples": Pattern(scale=1.0, sequences=Sequences(start_C=starts, longest=0))}
     words = []
-    for (kind, window), width in product(kinds.items(), sorted(width for width in widths if isinstance(width, int))):
+    for (kind, pattern), width in product(kinds.items(), sorted(width for width in widths if isinstance(width, int))):
         q_BHTD = torch.empty(1, 1, 2, width, dtype=weight.dtype, device=weight.device)
-        kernel, passed_over = choose(PREFERRED, q_BHTD, q_BHTD, Pattern(scale=1.0, window=window))
+        kernel, passed_over = choose(PREFERRED, q_BHTD, q_BHTD, pattern)
         reasons = f" ({'; '.join(passed_over)})" if passed_over else ""
         words.append(f"{kind}, heads of {width}: {kernel.name}{reasons}")
     return " · ".join(words)
 
 
-def is_whole(mask: Tensor | None, position_ids: Tensor | None) -> bool:
-    """Whether each sample of a batch is one sequence without padding, which is all that ours looks for in a call.
+def waits(implementation: str, keywords: dict[str, Any]) -> bool:
+    """Whether a layer that attends so waits for the device to tell which rows belong together.
 
     Args:
-        mask: what `_mask` gave.
-        position_ids: of the batch.
+        implementation: the name of its attention.
+        keywords: of the layer's call.
     """
-    return mask is None and _sequences(None, position_ids) is None
+    if implementation != IMPLEMENTATION or keywords.get("cu_seq_lens_q") is not None:
+        return False
+    return keywords.get("attention_mask") is not None or _sequences(None, keywords.get("position_ids")) is not None
 
 
 def _has_windows(config: Any) -> bool:
@@ -145,6 +163,8 @@ def _attention(
     position_ids: Tensor | None = None,
     softcap: float | None = None,
     is_causal: bool | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int | None = None,
     **_kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The host's attention function, `(B, T, H, V)`."""
@@ -155,6 +175,10 @@ def _attention(
             f"is_causal={is_causal}, dropout={dropout}, softcap={softcap}. Call expertune.optimize(model, "
             "attention='host')."
         )
+    if attention_mask is None and cu_seq_lens_q is not None and max_length_q is not None:
+        sequences: Sequences | None = Sequences(start_C=cu_seq_lens_q, longest=max_length_q)
+    else:
+        sequences = None if is_whole else _sequences(attention_mask, position_ids)
     query, key, value = _in_one_dtype(query, key, value)
     out_BTHV = attend(
         query,
@@ -163,10 +187,20 @@ def _attention(
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
         window=sliding_window,
         sinks_H=s_aux,
-        sequences=None if is_whole else _sequences(attention_mask, position_ids),
+        sequences=sequences,
         mask=attention_mask if is_whole else None,
     )
     return out_BTHV, None
+
+
+def _attention_beside_sdpa(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """Ours for packed samples of which the batch says where they start (`hosts/samples.py`), else the host's."""
+    is_told = attention_mask is None and kwargs.get("cu_seq_lens_q") is not None
+    function = _attention if is_told else sdpa_attention_forward
+    out: tuple[Tensor, None] = function(module, query, key, value, attention_mask, **kwargs)
+    return out
 
 
 def _sequences(mask_BT: Tensor | None, position_ids: Tensor | None) -> Sequences | None:

@@ -81,7 +81,7 @@ def calls(model: PreTrainedModel) -> list[Call]:
 def _attentions(model: PreTrainedModel) -> Iterator[Call]:
     for decoder in decoders(model):
         num_heads = getattr(decoder.config, "num_attention_heads", None)
-        function = _ours if attention.is_ours(decoder) else _hosts
+        function = _ours if attention.is_ours(decoder) and attention.forms_scores(decoder) else _hosts
         for module in decoder.modules():
             width = getattr(module, "qk_head_dim", getattr(module, "head_dim", None))
             if not (hasattr(module, "is_causal") and isinstance(width, int) and isinstance(num_heads, int)):

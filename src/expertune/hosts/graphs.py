@@ -81,12 +81,8 @@ class TransformersHost:
     def context(self, module: nn.Module, kwargs: dict[str, Any]) -> tuple[str, tuple[str, ...]] | None:
         """The attention that the call runs, which the host reads from its config, and what is collected from it."""
         config = next((m.config for m in module.modules() if hasattr(m, "config")), None)
-        implementation = getattr(config, "_attn_implementation", "")
-        if implementation == attention.IMPLEMENTATION and not attention.is_whole(
-            kwargs.get("attention_mask"), kwargs.get("position_ids")
-        ):
-            return None
-        return str(implementation), collected.names()
+        implementation = str(getattr(config, "_attn_implementation", ""))
+        return None if attention.waits(implementation, kwargs) else (implementation, collected.names())
 
     def is_observer(self, hook: Callable[..., Any]) -> bool:
         """See `is_observer`."""

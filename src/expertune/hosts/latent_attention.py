@@ -33,7 +33,7 @@ _SMALL = {
     "_attn_implementation": "eager",
 }
 _PARTS = ("kv_a_proj_with_mqa", "kv_a_layernorm", "kv_b_proj", "o_proj", "config", "scaling", "qk_nope_head_dim")
-_TAKES_ANY_WIDTHS = ("eager", "sdpa", ours.IMPLEMENTATION)
+_TAKES_ANY_WIDTHS = ("eager", "sdpa", ours.IMPLEMENTATION, ours.BESIDE_SDPA)
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 _AGREES = 1e-5  # float32 rounding, relative
 

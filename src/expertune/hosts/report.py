@@ -113,7 +113,8 @@ def _mlps(state: Attached) -> str:
 def _attention(decoder: PreTrainedModel) -> str:
     name, implementation = type(decoder).__name__, decoder.config._attn_implementation
     if attention.is_ours(decoder):
-        return f"attention of {name}: expertune, in memory linear in the length; {attention.kernels_of(decoder)}"
+        whose = "expertune" if attention.forms_scores(decoder) else "the host's sdpa, and expertune for packed samples"
+        return f"attention of {name}: {whose}, in memory linear in the length; {attention.kernels_of(decoder)}"
     return f"attention of {name}: the host's {implementation} ({attention.why_not(decoder)})"
 
 

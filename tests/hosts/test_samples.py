@@ -1,0 +1,115 @@
+"""What decoders are told of a batch's samples: that padding behind needs no mask, and where packed samples start."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import expertune
+from expertune.attention import attend as attending
+from expertune.attention.sequences import Sequences
+from tests.cases import needs_cuda
+from tests.conftest import Checkpoint
+from tests.hosts.models import batch, load_tiny
+from tests.hosts.recorded import both, make, step, tokens
+
+FAMILIES = ["qwen3_moe", "gpt_oss", "glm4_moe_lite"]
+PACKED = torch.cat((torch.arange(5), torch.arange(7)))[None]
+BEHIND = torch.tensor([[1] * 12, [1] * 7 + [0] * 5])
+
+
+def handed_down(model: nn.Module) -> list[dict[str, Any]]:
+    """The keywords with which layers are called, from now on."""
+    seen: list[dict[str, Any]] = []
+    for name, module in model.named_modules():
+        if name.endswith("layers.0"):
+            module.register_forward_pre_hook(lambda _, _args, kwargs: seen.append(kwargs), with_kwargs=True)
+    return seen
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_padding_behind_needs_no_mask_in_training(checkpoint: Checkpoint, family: str) -> None:
+    model = expertune.optimize(load_tiny(checkpoint(family))).train()
+    seen = handed_down(model)
+    inputs = batch()
+    model(**inputs, use_cache=False)
+    assert [kwargs.get("attention_mask") for kwargs in seen] == [None]
+    with torch.no_grad():
+        model(**inputs, use_cache=False)
+    model.eval()(**inputs, use_cache=False)
+    model.train()(**inputs | {"attention_mask": inputs["attention_mask"].flip(-1)}, use_cache=False)
+    expertune.optimize(model, attention="host")(**inputs, use_cache=False)
+    assert all(kwargs["attention_mask"] is not None for kwargs in seen[1:])
+    assert len(seen) == 5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_where_packed_samples_start_goes_down(checkpoint: Checkpoint, family: str) -> None:
+    model = expertune.optimize(load_tiny(checkpoint(family))).train()
+    seen = handed_down(model)
+    model(input_ids=tokens(0, batch=1), position_ids=PACKED, use_cache=False)
+    (kwargs,) = seen
+    assert kwargs["attention_mask"] is None
+    for side in "qk":
+        assert kwargs[f"cu_seq_lens_{side}"].tolist() == [0, 5, 12, 12, 12]
+        assert kwargs[f"max_length_{side}"] == 12
+    model(input_ids=tokens(0, batch=1), position_ids=torch.arange(12)[None], use_cache=False)
+    assert seen[1].get("cu_seq_lens_q") is None, "one sample is not packed"
+
+
+def test_what_a_collator_tells_is_not_looked_for(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = expertune.optimize(load_tiny(checkpoint("qwen3_moe"))).train()
+    searched = step(model, tokens(0, batch=1), position_ids=PACKED)
+    monkeypatch.setattr(Sequences, "of_positions", None)
+    starts = torch.tensor([0, 5, 12], dtype=torch.int32)
+    told = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": 7, "max_length_k": 7}
+    for mine, theirs in zip(step(model, tokens(0, batch=1), position_ids=PACKED, **told), searched, strict=True):
+        assert mine is None or theirs is None or torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("memory", ["fast", "lean"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_are_replayed_whatever_a_batch_is_made_of(checkpoint: Checkpoint, family: str, memory: str) -> None:
+    ours, stock, capture = both(checkpoint(family), family, memory=memory)
+    starts = [(5, 7), (3, 4, 5), (1, 11), (6, 6), (2, 2, 8)]
+    for seed, lengths in enumerate(starts):
+        ids, positions = tokens(seed, batch=1), torch.cat([torch.arange(length) for length in lengths])[None]
+        torch.testing.assert_close(*[step(model, ids, position_ids=positions) for model in (ours, stock)])
+    assert capture.replays == 3 * 2 * 2
+    for seed in range(5):
+        mask = (torch.arange(12) < torch.tensor([[12], [7 + seed]])).long()
+        torch.testing.assert_close(*[step(model, tokens(seed), attention_mask=mask) for model in (ours, stock)])
+    assert capture.replays == 2 * 3 * 2 * 2
+    assert "CUDA graphs: 2 of 2 layers, 2 kinds of calls" in str(expertune.explain(ours))
+
+
+def test_sequences_are_rounded_to_few_kinds() -> None:
+    starts = torch.tensor([0, 100, 101, 700, 1000, 1100], dtype=torch.int32)
+    rounded = Sequences(start_C=starts, longest=599).rounded(1100)
+    assert rounded.start_C.tolist() == [*starts.tolist(), *[1100] * 11]
+    assert rounded.longest == 1024
+    assert Sequences(start_C=starts, longest=599).rounded(800).longest == 800, "no more than there are"
+    assert Sequences(start_C=starts[:2], longest=100).rounded(100).start_C.numel() == 2
+    assert torch.equal(rounded.sequence_N(1100).bincount(), starts.diff())
+
+
+@needs_cuda
+@pytest.mark.parametrize("memory", ["fast", "lean"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_on_a_gpu(checkpoint: Checkpoint, family: str, memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Samples that lie elsewhere in each batch, through one recording: the bits of the same without recordings."""
+    ran: set[str] = set()
+    choose = attending.choose
+    monkeypatch.setattr(attending, "choose", lambda *args: (found := choose(*args), ran.add(found[0].name))[0])
+    ours, stock = (
+        make(checkpoint(family), family, graphs=graphs, memory=memory).cuda().bfloat16() for graphs in (True, False)
+    )
+    for seed in range(7):
+        ids = tokens(seed, batch=1, length=300).cuda()
+        cut = 40 + 31 * seed
+        positions = torch.cat((torch.arange(cut), torch.arange(300 - cut)))[None].cuda()
+        results = [step(model, ids, position_ids=positions) for model in (ours, stock)]
+        torch.testing.assert_close(*results, rtol=0, atol=0)
+    assert "flash" in ran
+    assert "CUDA graphs: 2 of 2 layers, 1 kinds of calls" in str(expertune.explain(ours))
