@@ -175,8 +175,8 @@ def optimize(
         model: a Transformers or PEFT model. Adapters that are attached later are taken in too.
         backend: as for `load`.
         memory: as for `load`; None leaves what was set before, and gradient checkpointing as it is.
-        attention: "auto" runs it through ours where the host would form all scores (sinks, sliding windows); "host"
-            leaves it as it is.
+        attention: "auto" runs it through ours where the host would form all scores (sinks, sliding windows, packed
+            samples); "host" leaves it as it is.
         graphs: whether layers with adapters, or parts of them, may be replayed as CUDA graphs, once calls of the same
             shapes, on at most 8,192 tokens, have come twice.
 

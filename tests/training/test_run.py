@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from expertune import AdamW8bit
 from expertune.training import run as run_module
+from expertune.training import setup
 from expertune.training.callbacks import Trainer
 from expertune.training.errors import UserError
 from expertune.training.recipe import Recipe
@@ -33,7 +34,7 @@ def quiet(recipe: Recipe) -> RunResult:
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[Trainer]:
     """The trainers of a run."""
     made: list[Trainer] = []
-    monkeypatch.setattr(run_module, "Trainer", lambda **kwargs: made.append(Trainer(**kwargs)) or made[0])
+    monkeypatch.setattr(run_module, "Trainer", lambda **kwargs: made.append(Trainer(**kwargs)) or made[-1])
     return made
 
 
@@ -159,6 +160,31 @@ def test_packed_rows_do_not_see_each_other(make: Make, write_rows: Callable[...,
     plain = quiet(make(**settings, per_device_train_batch_size=6, output_dir=str(tmp_path / "plain")))
     packed = quiet(make(**settings, packing=True, per_device_train_batch_size=1, output_dir=str(tmp_path / "packed")))
     assert packed.losses == pytest.approx(plain.losses, rel=1e-4)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_padding_to_few_lengths_changes_nothing(
+    make: Make, monkeypatch: pytest.MonkeyPatch, trained: list[Trainer], packing: bool
+) -> None:
+    """As on a GPU, where layers are replayed."""
+    fields = {"router_aux_loss_coef": 0} if packing else {}
+    recipe = make(packing=packing, learning_rate=1e-2, eval_size=4, overwrite_output_dir=True, **fields)
+    results = []
+    for multiple in (None, 16):
+        monkeypatch.setattr(setup, "_length_multiple", lambda _, multiple=multiple: multiple)
+        results.append(quiet(recipe))
+    batch = next(iter(trained[1].get_train_dataloader()))
+    assert batch["input_ids"].shape[1] % 16 == 0
+    assert (batch["labels"] == -100).any(), "nothing was padded"
+    assert results[0].losses == pytest.approx(results[1].losses, rel=1e-5)
+    assert results[0].eval_losses == pytest.approx(results[1].eval_losses, rel=1e-5)
+
+
+def test_which_batches_are_padded_to_few_lengths(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipes = [make(), make(packing=True), make(packing=True, router_aux_loss_coef=0)]
+    for has_gpu, multiples in ((True, [128, None, 128]), (False, [None] * 3)):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda has_gpu=has_gpu: has_gpu)
+        assert [setup._length_multiple(recipe) for recipe in recipes] == multiples
 
 
 def test_an_adapter_is_trained_further(make: Make, tmp_path: Path) -> None:

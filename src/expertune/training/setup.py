@@ -19,8 +19,6 @@ from expertune.optim.adamw_8bit import AdamW8bit
 from expertune.training.errors import UserError, one_paragraph
 from expertune.training.recipe import LORA_FIELDS, Recipe
 
-_PADDED_TO = 128  # tokens: of batches up to 8,192 tokens there are 64 lengths at most
-
 
 def make_arguments(recipe: Recipe, *, has_eval: bool) -> SFTConfig:
     """The arguments of TRL's trainer.
@@ -159,8 +157,7 @@ def _arguments(recipe: Recipe, *, has_eval: bool) -> SFTConfig:
         output_dir=recipe.output_dir,
         max_length=None,
         padding_free=recipe.packing,
-        # layers are replayed on a GPU where lengths come again; elsewhere it would be padding for nothing
-        pad_to_multiple_of=_PADDED_TO if torch.cuda.is_available() else None,
+        pad_to_multiple_of=_length_multiple(recipe),
         max_steps=recipe.max_steps if recipe.max_steps is not None else -1,
         num_train_epochs=recipe.num_train_epochs if recipe.num_train_epochs is not None else 1,
         per_device_train_batch_size=recipe.per_device_train_batch_size,
@@ -186,6 +183,15 @@ def _arguments(recipe: Recipe, *, has_eval: bool) -> SFTConfig:
         disable_tqdm=True,
         dataloader_pin_memory=torch.cuda.is_available(),
     )
+
+
+def _length_multiple(recipe: Recipe) -> int | None:
+    """Of batches: on a GPU layers are replayed where lengths come again; elsewhere it would be padding for nothing.
+
+    Packed batches have no mask, so a balance loss would count their padding.
+    """
+    counts_padding = recipe.packing and recipe.router_aux_loss_coef != 0
+    return 128 if torch.cuda.is_available() and not counts_padding else None
 
 
 def _default(field: str) -> Any:
