@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from expertune.graphs.piece import Piece, Recorder
+from expertune.graphs.piece import Piece
 from expertune.graphs.pool import Pool
+from expertune.graphs.recorder import Recorder
 
 
 @dataclass

@@ -44,21 +44,17 @@ def test_room_is_made_for_those_that_run_again_too(capture: FakeCapture) -> None
 
 def test_kinds_beyond_those_that_keep_run_again(capture: FakeCapture, pair: tuple[Toy, Toy]) -> None:
     piece: Any = pair[0].forward
-    for length in (3, 4):
-        assert not piece.is_full
-        for seed in range(3):
-            assert_same(*pair, seed, length)
-    assert piece.is_full
-    for length in (5, 6, 7):
-        found = [piece.running_again(inputs(0, length), {}, nullcontext, may_keep=True) for _ in range(3)]
-        assert [each is None for each in found] == [True, True, False]
-    assert capture.recorded == [True, False] * 2 + [False, False] * 3
-    args, before = inputs(0, 3), capture.replays
-    with piece.running_again(args, {}, nullcontext, may_keep=True):
-        torch.testing.assert_close(*[toy(*args) for toy in pair])
-    assert capture.replays == before + 1
+    recorded: list[bool] = []
+    for length, keeps in ((3, True), (4, True), (5, False), (6, False)):
+        for seed in range(4):
+            assert capture.recorded == recorded + ([keeps, False] if seed == 3 else [])
+            args, before = inputs(seed, length), capture.replays
+            with piece.running_again(args, {}, nullcontext, may_keep=True):
+                torch.testing.assert_close(*[toy(*args) for toy in pair])
+            assert capture.replays == before + (seed >= 2)
+        recorded += [keeps, False]
     assert piece.running_again(inputs(0, 3), {}, nullcontext, may_keep=False) is None
-    assert len(capture.recorded) == 2 * 5
+    assert capture.recorded == recorded
 
 
 def test_memory_is_given_back_once_the_layer_runs_twice_and_memory_is_short(

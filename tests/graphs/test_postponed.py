@@ -16,7 +16,8 @@ from expertune.backends import native_torch, triton
 from expertune.backends.protocol import Backend
 from expertune.experts import experts
 from expertune.graphs import recording
-from expertune.graphs.piece import Piece, Recorder
+from expertune.graphs.piece import Piece
+from expertune.graphs.recorder import Recorder
 from expertune.shapes import ExpertsLayout, LoraFactors
 from expertune.walk import ExpertsStep, Projection
 from tests.cases import DEVICE, NUM_EXPERTS, ROUTINGS, needs_cuda, pair_id, runnable

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from expertune.graphs.piece import Piece, Recorder
+from expertune.graphs.piece import Piece
+from expertune.graphs.recorder import Recorder
 from tests.graphs.replayed import FakeCapture, Toy, assert_same, gradients, inputs, make_recorder, toys
 
 

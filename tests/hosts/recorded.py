@@ -8,7 +8,7 @@ from peft import PeftModel
 from torch import nn
 
 import expertune
-from expertune.graphs.piece import Recorder
+from expertune.graphs.recorder import Recorder
 from expertune.hosts.attach import attached
 from tests.graphs.replayed import FakeCapture
 from tests.hosts.models import load_tiny

@@ -1,33 +1,27 @@
 """Which calls of a module are recorded: those that came before, in training, on few tokens."""
 
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from typing import Any, NamedTuple, TypeAlias
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from expertune.graphs.capture import CudaCapture
-from expertune.graphs.host import Host
 from expertune.graphs.pool import Pool
+from expertune.graphs.recorder import Recorder
 from expertune.graphs.recording import Recording, tokens_of
 from expertune.graphs.rerun import Around, Rerun
 from expertune.graphs.structure import NotPlainError, put_together, take_apart
 from expertune.graphs.watch import Watch
-from expertune.memory.meter import meter_of
 
 _SEEN = 2  # calls of a kind before the one that is recorded: the first finds kernels, the second runs as planned
 _MOST_KEPT = 2  # kinds of calls that a module is recorded for with what they keep: each takes memory of its own
-_MOST_RUN_AGAIN = 64  # kinds that run again: they share memory, and graphs take little
+_MOST_RUN_AGAIN = 32  # kinds that run again: they share memory, and a graph takes some 0.3 MiB
 # Above, a step waits for the device. At 8,192 tokens recording saves 14 of 188 ms of GLM's shape and none of Qwen3's
 # (H200); on an H100 1 of 188, for 2.5 GiB.
 MOST_TOKENS = 8192
-_PAYS = 20  # replays of a recording, after which it has been worth making
-_MOST_RELEASES = 3  # of recordings that had not paid
 _MOST_COUNTED = 256  # kinds of calls whose number is kept
 _MOST_TRAINED = 2**27  # parameters: their gradients leave a recording by a copy
-
-PoolOf: TypeAlias = Callable[[torch.device], Pool | None]
 
 
 class _Found(NamedTuple):
@@ -35,77 +29,6 @@ class _Found(NamedTuple):
 
     recording: Recording
     tensors: list[Tensor]
-
-
-class Recorder:
-    """The pieces of one model.
-
-    Args:
-        host: whose model it is.
-        pool_of: of a device; None for one without graphs.
-    """
-
-    def __init__(self, host: Host, pool_of: PoolOf | None = None) -> None:
-        self.host = host
-        self.pieces: list[Piece] = []
-        self.refused: dict[type[nn.Module], str] = {}
-        self.pools: dict[torch.device, Pool | None] = {}
-        self.is_recording = False
-        self.lacked_room = False
-        self._pool_of = pool_of or cuda_pool
-        self._releases = 0
-        self._replays = 0  # since the last release
-
-    def pool(self, device: torch.device) -> Pool | None:
-        """Of a device; None if nothing is recorded there."""
-        if device not in self.pools:
-            self.pools[device] = self._pool_of(device)
-        return self.pools[device]
-
-    def __getstate__(self) -> dict[str, Any]:
-        """As for a piece."""
-        return vars(self) | {"pools": {}}
-
-    @contextmanager
-    def recording(self, context: Any) -> Iterator[Any]:
-        """Around a forward that is recorded, in which pieces run as they are: see `Host.recording`."""
-        self.is_recording = True
-        try:
-            with self.host.recording(context) as caught:
-                yield caught
-        finally:
-            self.is_recording = False
-
-    def release(self) -> None:
-        """Give the memory of all recordings back: it is wanted for something else."""
-        if self._replays < _PAYS * sum(piece.recordings for piece in self.pieces):
-            self._releases += 1
-        self._replays = 0
-        for piece in self.pieces:
-            piece.forget()
-        self.pools.clear()
-
-    def note_replay(self) -> None:
-        """A recording serves once more."""
-        self._replays += 1
-
-    def make_way(self) -> None:
-        """Give memory back if a step that recordings do not serve may want it."""
-        pools = [(device, pool) for device, pool in self.pools.items() if pool is not None]
-        if any(pool.is_short(self.host.rest(device)) for device, pool in pools):
-            self.release()
-
-    @property
-    def is_on(self) -> bool:
-        """Whether it still pays to record."""
-        return self._releases < _MOST_RELEASES
-
-
-def cuda_pool(device: torch.device) -> Pool | None:
-    """A pool for CUDA graphs."""
-    if device.type != "cuda" or torch.version.hip is not None:
-        return None
-    return Pool(CudaCapture(device), meter_of(device))
 
 
 class Piece:
@@ -140,7 +63,8 @@ class Piece:
         self._recordings: dict[Hashable, Recording] = {}
         self._watch: Watch | None = None
         self._given: _Found | None = None
-        self.is_full = False  # whether no other kind of call is recorded with what it keeps
+        self._has_looked = False  # for a recording of the call that comes, which is then what is given
+        self._is_new = False  # whether the kind of call that was looked for last may yet be recorded
         recorder.pieces.append(self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -155,9 +79,10 @@ class Piece:
 
     def _inside(self, _module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Replay the call, record it or run it."""
-        found = self._given or self._find(args, kwargs)
+        found = self._given if self._has_looked else self._find(args, kwargs)
         if found is None:
-            return self._run(args, kwargs)
+            with self._recorder.passing() if self._is_new else nullcontext():
+                return self._run(args, kwargs)
         recording, tensors = found
         self._recorder.note_replay()
         out, caught = recording.replay(tensors)
@@ -198,26 +123,27 @@ class Piece:
             may_keep: whether a recording that keeps serves as well.
 
         Returns:
-            None where they have not been recorded: the call is to run as it would without.
+            None where they have not been recorded, and the call is to be checkpointed.
         """
         if not self._is_asked() or self._is_spared():
             return None
         if not may_keep:
             self._make_way()
         found = self._look(args, kwargs, around_again, may_keep=may_keep)
-        return None if found is None else self._giving(found)
+        if found is None and may_keep:
+            self._make_way()
+        return self._giving(found) if found is not None or may_keep else None
 
     @contextmanager
-    def _giving(self, found: "_Found") -> Iterator[None]:
-        self._given = found
+    def _giving(self, found: "_Found | None") -> Iterator[None]:
+        self._given, self._has_looked = found, True
         try:
             yield
         finally:
-            self._given = None
+            self._given, self._has_looked = None, False
 
     def forget(self) -> None:
         """Drop all recordings, and begin to count anew."""
-        self.is_full = False
         self._seen.clear()
         self._recordings.clear()
 
@@ -237,7 +163,7 @@ class Piece:
         """Whether this is a call of the module as it is trained."""
         recorder = self._recorder
         is_training = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        return is_training and recorder.is_on and not recorder.is_recording
+        return is_training and recorder.is_on and not recorder.is_passing
 
     def _is_spared(self) -> bool:
         """Whether memory is spared around this call: by a checkpoint, or by hooks that say what is saved for backward.
@@ -267,7 +193,8 @@ class Piece:
             around_again: around the second forward of one that runs forward again; None if none is to.
             may_keep: whether one that keeps what backward needs will do.
         """
-        keeps, recorder, host = around_again is None, self._recorder, self._recorder.host
+        self._is_new = False
+        recorder, host = self._recorder, self._recorder.host
         context = host.context(self.module, kwargs)
         if context is None:
             return None
@@ -286,15 +213,15 @@ class Piece:
         if self._watch is None or not self._watch.is_same():
             self.forget()
             self._watch = Watch(self.module)
-        known = [self._recordings.get((kind, way)) for way in (True, False) if (may_keep if way else not keeps)]
-        for recording in filter(None, known):
-            if recording.may_begin(tensors):
+        ways = [keeps for keeps in (True, False) if (may_keep if keeps else around_again is not None)]
+        for recording in (self._recordings.get((kind, keeps)) for keeps in ways):
+            if recording is not None and recording.may_begin(tensors):
                 return _Found(recording, tensors)
-        if (kind, keeps) in self._recordings or not self._came_before((kind, keeps)):
-            return None
-        if not self._may_record(self._watch, tensors, pool, keeps=keeps):
-            return None
-        return self._record(kind, tensors, pool, around_again)
+        if self._came_before(kind):
+            for keeps in ways:
+                if (kind, keeps) not in self._recordings and self._may_record(tensors, pool, keeps=keeps):
+                    return self._record(kind, tensors, pool, None if keeps else around_again)
+        return None
 
     def _pays(self, tensors: list[Tensor]) -> bool:
         is_refused = type(self.module) in self._recorder.refused
@@ -309,14 +236,16 @@ class Piece:
             self._seen.clear()
         seen = self._seen.get(kind, 0)
         self._seen[kind] = seen + 1
+        self._is_new = seen < _SEEN
         return seen >= _SEEN and seen.bit_count() == 1
 
-    def _may_record(self, watch: Watch, tensors: list[Tensor], pool: Pool, *, keeps: bool) -> bool:
+    def _may_record(self, tensors: list[Tensor], pool: Pool, *, keeps: bool) -> bool:
+        assert self._watch is not None
         return (
             sum(p.numel() for p in self.module.parameters() if p.requires_grad) <= _MOST_TRAINED
             and any(tensor.requires_grad for tensor in (*tensors, *self.module.parameters()))
             and not any(tensor.is_inference() for tensor in tensors)
-            and all(map(self._recorder.host.is_observer, watch.hooks()))
+            and all(map(self._recorder.host.is_observer, self._watch.hooks()))
             and not any(isinstance(m, nn.Dropout) and m.p for m in self.module.modules())
             and not getattr(self.module, "attention_dropout", 0.0)
             and self._has_room(pool, tensors[0].device, keeps=keeps)
@@ -324,12 +253,12 @@ class Piece:
 
     def _has_room(self, pool: Pool, device: torch.device, *, keeps: bool) -> bool:
         """For one more recording."""
+        rest = self._recorder.host.rest(device)
         if not keeps:
-            return self._number(keeps=False) < _MOST_RUN_AGAIN
-        lacks_room = not pool.has_room(self._recorder.host.rest(device))
-        self._recorder.lacked_room |= lacks_room
-        self.is_full = lacks_room or self._number(keeps=True) == _MOST_KEPT
-        return not self.is_full
+            return self._number(keeps=False) < _MOST_RUN_AGAIN and not pool.is_short(rest)
+        has_room = pool.has_room(rest)
+        self._recorder.lacked_room |= not has_room
+        return has_room and self._number(keeps=True) < _MOST_KEPT
 
     def _number(self, *, keeps: bool) -> int:
         """Of recordings that keep what backward needs, or of those that run forward again."""
@@ -337,7 +266,7 @@ class Piece:
 
     def _is_first(self, *, keeps: bool) -> bool:
         """Whether no piece whose module has this one's type has more recordings of this way."""
-        alike = [p for p in self._recorder.pieces if type(p.module) is type(self.module)]
+        alike: list[Piece] = [p for p in self._recorder.pieces if type(p.module) is type(self.module)]
         return max(p._number(keeps=keeps) for p in alike) == self._number(keeps=keeps)
 
     def _record(self, kind: Any, tensors: list[Tensor], pool: Pool, around_again: Around | None) -> "_Found | None":
@@ -372,7 +301,7 @@ class Piece:
             return None
         self._recordings[kind, keeps] = recording
         if keeps:
-            recorder.lacked_room, self.is_full = False, self._number(keeps=True) == _MOST_KEPT
+            recorder.lacked_room = False
         return _Found(recording, tensors)
 
 

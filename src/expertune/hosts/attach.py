@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from expertune.graphs.piece import Recorder
+from expertune.graphs.recorder import Recorder
 from expertune.hosts import (
     attention,
     formulas,

@@ -18,7 +18,8 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import output_capturing
 
-from expertune.graphs.piece import MOST_TOKENS, Piece, Recorder
+from expertune.graphs.piece import MOST_TOKENS, Piece
+from expertune.graphs.recorder import Recorder
 from expertune.graphs.rerun import Around
 from expertune.hosts import attention, collected, forwards, latent_attention, mlps, peft, rotary
 from expertune.hosts.transformers import is_experts
@@ -172,8 +173,6 @@ def running_again(
     """
     piece = forwards.given(layer)
     if not isinstance(piece, Piece) or not args or args[0].shape[:-1].numel() >= below:
-        return None
-    if way is Way.KEEP and not piece.is_full:
         return None
     return piece.running_again(args, kwargs, around_again, may_keep=way is Way.KEEP)
 

@@ -1,0 +1,94 @@
+"""What the pieces of one model have in common: the memory of their recordings, and when it is given back."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+
+from expertune.graphs.capture import CudaCapture
+from expertune.graphs.host import Host
+from expertune.graphs.pool import Pool
+from expertune.memory.meter import meter_of
+
+_PAYS = 20  # replays of a recording, after which it has been worth making
+_MOST_RELEASES = 3  # of recordings that had not paid
+
+PoolOf: TypeAlias = Callable[[torch.device], Pool | None]
+
+
+class Recorder:
+    """The pieces of one model.
+
+    Args:
+        host: whose model it is.
+        pool_of: of a device; None for one without graphs.
+    """
+
+    def __init__(self, host: Host, pool_of: PoolOf | None = None) -> None:
+        self.host = host
+        self.pieces: list[Any] = []  # each is a `Piece`, which knows this
+        self.refused: dict[type[nn.Module], str] = {}
+        self.pools: dict[torch.device, Pool | None] = {}
+        self.is_passing = False  # whether pieces run as they are
+        self.lacked_room = False
+        self._pool_of = pool_of or cuda_pool
+        self._releases = 0
+        self._replays = 0  # since the last release
+
+    def pool(self, device: torch.device) -> Pool | None:
+        """Of a device; None if nothing is recorded there."""
+        if device not in self.pools:
+            self.pools[device] = self._pool_of(device)
+        return self.pools[device]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Recordings belong to one model in one process."""
+        return vars(self) | {"pools": {}}
+
+    @contextmanager
+    def recording(self, context: Any) -> Iterator[Any]:
+        """Around a forward that is recorded: see `Host.recording`."""
+        with self.passing(), self.host.recording(context) as caught:
+            yield caught
+
+    @contextmanager
+    def passing(self) -> Iterator[None]:
+        """Around what pieces lie in that run as they are."""
+        was, self.is_passing = self.is_passing, True
+        try:
+            yield
+        finally:
+            self.is_passing = was
+
+    def release(self) -> None:
+        """Give the memory of all recordings back: it is wanted for something else."""
+        if self._replays < _PAYS * sum(piece.recordings for piece in self.pieces):
+            self._releases += 1
+        self._replays = 0
+        for piece in self.pieces:
+            piece.forget()
+        self.pools.clear()
+
+    def note_replay(self) -> None:
+        """A recording serves once more."""
+        self._replays += 1
+
+    def make_way(self) -> None:
+        """Give memory back if a step that recordings do not serve may want it."""
+        pools = [(device, pool) for device, pool in self.pools.items() if pool is not None]
+        if any(pool.is_short(self.host.rest(device)) for device, pool in pools):
+            self.release()
+
+    @property
+    def is_on(self) -> bool:
+        """Whether it still pays to record."""
+        return self._releases < _MOST_RELEASES
+
+
+def cuda_pool(device: torch.device) -> Pool | None:
+    """A pool for CUDA graphs."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return None
+    return Pool(CudaCapture(device), meter_of(device))
