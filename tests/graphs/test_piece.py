@@ -207,6 +207,26 @@ def test_a_module_that_changed_is_recorded_anew(capture: FakeCapture, pair: tupl
     assert len(capture.recorded) == 4
 
 
+@pytest.mark.parametrize("change", [change_scale, replace_weight, freeze, move, replace_linear])
+def test_of_several_that_are_looked_at_together_the_one_that_changed_is_recorded_anew(
+    capture: FakeCapture, change: Any
+) -> None:
+    recorder = make_recorder(capture)
+    pairs = list(zip(*toys(recorder, 3), strict=True))
+    for seed in range(7):
+        if seed == 4:
+            for module in pairs[1]:
+                change(module)
+        recorder.begin()
+        for toy, stock in pairs:
+            assert_same(toy, stock, seed)
+        recorder.end()
+    assert len(capture.recorded) == 2 * 4
+    for module in pairs[2]:  # and by itself, outside of a forward of the model
+        change(module)
+    assert_same(*pairs[2], seed=7)
+
+
 def test_what_is_not_recorded(capture: FakeCapture, pair: tuple[Toy, Toy]) -> None:
     toy, _ = pair
     x, others = inputs(0)

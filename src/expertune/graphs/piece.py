@@ -142,6 +142,12 @@ class Piece:
         finally:
             self._given, self._has_looked = None, False
 
+    def is_same(self) -> bool:
+        """Whether the module is as it was when it was first looked at; if not, it is as if never looked at."""
+        if self._watch is not None and not self._watch.is_same():
+            self._watch = None
+        return self._watch is not None
+
     def forget(self) -> None:
         """Drop all recordings, and begin to count anew."""
         self._seen.clear()
@@ -210,9 +216,10 @@ class Piece:
         device = tensors[0].device.type
         autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
         kind = (call, context, autocast)
-        if self._watch is None or not self._watch.is_same():
+        if not (self._watch is not None if recorder.has_looked() else self.is_same()):
             self.forget()
             self._watch = Watch(self.module)
+            recorder.note_change()
         ways = [keeps for keeps in (True, False) if (may_keep if keeps else around_again is not None)]
         for recording in (self._recordings.get((kind, keeps)) for keeps in ways):
             if recording is not None and recording.may_begin(tensors):

@@ -10,6 +10,7 @@ from torch import nn
 from expertune.graphs.capture import CudaCapture
 from expertune.graphs.host import Host
 from expertune.graphs.pool import Pool
+from expertune.graphs.watch import Watch
 from expertune.memory.meter import meter_of
 
 _PAYS = 20  # replays of a recording, after which it has been worth making
@@ -34,6 +35,9 @@ class Recorder:
         self.is_passing = False  # whether pieces run as they are
         self.lacked_room = False
         self._pool_of = pool_of or cuda_pool
+        self._watch: Watch | None = None  # over the modules of all pieces that have one
+        self._is_within = False  # a forward of the model
+        self._has_looked = False  # at them, in this forward
         self._releases = 0
         self._replays = 0  # since the last release
 
@@ -45,7 +49,28 @@ class Recorder:
 
     def __getstate__(self) -> dict[str, Any]:
         """Recordings belong to one model in one process."""
-        return vars(self) | {"pools": {}}
+        return vars(self) | {"pools": {}, "_watch": None, "_is_within": False}
+
+    def begin(self) -> None:
+        """A forward of the model begins, in which no module changes."""
+        self._is_within, self._has_looked = True, False
+
+    def end(self) -> None:
+        """It has ended."""
+        self._is_within = False
+
+    def has_looked(self) -> bool:
+        """Whether all pieces know which modules have changed: they are looked at together, once a forward."""
+        if self._is_within and not self._has_looked:
+            self._has_looked = True
+            if self._watch is None or not self._watch.is_same():
+                watched = [piece for piece in self.pieces if piece.is_same()]
+                self._watch = Watch(*(piece.module for piece in watched))
+        return self._is_within
+
+    def note_change(self) -> None:
+        """The module of a piece has changed, or is watched for the first time."""
+        self._watch = None
 
     @contextmanager
     def recording(self, context: Any) -> Iterator[Any]:

@@ -138,9 +138,9 @@ class Recording:
         return grads
 
     @property
-    def parameters(self) -> tuple[Tensor, ...]:
-        """Those that want a gradient."""
-        return self._parameters
+    def added(self) -> list[Tensor | None]:
+        """Of the parameters those whose gradients are large, and may be added to what is there; None for the others."""
+        return [p if p.nbytes >= _LARGE else None for p in self._parameters]
 
     @property
     def wants(self) -> list[int]:
@@ -289,7 +289,7 @@ class _Replay(torch.autograd.Function):
         recording: Recording = ctx.recording
         is_last = not torch._C._autograd._get_current_graph_task_keep_graph()
         asked = [douts[i] for i in recording.wanted_outs]
-        sums = accumulate.sums(ctx, recording.parameters)
+        sums = accumulate.sums(ctx, recording.added)
         begun = ctx.begun if recording.keeps else ctx.saved_tensors
         grads = iter(recording.backward(begun, asked, sums, is_last=is_last))
         of_inputs: list[Tensor | None] = [None] * ctx.num_inputs

@@ -1,7 +1,11 @@
-"""What a recording of a module stands on beside its inputs: parameters, submodules, settings, hooks."""
+"""What recordings of modules stand on beside their inputs: parameters, submodules, settings, hooks.
+
+That is asked in every step, of thousands of dictionaries: so they are walked without a line of Python for each.
+"""
 
 from collections.abc import Callable
-from operator import itemgetter
+from itertools import chain
+from operator import attrgetter, itemgetter, methodcaller
 from typing import Any
 
 from torch import nn
@@ -9,34 +13,39 @@ from torch import nn
 _SCALARS = (int, float, str, bool, type(None))
 _INTERNAL = frozenset(vars(nn.Module())) - {"training"}
 _HOOKS = tuple(name for name in vars(nn.Module()) if name.endswith("hooks") and "state_dict" not in name)
+_address, _wants_gradient = methodcaller("data_ptr"), attrgetter("requires_grad")
 
 
 class Watch:
-    """A module as it was.
+    """Modules as they were.
 
     Args:
-        module: is compared with what it was when this was made.
+        modules: are compared with what they were when this was made.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        modules = list(module.modules())
-        self._dicts = [held for m in modules for held in (m._modules, m._parameters, m._buffers) if held]
+    def __init__(self, *modules: nn.Module) -> None:
+        parts = [list(module.modules()) for module in modules]
+        each = list(dict.fromkeys(chain.from_iterable(parts)))
+        self._dicts: list[dict[str, Any]] = [
+            held for m in each for held in (m._modules, m._parameters, m._buffers) if held
+        ]
         self._held = self._read_items()
-        self._alive = [each for held in self._dicts for each in held.values()]  # so that no other gets the same id
-        self._parameters = list(module.parameters())
+        self._alive = [*chain.from_iterable(map(dict.values, self._dicts))]  # so that no other gets the same id
+        self._parameters = list(dict.fromkeys(p for module in modules for p in module.parameters()))
         self._places = self._read_places()
-        plain = [(vars(m), _plain(m)) for m in modules if _may_change(m)]
+        plain = [(vars(m), _plain(m)) for m in each if _may_change(m)]
         reads = [(now, was, itemgetter(*was)) for now, was in plain if was]
         self._settings = [(now, read, read(was)) for now, was, read in reads]
-        self._hooks = [getattr(m, name) for m in modules[1:] for name in _HOOKS]
+        inside = dict.fromkeys(chain.from_iterable(part[1:] for part in parts))
+        self._hooks = [getattr(m, name) for m in inside for name in _HOOKS]
         self._hooked = self._numbers()
 
     def hooks(self) -> list[Callable[..., Any]]:
-        """By which others look into the module while it runs."""
+        """By which others look into the modules while they run."""
         return [hook for hooks in self._hooks for hook in hooks.values()]
 
     def is_same(self) -> bool:
-        """Whether the module computes what it computed then, on the same memory."""
+        """Whether the modules compute what they computed then, on the same memory."""
         return (
             self._read_items() == self._held
             and self._read_places() == self._places
@@ -44,13 +53,13 @@ class Watch:
             and self._has_settings()
         )
 
-    def _read_items(self) -> list[tuple[str, int]]:
+    def _read_items(self) -> tuple[list[str], list[int]]:
         """Which submodules, parameters and buffers there are under which names."""
-        return [(name, id(each)) for held in self._dicts for name, each in held.items()]
+        return [*chain.from_iterable(self._dicts)], [*map(id, chain.from_iterable(map(dict.values, self._dicts)))]
 
-    def _read_places(self) -> list[tuple[int, bool]]:
+    def _read_places(self) -> tuple[list[int], list[bool]]:
         """Where parameters lie, and whether they want a gradient."""
-        return [(p.data_ptr(), p.requires_grad) for p in self._parameters]
+        return [*map(_address, self._parameters)], [*map(_wants_gradient, self._parameters)]
 
     def _has_settings(self) -> bool:
         try:
@@ -60,7 +69,7 @@ class Watch:
 
     def _numbers(self) -> list[tuple[int, ...]]:
         """Of the hooks, as torch counts them."""
-        return [tuple(hooks) for hooks in self._hooks if hooks]
+        return [*map(tuple, filter(None, self._hooks))]
 
 
 def _may_change(module: nn.Module) -> bool:

@@ -139,7 +139,9 @@ def attach(
     _hook(model, state)
     if state.memory is not None:
         _spare([layer for layer in state.layers if layer.gradient_checkpointing], model, state)
-    state.recorder = Recorder(graphs.TransformersHost(state.replay, partial(_rest, state))) if uses_graphs else None
+    if uses_graphs:
+        state.recorder = Recorder(graphs.TransformersHost(state.replay, partial(_rest, state)))
+        state.handles += [each for decoder in decoders(model) for each in graphs.hook(decoder, state.recorder)]
     model._expertune = state
     bind_all(model)
     return state

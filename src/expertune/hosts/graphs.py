@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import output_capturing
 
@@ -137,6 +138,21 @@ def _checkpointing(forward: Callable[..., Any]) -> FunctionType | None:
     held = dict(zip(forward.__code__.co_freevars, forward.__closure__ or (), strict=True))
     is_around = "forward" in held and held["forward"].cell_contents is getattr(forward, "__wrapped__", None)
     return forward if is_around else None
+
+
+def hook(decoder: nn.Module, recorder: Recorder) -> Iterator[RemovableHandle]:
+    """Tell when a decoder's forward begins and ends."""
+
+    def begin(*_: Any) -> None:
+        if not torch.compiler.is_compiling():
+            recorder.begin()
+
+    def end(*_: Any) -> None:
+        if not torch.compiler.is_compiling():
+            recorder.end()
+
+    yield decoder.register_forward_pre_hook(begin)
+    yield decoder.register_forward_hook(end, always_call=True)
 
 
 def unbind(recorder: Recorder) -> None:
