@@ -12,6 +12,7 @@ import yaml
 from peft import PeftModel
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import SFTTrainer
 
 from expertune import AdamW8bit
 from expertune.training import run as run_module
@@ -265,8 +266,8 @@ def test_a_loss_that_is_no_number_halts_and_keeps_what_was_saved(
         loss = stock(self, *args, **kwargs)
         return loss * torch.nan if self.state.global_step == 2 else loss
 
-    stock = Trainer.compute_loss
-    monkeypatch.setattr(Trainer, "compute_loss", compute_loss)
+    stock = SFTTrainer.compute_loss
+    monkeypatch.setattr(SFTTrainer, "compute_loss", compute_loss)
     with pytest.raises(UserError, match=r"the loss is nan in step 3.*weights are not saved.*Lower learning_rate"):
         quiet(make(save_steps=1, max_steps=5))
     names = {path.name for path in (tmp_path / "out").iterdir()}

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from types import FunctionType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -74,6 +75,7 @@ class TransformersHost:
 
     def __init__(self, replay: RoutingReplay, rest: Callable[[torch.device], float]) -> None:
         self._replay = replay
+        self._configs: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()  # of modules, or of a part of theirs
         self.rest = rest
 
     def is_checkpointed(self) -> bool:
@@ -82,8 +84,9 @@ class TransformersHost:
 
     def context(self, module: nn.Module, kwargs: dict[str, Any]) -> tuple[str, tuple[str, ...]] | None:
         """The attention that the call runs, which the host reads from its config, and what is collected from it."""
-        config = next((m.config for m in module.modules() if hasattr(m, "config")), None)
-        implementation = str(getattr(config, "_attn_implementation", ""))
+        if module not in self._configs:
+            self._configs[module] = next((m.config for m in module.modules() if hasattr(m, "config")), None)
+        implementation = str(getattr(self._configs[module], "_attn_implementation", ""))
         return None if attention.waits(implementation, kwargs) else (implementation, collected.names())
 
     def is_observer(self, hook: Callable[..., Any]) -> bool:

@@ -18,14 +18,15 @@ FIRST_STEP = "first step (allocates memory, compiles kernels)"
 
 
 class Trainer(SFTTrainer):
-    """TRL's trainer, halted before the optimizer step of a batch whose loss is not a number."""
+    """TRL's trainer, halted before the backward pass of a batch whose loss is not a number."""
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Forward and backward of one batch."""
-        loss = super().training_step(*args, **kwargs)
-        if not torch.isfinite(loss):
+    def compute_loss(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        """The loss of one batch. It is looked at here, where TRL has waited for forward, and not after backward."""
+        given = super().compute_loss(model, *args, **kwargs)
+        loss = given[0] if isinstance(given, tuple) else given
+        if model.training and not torch.isfinite(loss):
             raise not_finite(f"the loss is {loss.item()}", self.state.global_step)
-        return loss
+        return given
 
 
 class FiniteGradients(TrainerCallback):
