@@ -16,7 +16,6 @@ from tests.hosts.recorded import both, make, step, tokens
 
 FAMILIES = ["qwen3_moe", "gpt_oss", "glm4_moe_lite"]
 PACKED = torch.cat((torch.arange(5), torch.arange(7)))[None]
-BEHIND = torch.tensor([[1] * 12, [1] * 7 + [0] * 5])
 
 
 def handed_down(model: nn.Module) -> list[dict[str, Any]]:
@@ -56,6 +55,11 @@ def test_where_packed_samples_start_goes_down(checkpoint: Checkpoint, family: st
         assert kwargs[f"max_length_{side}"] == 12
     model(input_ids=tokens(0, batch=1), position_ids=torch.arange(12)[None], use_cache=False)
     assert seen[1].get("cu_seq_lens_q") is None, "one sample is not packed"
+    mask = torch.tensor([[1] * 7 + [0] * 5])
+    positions = torch.tensor([[*range(7), *[1] * 5]])  # as some derive them from a mask
+    model(input_ids=tokens(0, batch=1), attention_mask=mask, position_ids=positions, use_cache=False)
+    assert seen[2]["attention_mask"] is None
+    assert seen[2]["cu_seq_lens_q"][:2].tolist() == [0, 7]
 
 
 def test_what_a_collator_tells_is_not_looked_for(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:

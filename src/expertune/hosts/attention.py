@@ -108,9 +108,23 @@ def waits(implementation: str, keywords: dict[str, Any]) -> bool:
         implementation: the name of its attention.
         keywords: of the layer's call.
     """
-    if implementation != IMPLEMENTATION or keywords.get("cu_seq_lens_q") is not None:
+    mask = keywords.get("attention_mask")
+    if implementation != IMPLEMENTATION or told(mask, keywords) is not None:
         return False
-    return keywords.get("attention_mask") is not None or _sequences(None, keywords.get("position_ids")) is not None
+    return mask is not None or _sequences(None, keywords.get("position_ids")) is not None
+
+
+def told(mask: Any, keywords: dict[str, Any]) -> Sequences | None:
+    """The packed samples of a call that says where they start, as FlashAttention is told; None if it does not.
+
+    Args:
+        mask: of the call, beside which nothing else counts.
+        keywords: the others.
+    """
+    start_C, longest = keywords.get("cu_seq_lens_q"), keywords.get("max_length_q")
+    if mask is not None or start_C is None or longest is None:
+        return None
+    return Sequences(start_C=start_C, longest=int(longest))
 
 
 def _has_windows(config: Any) -> bool:
@@ -163,9 +177,7 @@ def _attention(
     position_ids: Tensor | None = None,
     softcap: float | None = None,
     is_causal: bool | None = None,
-    cu_seq_lens_q: Tensor | None = None,
-    max_length_q: int | None = None,
-    **_kwargs: Any,
+    **keywords: Any,
 ) -> tuple[Tensor, None]:
     """The host's attention function, `(B, T, H, V)`."""
     is_whole = attention_mask is not None and attention_mask.dim() == 4
@@ -175,10 +187,9 @@ def _attention(
             f"is_causal={is_causal}, dropout={dropout}, softcap={softcap}. Call expertune.optimize(model, "
             "attention='host')."
         )
-    if attention_mask is None and cu_seq_lens_q is not None and max_length_q is not None:
-        sequences: Sequences | None = Sequences(start_C=cu_seq_lens_q, longest=max_length_q)
-    else:
-        sequences = None if is_whole else _sequences(attention_mask, position_ids)
+    sequences = told(attention_mask, keywords)
+    if sequences is None and not is_whole:
+        sequences = _sequences(attention_mask, position_ids)
     query, key, value = _in_one_dtype(query, key, value)
     out_BTHV = attend(
         query,
@@ -197,8 +208,7 @@ def _attention_beside_sdpa(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """Ours for packed samples of which the batch says where they start (`hosts/samples.py`), else the host's."""
-    is_told = attention_mask is None and kwargs.get("cu_seq_lens_q") is not None
-    function = _attention if is_told else sdpa_attention_forward
+    function = sdpa_attention_forward if told(attention_mask, kwargs) is None else _attention
     out: tuple[Tensor, None] = function(module, query, key, value, attention_mask, **kwargs)
     return out
 

@@ -39,20 +39,24 @@ def tell(
     if not is_trained or has_cache or not attention.is_ours(decoder):
         return None
     mask, position_ids = kwargs.get("attention_mask"), kwargs.get("position_ids")
-    if mask is not None:
-        is_behind = isinstance(mask, Tensor) and mask.dim() == 2 and _is_behind(mask.bool())
-        return (args, kwargs | {"attention_mask": None}) if is_behind else None
-    if not hands_down or position_ids is None or position_ids.dim() != 2:
+    if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2 and _is_behind(mask.bool())):
         return None
-    sequences = _told(kwargs, position_ids.device) or Sequences.of_positions(position_ids)
+    said = _packed(position_ids, kwargs) if hands_down and position_ids is not None else {}
+    return args, kwargs | {"attention_mask": None} | said
+
+
+def _packed(position_ids: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The keywords that tell where samples start, if they are packed; a collator may have told it."""
+    if position_ids.dim() != 2:
+        return {}
+    sequences = attention.told(None, kwargs) or Sequences.of_positions(position_ids)
     if sequences is None:
-        return None
+        return {}
     sequences = sequences.rounded(position_ids.numel())
     starts = dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), sequences.start_C)
     longest = dict.fromkeys(("max_length_q", "max_length_k"), sequences.longest)
     # that there is no padding; without a mask a host looks for packed samples itself, and makes one of T x T
-    whole = {"attention_mask": torch.ones_like(position_ids, dtype=torch.bool)}
-    return args, kwargs | whole | starts | longest
+    return {"attention_mask": torch.ones_like(position_ids, dtype=torch.bool)} | starts | longest
 
 
 def hands_down(decoder: nn.Module) -> bool:
@@ -63,14 +67,6 @@ def hands_down(decoder: nn.Module) -> bool:
     attentions = [[each for each in layer.modules() if hasattr(each, "is_causal")] for layer in layers]
     between = [decoder, *layers, *(each for inside in attentions for each in inside)]
     return all(attentions) and all(_takes_any_keyword(type(each).forward) for each in between)
-
-
-def _told(kwargs: dict[str, Any], device: torch.device) -> Sequences | None:
-    """What the collator has told, if it has."""
-    start_C, longest = kwargs.get("cu_seq_lens_q"), kwargs.get("max_length_q")
-    if start_C is None or longest is None:
-        return None
-    return Sequences(start_C=start_C.to(device, torch.int32), longest=int(longest))
 
 
 def _is_behind(is_token_BT: Tensor) -> bool:
