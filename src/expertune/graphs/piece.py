@@ -99,11 +99,6 @@ class Piece:
         return len(self._recordings)
 
     @property
-    def keeps(self) -> bool:
-        """Whether a recording of it keeps what backward needs."""
-        return self._number(keeps=True) > 0
-
-    @property
     def runs_again(self) -> bool:
         """Whether a recording of it runs forward again in backward."""
         return self._number(keeps=False) > 0
@@ -128,10 +123,10 @@ class Piece:
         if not self._is_asked() or self._is_spared():
             return None
         if not may_keep:
-            self._make_way()
+            self._recorder.make_way(self)
         found = self._look(args, kwargs, around_again, may_keep=may_keep)
         if found is None and may_keep:
-            self._make_way()
+            self._recorder.make_way(self)
         return self._giving(found) if found is not None or may_keep else None
 
     @contextmanager
@@ -152,6 +147,7 @@ class Piece:
         """Drop all recordings, and begin to count anew."""
         self._seen.clear()
         self._recordings.clear()
+        self._recorder.keepers.pop(self, None)
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return (self.function or type(self.module).forward)(self.module, *args, **kwargs)
@@ -162,7 +158,7 @@ class Piece:
             return None
         found = None if self._is_spared() else self._look(args, kwargs)
         if found is None:
-            self._make_way()
+            self._recorder.make_way(self)
         return found
 
     def _is_asked(self) -> bool:
@@ -178,11 +174,6 @@ class Piece:
         """
         is_checkpointed = self._recorder.host.is_checkpointed()
         return is_checkpointed or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-
-    def _make_way(self) -> None:
-        """Memory may be wanted that recordings hold: at a call that they do not serve, looked at once a step."""
-        if self is next((piece for piece in self._recorder.pieces if piece.keeps), None):
-            self._recorder.make_way()
 
     def _look(
         self,
@@ -309,6 +300,7 @@ class Piece:
         self._recordings[kind, keeps] = recording
         if keeps:
             recorder.lacked_room = False
+            recorder.keepers[self] = None
         return _Found(recording, tensors)
 
 

@@ -30,6 +30,7 @@ class Recorder:
     def __init__(self, host: Host, pool_of: PoolOf | None = None) -> None:
         self.host = host
         self.pieces: list[Any] = []  # each is a `Piece`, which knows this
+        self.keepers: dict[Any, None] = {}  # those with recordings that keep what backward needs, in order
         self.refused: dict[type[nn.Module], str] = {}
         self.pools: dict[torch.device, Pool | None] = {}
         self.is_passing = False  # whether pieces run as they are
@@ -49,7 +50,7 @@ class Recorder:
 
     def __getstate__(self) -> dict[str, Any]:
         """Recordings belong to one model in one process."""
-        return vars(self) | {"pools": {}, "_watch": None, "_is_within": False}
+        return vars(self) | {"pools": {}, "keepers": {}, "_watch": None, "_is_within": False}
 
     def begin(self) -> None:
         """A forward of the model begins, in which no module changes."""
@@ -100,8 +101,14 @@ class Recorder:
         """A recording serves once more."""
         self._replays += 1
 
-    def make_way(self) -> None:
-        """Give memory back if a step that recordings do not serve may want it."""
+    def make_way(self, piece: Any) -> None:
+        """Give memory back if a step that recordings do not serve may want it: looked at once a step.
+
+        Args:
+            piece: whose call they do not serve.
+        """
+        if piece is not next(iter(self.keepers), None):
+            return
         pools = [(device, pool) for device, pool in self.pools.items() if pool is not None]
         if any(pool.is_short(self.host.rest(device)) for device, pool in pools):
             self.release()
