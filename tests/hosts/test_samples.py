@@ -12,6 +12,7 @@ from expertune.attention.sequences import Sequences
 from tests.cases import needs_cuda
 from tests.conftest import Checkpoint
 from tests.hosts.models import batch, load_tiny
+from tests.hosts.passes import of_tokens
 from tests.hosts.recorded import both, make, step, tokens
 
 FAMILIES = ["qwen3_moe", "gpt_oss", "glm4_moe_lite"]
@@ -41,6 +42,21 @@ def test_padding_behind_needs_no_mask_in_training(checkpoint: Checkpoint, family
     expertune.optimize(model, attention="host")(**inputs, use_cache=False)
     assert all(kwargs["attention_mask"] is not None for kwargs in seen[1:])
     assert len(seen) == 5
+
+
+@pytest.mark.parametrize("by_call", [False, True])
+def test_attention_that_is_turned_to_both_directions_keeps_its_mask(checkpoint: Checkpoint, by_call: bool) -> None:
+    model, stock = (load_tiny(checkpoint("qwen3_moe")).train() for _ in range(2))
+    expertune.optimize(model)
+    seen, inputs = handed_down(model), batch()
+    for each in (model, stock):
+        for module in each.modules():
+            if hasattr(module, "is_causal"):
+                module.is_causal = by_call
+    keywords = {"is_causal": False} if by_call else {}
+    outs = [each(**inputs, use_cache=False, **keywords).logits for each in (model, stock)]
+    assert seen[0]["attention_mask"] is not None
+    torch.testing.assert_close(*[of_tokens(out, inputs) for out in outs])
 
 
 @pytest.mark.parametrize("family", FAMILIES)

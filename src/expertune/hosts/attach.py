@@ -159,8 +159,7 @@ def _hook(model: PreTrainedModel, state: Attached) -> None:
         state.handles.append(block.register_forward_hook(partial(_after_block, state.replay), always_call=True))
     for decoder in decoders(model):
         state.handles.append(decoder.register_forward_pre_hook(partial(_before_decoder, model, state)))
-        tell = partial(samples.tell, samples.hands_down(decoder))
-        state.handles.append(decoder.register_forward_pre_hook(tell, with_kwargs=True))
+        state.handles.append(decoder.register_forward_pre_hook(samples.Teller(decoder), with_kwargs=True))
 
 
 def detach(model: PreTrainedModel) -> None:

@@ -24,25 +24,34 @@ from expertune.hosts import attention
 _USUAL = {"full_attention", "sliding_attention"}
 
 
-def tell(
-    hands_down: bool, decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+class Teller:
     """A hook before a decoder's forward, which says what has changed of its arguments.
 
     Args:
-        hands_down: see `hands_down`.
         decoder: the decoder.
-        args, kwargs: of the call.
     """
-    is_trained = decoder.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    has_cache = kwargs.get("past_key_values") is not None or kwargs.get("cache") is not None
-    if not is_trained or has_cache or not attention.is_ours(decoder):
-        return None
-    mask, position_ids = kwargs.get("attention_mask"), kwargs.get("position_ids")
-    if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2 and _is_behind(mask.bool())):
-        return None
-    said = _packed(position_ids, kwargs) if hands_down and position_ids is not None else {}
-    return args, kwargs | {"attention_mask": None} | said
+
+    def __init__(self, decoder: PreTrainedModel) -> None:
+        self._attentions = [module for module in decoder.modules() if hasattr(module, "is_causal")]
+        self._hands_down = hands_down(decoder)
+
+    def __call__(
+        self, decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Called by torch."""
+        is_trained = decoder.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        has_cache = kwargs.get("past_key_values") is not None or kwargs.get("cache") is not None
+        if not is_trained or has_cache or not attention.is_ours(decoder) or not self._is_causal(kwargs):
+            return None
+        mask, position_ids = kwargs.get("attention_mask"), kwargs.get("position_ids")
+        if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2 and _is_behind(mask.bool())):
+            return None
+        said = _packed(position_ids, kwargs) if self._hands_down and position_ids is not None else {}
+        return args, kwargs | {"attention_mask": None} | said
+
+    def _is_causal(self, kwargs: dict[str, Any]) -> bool:
+        """Whether attention is, now: some turn that off after a model was loaded, or for one call."""
+        return kwargs.get("is_causal") is not False and all(module.is_causal for module in self._attentions)
 
 
 def _packed(position_ids: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
