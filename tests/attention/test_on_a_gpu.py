@@ -5,8 +5,8 @@ import torch
 
 from expertune.attention import attend as attending
 from expertune.attention.attend import attend
-from expertune.attention.kernels import Kernel
 from expertune.attention.sequences import Sequences
+from tests.attention.chosen import kernels_chosen
 from tests.attention.test_attend import causal, gradients, inputs, same, written_out
 from tests.cases import needs_cuda
 
@@ -18,16 +18,7 @@ T = 333
 @pytest.fixture
 def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The kernels that attended."""
-    seen: list[str] = []
-
-    def spy(kernels: tuple[Kernel, ...], *args: object) -> tuple[Kernel, list[str]]:
-        chosen, why = choose(kernels, *args)
-        seen.append(chosen.name)
-        return chosen, why
-
-    choose = attending.choose
-    monkeypatch.setattr(attending, "choose", spy)
-    return seen
+    return kernels_chosen(monkeypatch)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import expertune
-from expertune.attention import attend as attending
 from expertune.attention.sequences import Sequences
+from tests.attention.chosen import kernels_chosen
 from tests.cases import needs_cuda
 from tests.conftest import Checkpoint
 from tests.hosts.models import batch, load_tiny
@@ -111,7 +111,7 @@ def test_sequences_are_rounded_to_few_kinds() -> None:
     assert rounded.longest == 1024
     assert Sequences(start_C=starts, longest=599).rounded(800).longest == 800, "no more than there are"
     assert Sequences(start_C=starts[:2], longest=100).rounded(100).start_C.numel() == 2
-    assert torch.equal(rounded.sequence_N(1100).bincount(), starts.diff())
+    assert torch.equal(rounded.of_rows(torch.arange(1100)).bincount(), starts.diff())
 
 
 @needs_cuda
@@ -119,9 +119,7 @@ def test_sequences_are_rounded_to_few_kinds() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_on_a_gpu(checkpoint: Checkpoint, family: str, memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Samples that lie elsewhere in each batch, through one recording: the bits of the same without recordings."""
-    ran: set[str] = set()
-    choose = attending.choose
-    monkeypatch.setattr(attending, "choose", lambda *args: (found := choose(*args), ran.add(found[0].name))[0])
+    ran = kernels_chosen(monkeypatch)
     ours, stock = (
         make(checkpoint(family), family, graphs=graphs, memory=memory).cuda().bfloat16() for graphs in (True, False)
     )

@@ -53,11 +53,9 @@ class Sequences:
         longest = min(num_rows, max(_SHORTEST, _power_of_four(self.longest)))
         return replace(self, start_C=F.pad(self.start_C, (0, num_more), value=num_rows), longest=longest)
 
-    def sequence_N(self, num_rows: int) -> Tensor:
-        """The number of each row's sequence. Waits for nothing."""
-        lengths_C = self.start_C.diff()
-        numbers_C = torch.arange(lengths_C.numel(), device=lengths_C.device)
-        return numbers_C.repeat_interleave(lengths_C, output_size=num_rows)
+    def of_rows(self, row_N: Tensor) -> Tensor:
+        """The number of the sequence in which each of some rows lies. Waits for nothing."""
+        return torch.searchsorted(self.start_C, row_N.to(self.start_C.dtype), right=True) - 1
 
     def take(self, x_BHTD: Tensor) -> Tensor:
         """The rows of a batch as one sample, `(1, H, N, D)`."""

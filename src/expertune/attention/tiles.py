@@ -93,8 +93,7 @@ def _scores(q_BJGTD: Tensor, k_BJSD: Tensor, pattern: Pattern, rows: slice, keys
     if pattern.window is not None:
         attends &= before < pattern.window
     if pattern.sequences is not None:
-        sequence_N = pattern.sequences.sequence_N(q_BJGTD.shape[-2])
-        attends &= sequence_N[rows, None] == sequence_N[keys]
+        attends &= pattern.sequences.of_rows(row)[:, None] == pattern.sequences.of_rows(key)
     return scores.masked_fill(~attends, -torch.inf)
 
 

@@ -120,14 +120,13 @@ class Piece:
         Returns:
             None where they have not been recorded, and the call is to be checkpointed.
         """
+        if may_keep:
+            return self._giving(self._find(args, kwargs, around_again))
         if not self._is_asked() or self._is_spared():
             return None
-        if not may_keep:
-            self._recorder.make_way(self)
-        found = self._look(args, kwargs, around_again, may_keep=may_keep)
-        if found is None and may_keep:
-            self._recorder.make_way(self)
-        return self._giving(found) if found is not None or may_keep else None
+        self._recorder.make_way(self)
+        found = self._look(args, kwargs, around_again, may_keep=False)
+        return None if found is None else self._giving(found)
 
     @contextmanager
     def _giving(self, found: "_Found | None") -> Iterator[None]:
@@ -152,11 +151,13 @@ class Piece:
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return (self.function or type(self.module).forward)(self.module, *args, **kwargs)
 
-    def _find(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "_Found | None":
+    def _find(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], around_again: Around | None = None
+    ) -> "_Found | None":
         """The recording for a call, perhaps made now, and the call's tensors; None if the module itself is to run."""
         if not self._is_asked():
             return None
-        found = None if self._is_spared() else self._look(args, kwargs)
+        found = None if self._is_spared() else self._look(args, kwargs, around_again)
         if found is None:
             self._recorder.make_way(self)
         return found
@@ -207,7 +208,9 @@ class Piece:
         device = tensors[0].device.type
         autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
         kind = (call, context, autocast)
-        if not (self._watch is not None if recorder.has_looked() else self.is_same()):
+        if not recorder.has_looked():
+            self.is_same()
+        if self._watch is None:
             self.forget()
             self._watch = Watch(self.module)
             recorder.note_change()

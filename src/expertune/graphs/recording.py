@@ -55,6 +55,8 @@ class Recording:
         self._pool, self._call, self._parameters = pool, call, tuple(parameters)
         # on the parameters' memory, but unknown to whoever else keeps an eye on these, as data parallelism does
         self._leaves = [parameter.detach().requires_grad_() for parameter in parameters]
+        # those whose gradients are large, and may be added to what is there; None for the others
+        self.added = [parameter if parameter.nbytes >= _LARGE else None for parameter in parameters]
         self._large_leaves = [leaf for leaf in self._leaves if leaf.nbytes >= _LARGE]
         self._number_of = {id(leaf): number for number, leaf in enumerate(self._leaves)}
         self._pass: Callable[[], _Pass | None] = lambda: None
@@ -136,11 +138,6 @@ class Recording:
             for place, made in zip(places, each.compute((*each.saved, *each.made), totals), strict=True):
                 grads[place] = grads[place] if made is None else made
         return grads
-
-    @property
-    def added(self) -> list[Tensor | None]:
-        """Of the parameters those whose gradients are large, and may be added to what is there; None for the others."""
-        return [p if p.nbytes >= _LARGE else None for p in self._parameters]
 
     @property
     def wants(self) -> list[int]:

@@ -43,10 +43,10 @@ def why_not(decoder: PreTrainedModel) -> str | None:
         return f"{implementation} was asked for"
     if not decoder._supports_flash_attn:
         return f"{type(decoder).__name__} does not keep the contract of FlashAttention"
-    said = [module.is_causal for module in decoder.modules() if hasattr(module, "is_causal")]
-    if not said:
+    attentions = attentions_of(decoder)
+    if not attentions:
         return "no attention of its says that it is causal"
-    if not all(said):
+    if not all(each.is_causal for each in attentions):
         return "it attends in both directions"
     if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
         return "it attends in chunks"
@@ -55,6 +55,11 @@ def why_not(decoder: PreTrainedModel) -> str | None:
     if getattr(config, "attention_dropout", 0.0):
         return "it drops attention weights at random"
     return None
+
+
+def attentions_of(module: nn.Module) -> list[Any]:
+    """Those inside a module, known by that they say whether they are causal."""
+    return [each for each in module.modules() if hasattr(each, "is_causal")]
 
 
 def take_over(decoder: PreTrainedModel) -> str:
@@ -85,7 +90,7 @@ def kernels_of(decoder: PreTrainedModel) -> str:
     """Which kernels its layers take in the dtype and on the device of its weights: ours for whole samples, if any."""
     weight = next(decoder.parameters())
     # not the config: one whose layers differ refuses to say
-    widths = {getattr(module, "head_dim", None) for module in decoder.modules() if hasattr(module, "is_causal")}
+    widths = {getattr(module, "head_dim", None) for module in attentions_of(decoder)}
     if forms_scores(decoder):
         kinds = {"full": Pattern(scale=1.0)}
         kinds |= {"windows": Pattern(scale=1.0, window=1)} if _has_windows(decoder.config) else {}

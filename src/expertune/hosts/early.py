@@ -82,9 +82,9 @@ def _attentions(model: PreTrainedModel) -> Iterator[Call]:
     for decoder in decoders(model):
         num_heads = getattr(decoder.config, "num_attention_heads", None)
         function = _ours if attention.is_ours(decoder) and attention.forms_scores(decoder) else _hosts
-        for module in decoder.modules():
+        for module in attention.attentions_of(decoder):
             width = getattr(module, "qk_head_dim", getattr(module, "head_dim", None))
-            if not (hasattr(module, "is_causal") and isinstance(width, int) and isinstance(num_heads, int)):
+            if not (isinstance(width, int) and isinstance(num_heads, int)):
                 continue
             value_width = getattr(module, "v_head_dim", width)
             num_shared = num_heads // getattr(module, "num_key_value_groups", 1)

@@ -11,6 +11,7 @@ training needs neither.
 
 import inspect
 from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ class Teller:
     """
 
     def __init__(self, decoder: PreTrainedModel) -> None:
-        self._attentions = [module for module in decoder.modules() if hasattr(module, "is_causal")]
+        self._attentions = attention.attentions_of(decoder)
         self._hands_down = hands_down(decoder)
 
     def __call__(
@@ -73,8 +74,8 @@ def hands_down(decoder: nn.Module) -> bool:
     if not _USUAL.issuperset(getattr(decoder.config, "layer_types", None) or ()):
         return False  # its masks say more than where samples are
     layers = [module for module in decoder.modules() if isinstance(module, GradientCheckpointingLayer)]
-    attentions = [[each for each in layer.modules() if hasattr(each, "is_causal")] for layer in layers]
-    between = [decoder, *layers, *(each for inside in attentions for each in inside)]
+    attentions = [attention.attentions_of(layer) for layer in layers]
+    between = [decoder, *layers, *chain.from_iterable(attentions)]
     return all(attentions) and all(_takes_any_keyword(type(each).forward) for each in between)
 
 
