@@ -200,6 +200,7 @@ def _config(peer: str, rows: str, context: int, steps: int) -> Any:
         max_steps=steps,
         learning_rate=1e-4,
         logging_steps=1,
+        logging_nan_inf_filter=False,  # it waits for backward before anything that follows can be submitted
         bf16=on_gpu,
         use_cpu=not on_gpu,
         optim="adamw_8bit" if on_gpu else "adamw_torch",

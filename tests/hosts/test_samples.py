@@ -5,9 +5,11 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import expertune
 from expertune.attention.sequences import Sequences
+from expertune.hosts.samples import Teller
 from tests.attention.chosen import kernels_chosen
 from tests.cases import needs_cuda
 from tests.conftest import Checkpoint
@@ -76,6 +78,45 @@ def test_where_packed_samples_start_goes_down(checkpoint: Checkpoint, family: st
     model(input_ids=tokens(0, batch=1), attention_mask=mask, position_ids=positions, use_cache=False)
     assert seen[2]["attention_mask"] is None
     assert seen[2]["cu_seq_lens_q"][:2].tolist() == [0, 7]
+
+
+class Answers(TorchDispatchMode):
+    """Counts how often Python asks for a number that a device has computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_whole_samples_are_not_asked_whether_they_are_packed(checkpoint: Checkpoint, family: str) -> None:
+    model = expertune.optimize(load_tiny(checkpoint(family)), graphs=False).train()
+    ids = tokens(0)
+    inputs: list[dict[str, torch.Tensor]] = [{}, {"attention_mask": torch.ones_like(ids)}]
+    counts = []
+    for more in inputs:
+        with Answers() as answers:
+            model.model(input_ids=ids, use_cache=False, **more)
+        counts.append(answers.count)
+    assert counts == [0, 1], "whether padding lies behind"
+
+
+def test_positions_of_one_row_are_of_all(checkpoint: Checkpoint) -> None:
+    model, stock = (load_tiny(checkpoint("qwen3_moe")).train() for _ in range(2))
+    expertune.optimize(model)
+    outs = [each(input_ids=tokens(0), position_ids=PACKED, use_cache=False).logits for each in (model, stock)]
+    torch.testing.assert_close(*outs)
+
+
+def test_positions_in_more_dimensions_are_the_hosts_to_read(checkpoint: Checkpoint) -> None:
+    decoder = expertune.optimize(load_tiny(checkpoint("qwen3_moe"))).train().model
+    positions = PACKED.expand(3, 1, -1)
+    _, kwargs = Teller(decoder)(decoder, (), {"input_ids": tokens(0, batch=1), "position_ids": positions}) or ((), {})
+    assert kwargs["attention_mask"] is None, "with one the host would not look for packed samples"
 
 
 def test_what_a_collator_tells_is_not_looked_for(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,7 @@ IMPLEMENTATION = "expertune"
 BESIDE_SDPA = "expertune_beside_sdpa"
 _HOSTS_OWN = ("eager", "sdpa")
 _SEQUENCES = WeakTensorKeyDictionary()  # found once a step, by the mask or the positions that every layer gets
+_HIDING_NOTHING = WeakTensorKeyDictionary()  # masks; nobody can write into one, for it is a single number
 
 
 def register() -> None:
@@ -32,7 +33,7 @@ def register() -> None:
     AttentionInterface.register(IMPLEMENTATION, _attention)
     AttentionMaskInterface.register(IMPLEMENTATION, _mask)
     AttentionInterface.register(BESIDE_SDPA, _attention_beside_sdpa)
-    AttentionMaskInterface.register(BESIDE_SDPA, sdpa_mask)
+    AttentionMaskInterface.register(BESIDE_SDPA, _mask_beside_sdpa)
 
 
 def why_not(decoder: PreTrainedModel) -> str | None:
@@ -132,6 +133,25 @@ def told(mask: Any, keywords: dict[str, Any]) -> Sequences | None:
     return Sequences(start_C=start_C, longest=int(longest))
 
 
+def hiding_nothing(shape: torch.Size, device: torch.device) -> Tensor:
+    """A 2D mask for a decoder, by which a host knows without waiting for the device that it need not make one.
+
+    Given none, a host looks whether positions begin again, and waits for the answer.
+
+    Args:
+        shape: `(B, T)`.
+        device: the decoder's.
+    """
+    mask_BT = torch.ones((1, 1), dtype=torch.bool, device=device).expand(shape)
+    _HIDING_NOTHING[mask_BT] = True
+    return mask_BT
+
+
+def _hides_nothing(mask_BT: Tensor | None) -> bool:
+    """Whether that is known of a mask."""
+    return mask_BT is None or mask_BT in _HIDING_NOTHING
+
+
 def _has_windows(config: Any) -> bool:
     types = getattr(config, "layer_types", None)
     if types is not None:
@@ -156,7 +176,7 @@ def _mask(
     num_queries = queries["q_length"] if "q_length" in queries else len(queries["cache_position"])
     is_whole = num_queries == kv_length and kv_offset == 0 and not torch.compiler.is_compiling()
     if allow_is_causal_skip and is_whole:
-        if attention_mask is None or attention_mask[:, -kv_length:].all():
+        if _hides_nothing(attention_mask) or attention_mask[:, -kv_length:].all():
             return None
         return attention_mask[:, -kv_length:]
     mask: Tensor = sdpa_mask(
@@ -166,6 +186,12 @@ def _mask(
         allow_is_causal_skip=False,
         **queries,
     )
+    return mask
+
+
+def _mask_beside_sdpa(*, attention_mask: Tensor | None = None, **given: Any) -> Tensor | None:
+    """The host's for SDPA, which asks the device what a 2D mask hides."""
+    mask: Tensor | None = sdpa_mask(attention_mask=None if _hides_nothing(attention_mask) else attention_mask, **given)
     return mask
 
 

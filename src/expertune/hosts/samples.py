@@ -4,7 +4,8 @@ With padding or several samples a row, a decoder makes a mask for its layers, wh
 torch's fastest kernels take none, and a layer that is handed one is not replayed (`hosts/graphs.py`). A step of
 training needs neither.
 - No token sees the padding behind it, for attention is causal; and what is computed of padding nobody reads, because
-  its labels are ignored. So that mask goes, and the batch is as one of whole samples.
+  its labels are ignored. So that mask goes, and the batch is as one of whole samples; the decoder is given one that is
+  known to hide nothing, for without any it waits for the device to tell whether samples are packed.
 - Where positions start again, samples are packed. The rows where they start go down to the attention as tensors, by the
   names that Transformers has for FlashAttention.
 """
@@ -47,26 +48,31 @@ class Teller:
         mask, position_ids = kwargs.get("attention_mask"), kwargs.get("position_ids")
         if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2 and _is_behind(mask.bool())):
             return None
-        said = _packed(position_ids, kwargs) if self._hands_down and position_ids is not None else {}
-        return args, kwargs | {"attention_mask": None} | said
+        x, is_usual = _input(args, kwargs), position_ids is None or position_ids.dim() == 2
+        if x is None or not (self._hands_down and is_usual):
+            return args, kwargs | {"attention_mask": None}
+        told: dict[str, Any] = {"attention_mask": attention.hiding_nothing(x.shape[:2], x.device)}
+        return args, kwargs | told | ({} if position_ids is None else _packed(position_ids.expand(x.shape[:2]), kwargs))
 
     def _is_causal(self, kwargs: dict[str, Any]) -> bool:
         """Whether attention is, now: some turn that off after a model was loaded, or for one call."""
         return kwargs.get("is_causal") is not False and all(module.is_causal for module in self._attentions)
 
 
-def _packed(position_ids: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+def _packed(position_BT: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
     """The keywords that tell where samples start, if they are packed; a collator may have told it."""
-    if position_ids.dim() != 2:
-        return {}
-    sequences = attention.told(None, kwargs) or Sequences.of_positions(position_ids)
+    sequences = attention.told(None, kwargs) or Sequences.of_positions(position_BT)
     if sequences is None:
         return {}
-    sequences = sequences.rounded(position_ids.numel())
+    sequences = sequences.rounded(position_BT.numel())
     starts = dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), sequences.start_C)
-    longest = dict.fromkeys(("max_length_q", "max_length_k"), sequences.longest)
-    # that there is no padding; without a mask a host looks for packed samples itself, and makes one of T x T
-    return {"attention_mask": torch.ones_like(position_ids, dtype=torch.bool)} | starts | longest
+    return starts | dict.fromkeys(("max_length_q", "max_length_k"), sequences.longest)
+
+
+def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """What a decoder is called with, `(B, T, …)`."""
+    given = (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+    return next((x for x in given if isinstance(x, Tensor) and x.dim() >= 2), None)
 
 
 def hands_down(decoder: nn.Module) -> bool:
