@@ -147,9 +147,9 @@ def hiding_nothing(shape: torch.Size, device: torch.device) -> Tensor:
     return mask_BT
 
 
-def _hides_nothing(mask_BT: Tensor | None) -> bool:
+def _hides_nothing(mask_BT: Tensor) -> bool:
     """Whether that is known of a mask."""
-    return mask_BT is None or mask_BT in _HIDING_NOTHING
+    return mask_BT in _HIDING_NOTHING
 
 
 def _has_windows(config: Any) -> bool:
@@ -176,7 +176,7 @@ def _mask(
     num_queries = queries["q_length"] if "q_length" in queries else len(queries["cache_position"])
     is_whole = num_queries == kv_length and kv_offset == 0 and not torch.compiler.is_compiling()
     if allow_is_causal_skip and is_whole:
-        if _hides_nothing(attention_mask) or attention_mask[:, -kv_length:].all():
+        if attention_mask is None or _hides_nothing(attention_mask) or attention_mask[:, -kv_length:].all():
             return None
         return attention_mask[:, -kv_length:]
     mask: Tensor = sdpa_mask(
@@ -191,7 +191,9 @@ def _mask(
 
 def _mask_beside_sdpa(*, attention_mask: Tensor | None = None, **given: Any) -> Tensor | None:
     """The host's for SDPA, which asks the device what a 2D mask hides."""
-    mask: Tensor | None = sdpa_mask(attention_mask=None if _hides_nothing(attention_mask) else attention_mask, **given)
+    if attention_mask is not None and _hides_nothing(attention_mask):
+        attention_mask = None
+    mask: Tensor | None = sdpa_mask(attention_mask=attention_mask, **given)
     return mask
 
 
