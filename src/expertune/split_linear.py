@@ -5,6 +5,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from expertune import kernels
+from expertune.kernels.device import cache_bytes
+
 
 class SplitLinear(NamedTuple):
     """What a pass reads, in one dtype.
@@ -36,7 +39,7 @@ class SplitLinear(NamedTuple):
             torch.addmm(self.bias_O, x_NI, self.weight_OI.mT, out=out_NO)
         mid_NR = self.mid(x_NI)
         if mid_NR is not None and self.b_OR is not None:
-            out_NO.addmm_(mid_NR, self.b_OR.mT, alpha=self.scale)
+            _add_product(out_NO, mid_NR, self.b_OR.mT, self.scale)
         return mid_NR
 
     def dmid(self, dy_NO: Tensor) -> Tensor | None:
@@ -46,7 +49,9 @@ class SplitLinear(NamedTuple):
     def input_grad(self, dy_NO: Tensor, dmid_NR: Tensor | None, out_NI: Tensor | None = None) -> Tensor:
         """`dx_NI`, added to `out_NI` if that is given."""
         dx_NI = dy_NO @ self.weight_OI if out_NI is None else out_NI.addmm_(dy_NO, self.weight_OI)
-        return dx_NI if self.a_RI is None or dmid_NR is None else dx_NI.addmm_(dmid_NR, self.a_RI)
+        if self.a_RI is not None and dmid_NR is not None:
+            _add_product(dx_NI, dmid_NR, self.a_RI)
+        return dx_NI
 
     def a_grad(self, x_NI: Tensor, dmid_NR: Tensor | None) -> Tensor | None:
         """`da_RI`."""
@@ -55,6 +60,18 @@ class SplitLinear(NamedTuple):
     def b_grad(self, dy_NO: Tensor, mid_NR: Tensor | None) -> Tensor | None:
         """`db_OR`."""
         return None if mid_NR is None else _product(dy_NO.mT, mid_NR, self.dtypes[1]).mul_(self.scale)
+
+
+def _add_product(y_NC: Tensor, left_NR: Tensor, right_RC: Tensor, scale: float = 1.0) -> None:
+    """`y += scale · left right`, in place: by our kernel where `y` is larger than the card's cache, else by torch's."""
+    is_ours = not torch.compiler.is_compiling() and y_NC.itemsize == 2 and kernels.computes(y_NC)
+    if is_ours and y_NC.nbytes > cache_bytes(y_NC.device):
+        from expertune.kernels.low_rank import MOST_RANKS, add_product  # imports Triton, which is optional
+
+        if len(right_RC) <= MOST_RANKS:
+            add_product(y_NC, left_NR, right_RC, scale)
+            return
+    y_NC.addmm_(left_NR, right_RC, alpha=scale)
 
 
 def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:

@@ -35,6 +35,13 @@ def architecture(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
+@lru_cache(maxsize=64)
+def cache_bytes(device: torch.device) -> int:
+    """Of a CUDA device's second-level cache, which all multiprocessors share."""
+    size: int = torch.cuda.get_device_properties(device).L2_cache_size
+    return size
+
+
 def card_name(device: torch.device) -> str:
     """The card's name, as its driver gives it."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU interpreter"
