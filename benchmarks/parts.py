@@ -9,7 +9,7 @@ _KERNELS = {
     "attention": r"sdpa|flash|fmha|attention",
     "experts": r"^_(linear|shrink|outer|repack|combine|count|add_up|place|forward|backward|ping_pong|route|balance)"
     r"\w*kernel|grouped|enable_3x_kernel|_moe_|gather",
-    "dense products": r"nvjet|gemm|cutlass|cublas|splitK",
+    "dense products": r"nvjet|gemm|cutlass|cublas|splitK|_low_rank",
 }
 PARTS = (*_KERNELS, THE_REST)
 
