@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from expertune.graphs import recording
 from expertune.graphs.piece import Piece
+from expertune.graphs.recorder import together
 from tests.graphs.replayed import FakeCapture, Toy, assert_same, gradients, inputs, make_recorder, toys
 
 
@@ -207,24 +208,32 @@ def test_a_module_that_changed_is_recorded_anew(capture: FakeCapture, pair: tupl
     assert len(capture.recorded) == 4
 
 
+@pytest.mark.parametrize("number", range(4))
 @pytest.mark.parametrize("change", [change_scale, replace_weight, freeze, move, replace_linear])
 def test_of_several_that_are_looked_at_together_the_one_that_changed_is_recorded_anew(
-    capture: FakeCapture, change: Any
+    capture: FakeCapture, change: Any, number: int
 ) -> None:
     recorder = make_recorder(capture)
-    pairs = list(zip(*toys(recorder, 3), strict=True))
+    pairs = list(zip(*toys(recorder, 4), strict=True))
     for seed in range(7):
         if seed == 4:
-            for module in pairs[1]:
+            for module in pairs[number]:
                 change(module)
         recorder.begin()
         for toy, stock in pairs:
             assert_same(toy, stock, seed)
         recorder.end()
-    assert len(capture.recorded) == 2 * 4
-    for module in pairs[2]:  # and by itself, outside of a forward of the model
+    assert len(capture.recorded) == 2 * 5
+    for module in pairs[number - 1]:  # and by itself, outside of a forward of the model
         change(module)
-    assert_same(*pairs[2], seed=7)
+    assert_same(*pairs[number - 1], seed=7)
+
+
+def test_the_first_are_looked_at_before_the_many(capture: FakeCapture) -> None:
+    recorder = make_recorder(capture)
+    toys(recorder, 9)
+    groups = [group for _, group in together(recorder.pieces)]
+    assert [groups.count(group) for group in dict.fromkeys(groups)] == [1, 2, 4, 2]
 
 
 def test_what_is_not_recorded(capture: FakeCapture, pair: tuple[Toy, Toy]) -> None:
