@@ -52,7 +52,7 @@ class Teller:
         if x is None or not (self._hands_down and is_usual):
             return args, kwargs | {"attention_mask": None}
         told: dict[str, Any] = {"attention_mask": attention.hiding_nothing(x.shape[:2], x.device)}
-        return args, kwargs | told | ({} if position_ids is None else _packed(position_ids.expand(x.shape[:2]), kwargs))
+        return args, kwargs | told | ({} if position_ids is None else _packed(position_ids.expand(len(x), -1), kwargs))
 
     def _is_causal(self, kwargs: dict[str, Any]) -> bool:
         """Whether attention is, now: some turn that off after a model was loaded, or for one call."""

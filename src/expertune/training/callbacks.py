@@ -36,8 +36,10 @@ class FiniteGradients(TrainerCallback):
         self, _args: TrainingArguments, state: TrainerState, _control: TrainerControl, **kwargs: Any
     ) -> None:
         """Look at the norm of all gradients; name the first bad one."""
-        named = [(name, p.grad) for name, p in kwargs["model"].named_parameters() if p.grad is not None]
-        if not math.isfinite(torch.nn.utils.get_total_norm([grad for _, grad in named])):
+        model = kwargs["model"]
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        if not math.isfinite(torch.nn.utils.get_total_norm(grads)):
+            named = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
             # one bad gradient makes all of them bad when they are scaled to max_grad_norm; without it, the name helps
             bad = [name for name, grad in named if not grad.isfinite().all()]
             which = f"the gradient of {bad[0]}" if len(bad) < len(named) else "the gradient"
