@@ -17,6 +17,7 @@ from expertune.shapes import ExpertsLayout
 from expertune.walk import ExpertsStep
 from tests.conftest import Checkpoint
 from tests.hosts.models import batch, load_tiny
+from tests.hosts.passes import of_tokens
 
 TARGETS = ["q_proj", "gate_up_proj", "down_proj"]
 
@@ -70,6 +71,14 @@ def test_a_compiled_model_is_one_graph(
     compiled = _results(model, torch.compile(model, backend="aot_eager", fullgraph=True))
     assert len(walks) == num_walks, "a compiled model went through the plain walk"
     assert all(torch.equal(a, b) for a, b in zip(plain, compiled, strict=True))
+
+
+def test_a_mask_beside_sdpa_is_in_the_graph(checkpoint: Checkpoint) -> None:
+    model: Any = _model(checkpoint, "qwen3_moe", "native_torch", attention="auto")
+    inputs = {**batch(), "use_cache": False}
+    plain = of_tokens(model(**inputs).logits, inputs)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(of_tokens(compiled(**inputs).logits, inputs), plain)
 
 
 def test_our_attention_is_in_the_graph(checkpoint: Checkpoint) -> None:

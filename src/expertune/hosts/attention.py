@@ -140,16 +140,18 @@ def hiding_nothing(shape: torch.Size, device: torch.device) -> Tensor:
 
     Args:
         shape: `(B, T)`.
-        device: the decoder's.
+        device: of what the decoder is called with.
     """
     mask_BT = torch.ones((1, 1), dtype=torch.bool, device=device).expand(shape)
     _HIDING_NOTHING[mask_BT] = True
     return mask_BT
 
 
-def _hides_nothing(mask_BT: Tensor) -> bool:
-    """Whether that is known of a mask."""
-    return mask_BT in _HIDING_NOTHING
+def _unless_it_hides_nothing(mask_BT: Tensor | None) -> Tensor | None:
+    """A mask; None for one of which that is known, which none is that a compiled model is given."""
+    if mask_BT is None or torch.compiler.is_compiling():
+        return mask_BT
+    return None if mask_BT in _HIDING_NOTHING else mask_BT
 
 
 def _has_windows(config: Any) -> bool:
@@ -172,11 +174,12 @@ def _mask(
     None for causal attention over whole samples; the 2D mask where there is padding; otherwise, with a cache of keys or
     a mask of the model's own, the host's bool mask `(B, 1, T, S)`.
     """
+    attention_mask = _unless_it_hides_nothing(attention_mask)
     # later than transformers 5.2 their number, before it their positions
     num_queries = queries["q_length"] if "q_length" in queries else len(queries["cache_position"])
     is_whole = num_queries == kv_length and kv_offset == 0 and not torch.compiler.is_compiling()
     if allow_is_causal_skip and is_whole:
-        if attention_mask is None or _hides_nothing(attention_mask) or attention_mask[:, -kv_length:].all():
+        if attention_mask is None or attention_mask[:, -kv_length:].all():
             return None
         return attention_mask[:, -kv_length:]
     mask: Tensor = sdpa_mask(
@@ -191,9 +194,7 @@ def _mask(
 
 def _mask_beside_sdpa(*, attention_mask: Tensor | None = None, **given: Any) -> Tensor | None:
     """The host's for SDPA, which asks the device what a 2D mask hides."""
-    if attention_mask is not None and _hides_nothing(attention_mask):
-        attention_mask = None
-    mask: Tensor | None = sdpa_mask(attention_mask=attention_mask, **given)
+    mask: Tensor | None = sdpa_mask(attention_mask=_unless_it_hides_nothing(attention_mask), **given)
     return mask
 
 
