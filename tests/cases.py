@@ -34,6 +34,11 @@ ROUTINGS: dict[str, Tensor] = {
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def draw(seed: int, *shape: int) -> Tensor:
+    """Normal numbers in float32 on this machine's device, the same on every machine."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
 def problem(dtype: torch.dtype, *widths: int) -> Problem:
     """A product of these widths on this machine."""
     capability = torch.cuda.get_device_capability() if DEVICE.type == "cuda" else None

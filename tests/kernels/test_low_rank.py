@@ -2,22 +2,17 @@
 
 import pytest
 import torch
-from torch import Tensor
 
 from expertune import split_linear
 from expertune.kernels import low_rank
 from expertune.kernels.low_rank import MOST_RANKS, add_product
 from expertune.lora_linear import lora_linear
 from expertune.shapes import LoraFactors
-from tests.cases import DEVICE, KERNEL_DTYPES, needs_cuda, needs_kernels
+from tests.cases import KERNEL_DTYPES, draw, needs_cuda, needs_kernels
 from tests.hosts.spies import inputs_of
 from tests.numerics import assert_no_worse
 
 pytestmark = needs_kernels
-
-
-def draw(seed: int, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
 
 
 @pytest.mark.parametrize("is_transposed", [False, True])

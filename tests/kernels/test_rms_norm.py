@@ -5,14 +5,10 @@ import torch
 from torch import Tensor
 
 from expertune.rms_norm import _FrozenNorm
-from tests.cases import DEVICE, KERNEL_DTYPES, needs_kernels
+from tests.cases import KERNEL_DTYPES, draw, needs_kernels
 from tests.numerics import assert_no_worse
 
 pytestmark = needs_kernels
-
-
-def draw(seed: int, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
 
 
 def plain(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:

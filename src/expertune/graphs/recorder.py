@@ -37,10 +37,9 @@ class Recorder:
         self.lacked_room = False
         self._pool_of = pool_of or cuda_pool
         self._together: dict[Any, Together] = {}  # of each piece that has been looked at before
+        self._has_changed = False  # a module, since it was settled which are looked at together
         self._is_within = False  # a forward of the model
-        self._num_forwards = 0
-        self._has_changed = True  # a module, since it was settled which are looked at together
-        self._settled_in = 0  # this forward
+        self._looked: set[Together] = set()  # at, in this forward
         self._releases = 0
         self._replays = 0  # since the last release
 
@@ -52,12 +51,15 @@ class Recorder:
 
     def __getstate__(self) -> dict[str, Any]:
         """Recordings belong to one model in one process."""
-        return vars(self) | {"pools": {}, "keepers": {}, "_together": {}, "_has_changed": True, "_is_within": False}
+        return vars(self) | {"pools": {}, "keepers": {}, "_together": {}, "_looked": set(), "_is_within": False}
 
     def begin(self) -> None:
         """A forward of the model begins, in which no module changes."""
         self._is_within = True
-        self._num_forwards += 1
+        self._looked.clear()
+        if self._has_changed:
+            self._has_changed = False
+            self._together = dict(together([piece for piece in self.pieces if piece.is_same()]))
 
     def end(self) -> None:
         """It has ended."""
@@ -69,15 +71,11 @@ class Recorder:
         Args:
             piece: that is called.
         """
-        if not self._is_within:
-            return False
-        if self._has_changed and self._settled_in != self._num_forwards:
-            self._has_changed, self._settled_in = False, self._num_forwards
-            self._together = dict(together([each for each in self.pieces if each.is_same()]))
-        if (group := self._together.get(piece)) is None:
-            return False
-        group.look(self._num_forwards)
-        return True
+        group = self._together.get(piece) if self._is_within else None
+        if group is not None and group not in self._looked:
+            self._looked.add(group)
+            group.look()
+        return group is not None
 
     def note_change(self) -> None:
         """The module of a piece has changed, or is watched for the first time."""
@@ -139,15 +137,12 @@ class Together:
     def __init__(self, pieces: Sequence[Any]) -> None:
         self._pieces = pieces
         self._watch = Watch(*(piece.module for piece in pieces))
-        self._looked_in = 0
 
-    def look(self, forward: int) -> None:
-        """Let those that have changed forget what they knew, unless that was done in this forward."""
-        if self._looked_in != forward:
-            self._looked_in = forward
-            if not self._watch.is_same():
-                for piece in self._pieces:
-                    piece.is_same()
+    def look(self) -> None:
+        """Let those that have changed forget what they knew."""
+        if not self._watch.is_same():
+            for piece in self._pieces:
+                piece.is_same()
 
 
 def together(pieces: Sequence[Any]) -> Iterator[tuple[Any, Together]]:

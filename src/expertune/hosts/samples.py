@@ -48,11 +48,13 @@ class Teller:
         mask, position_ids = kwargs.get("attention_mask"), kwargs.get("position_ids")
         if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2 and _is_behind(mask.bool())):
             return None
-        x, is_usual = _input(args, kwargs), position_ids is None or position_ids.dim() == 2
-        if x is None or not (self._hands_down and is_usual):
-            return args, kwargs | {"attention_mask": None}
-        told: dict[str, Any] = {"attention_mask": attention.hiding_nothing(x.shape[:2], x.device)}
-        return args, kwargs | told | ({} if position_ids is None else _packed(position_ids.expand(len(x), -1), kwargs))
+        told: dict[str, Any] = {"attention_mask": None}
+        x = _input(args, kwargs)
+        if self._hands_down and x is not None and (position_ids is None or position_ids.dim() == 2):
+            told["attention_mask"] = attention.hiding_nothing(x.shape[:2], x.device)
+            if position_ids is not None:
+                told |= _packed(position_ids.expand(len(x), -1), kwargs)
+        return args, kwargs | told
 
     def _is_causal(self, kwargs: dict[str, Any]) -> bool:
         """Whether attention is, now: some turn that off after a model was loaded, or for one call."""

@@ -16,13 +16,13 @@ MOST_RANKS = 128  # that a program holds at once
 _COLUMNS = 128  # of the matrix, that a program holds
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_blocks"])
+@triton.jit(do_not_specialize=["num_rows"])
 def _low_rank_kernel(
-    left_ptr, right_ptr, y_ptr, num_rows, num_blocks, C, R, left_stride, right_stride_r, right_stride_c, y_stride,
+    left_ptr, right_ptr, y_ptr, num_rows, C, R, left_stride, right_stride_r, right_stride_c, y_stride,
     scale, BN: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """One program a block of `BN` rows and `BC` columns; those side by side read the same rows of `left`."""
-    block = tl.program_id(0)
+    block, num_blocks = tl.program_id(0), tl.cdiv(C, BC)
     n = (block // num_blocks).to(tl.int64) * BN + tl.arange(0, BN)
     c = block % num_blocks * BC + tl.arange(0, BC)
     r = tl.arange(0, BR)
@@ -50,12 +50,11 @@ def add_product(y_NC: Tensor, left_NR: Tensor, right_RC: Tensor, scale: float) -
     if num_rows == 0:
         return
     rows = 32 if rank <= 32 else 64
-    num_blocks = ceil_div(num_columns, _COLUMNS)
     launch(
         _low_rank_kernel,
-        (ceil_div(num_rows, rows) * num_blocks, 1, 1),
+        (ceil_div(num_rows, rows) * ceil_div(num_columns, _COLUMNS), 1, 1),
         (left_NR, right_RC, y_NC),
-        (num_rows, num_blocks),
+        (num_rows,),
         (num_columns, rank, left_NR.stride(0), *right_RC.stride(), y_NC.stride(0), scale),
         {"BN": rows, "BC": _COLUMNS, "BR": max(16, next_power_of_2(rank))},
         num_warps=4,
