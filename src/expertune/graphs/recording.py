@@ -52,6 +52,7 @@ class Recording:
         pool: Pool,
     ) -> None:
         self.number = pool.next_number()
+        self.tokens = tokens_of(inputs)  # of the calls that it serves
         self._pool, self._call, self._parameters = pool, call, tuple(parameters)
         # on the parameters' memory, but unknown to whoever else keeps an eye on these, as data parallelism does
         self._leaves = [parameter.detach().requires_grad_() for parameter in parameters]
@@ -76,11 +77,6 @@ class Recording:
         self._large = [pool.capture.lend(grad) for grad in self._large]
         self._postponed = [self._lend(each) for each in self._postponed]
         pool.note_size(self, before)
-
-    @property
-    def tokens(self) -> int:
-        """Of the calls that it serves."""
-        return tokens_of(self._tensors)
 
     @property
     def is_pending(self) -> bool:

@@ -9,6 +9,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -343,7 +344,8 @@ def _before_decoder(model: PreTrainedModel, state: Attached, _decoder: nn.Module
     theirs = [layer for layer in state.layers if layer.gradient_checkpointing and not _is_replayed(layer)]
     if state.memory is not None:
         _spare(theirs, model, state)
-    if state.adapters != _adapters_of(model) or any(_is_unbound(c) for b in state.blocks for c in b.children()):
+    inside = chain.from_iterable(block._modules.values() for block in state.blocks)
+    if state.adapters != _adapters_of(model) or any(map(_is_unbound, inside)):
         bind_all(model)
     if state.memory is None and state.blocks:
         for layer in theirs:
@@ -354,7 +356,7 @@ def _is_replayed(layer: Any) -> bool:
     return isinstance(layer._gradient_checkpointing_func, ReplayingCheckpoint)
 
 
-def _is_unbound(module: nn.Module) -> bool:
+def _is_unbound(module: nn.Module | None) -> bool:
     """Whether PEFT has wrapped these experts since wrappers were last bound."""
     return (
         isinstance(module, ParamWrapper)

@@ -46,7 +46,7 @@ class Teller:
         if not is_trained or has_cache or not attention.is_ours(decoder) or not self._is_causal(kwargs):
             return None
         mask, position_ids = kwargs.get("attention_mask"), kwargs.get("position_ids")
-        if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2 and _is_behind(mask.bool())):
+        if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2 and _is_behind(mask)):
             return None
         told: dict[str, Any] = {"attention_mask": None}
         x = _input(args, kwargs)
@@ -87,9 +87,9 @@ def hands_down(decoder: nn.Module) -> bool:
     return all(attentions) and all(_takes_any_keyword(type(each).forward) for each in between)
 
 
-def _is_behind(is_token_BT: Tensor) -> bool:
-    """Whether padding, if there is any, lies behind all tokens of each sample. Waits for the device."""
-    return not (is_token_BT[:, 1:] & ~is_token_BT[:, :-1]).any()
+def _is_behind(mask_BT: Tensor) -> bool:
+    """Whether padding, 0 in the mask, lies behind all tokens of each sample, if there is any. Waits for the device."""
+    return not (mask_BT[:, 1:] > mask_BT[:, :-1]).any()
 
 
 def _takes_any_keyword(forward: Callable[..., Any]) -> bool:

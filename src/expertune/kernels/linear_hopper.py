@@ -202,7 +202,8 @@ def _multiply(
 ):
     """One of the two groups that multiply: its half of every item, or all of every second.
 
-    In ping-pong its turn comes when the other has issued its own.
+    In ping-pong its turn comes when the other has issued all steps but one, so that what comes before the first step of
+    a tile takes none of the matrix unit's time.
     """
     outputs, buffers, barriers, tiles, widths = work
     x_bufs, w_bufs = buffers
@@ -234,12 +235,12 @@ def _multiply(
             mbarrier.wait(ready.index(stage), (step // STAGES) & 1)
             w_buf = w_bufs.index(stage).permute((1, 0)) if IS_K_CONTIGUOUS else w_bufs.index(stage)
             x_buf = x_bufs.index(stage).slice(FIRST_ROW, ROWS)
-            acc = warpgroup_mma(x_buf, w_buf, acc, is_async=True)
+            acc = warpgroup_mma(x_buf, w_buf, acc, use_acc=k > 0, is_async=True)
             acc = warpgroup_mma_init(warpgroup_mma_wait(num_outstanding=1, deps=(acc,)))
             mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1, pred=k > 0)
+            if not IS_COOPERATIVE:
+                mbarrier.arrive(turn.index(1 - ME), count=1, pred=k == gl.maximum(num_steps - 2, 0))
             step += 1
-        if not IS_COOPERATIVE:
-            mbarrier.arrive(turn.index(1 - ME), count=1)
         acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
         mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1)
         _store(acc, outputs, expert, row, end, item_column, O, HAS_BIAS, IS_SPLIT, GATE, ALPHA, LIMIT)

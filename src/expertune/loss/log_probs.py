@@ -110,7 +110,7 @@ class _LabelLogProbs(torch.autograd.Function):
         hidden_ND, gradient_ND = ctx.saved_tensors
         dx_ND = None
         if dlog_prob_N is not None:
-            dx_ND = (gradient_ND * dlog_prob_N.unsqueeze(1)).to(hidden_ND.dtype)
+            dx_ND = torch.mul(gradient_ND, dlog_prob_N.unsqueeze(1), out=torch.empty_like(hidden_ND))
         if dentropy_N is not None:
             of_entropy_ND = _entropy_backward(hidden_ND, dentropy_N, ctx.head)
             dx_ND = of_entropy_ND if dx_ND is None else dx_ND + of_entropy_ND
