@@ -4,7 +4,8 @@ The gradients of a projection's two LoRA factors, in one launch. One program own
 and walks that expert's rows in order: no atomics, no partial sums, and the same bits every run. The rank is the N side
 of the product, because Hopper's matrix unit has at least 64 on the M side. The wide rows may be read by their token,
 straight from `(T, I)`: at these widths they come from L2, and reading them there beats a gathered copy (39 against
-45 µs at 4K tokens on an H200). Any card from Turing on, and the CPU interpreter.
+45 µs at 4K tokens on an H200). Weights multiply the narrow sides before, once, and not once a block of a wide side.
+Any card from Turing on, and the CPU interpreter.
 """
 
 from typing import NamedTuple
@@ -15,7 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from expertune.kernels.device import architecture
-from expertune.kernels.launch import ceil_div, launch, next_power_of_2
+from expertune.kernels.launch import RowBlocks, ceil_div, launch, next_power_of_2
+
+_WEIGHED = 4096  # numbers that a program multiplies by weights
 
 
 class Sum(NamedTuple):
@@ -42,7 +45,6 @@ class Sum(NamedTuple):
 def _sum_rows(
     wide_ptr,
     narrow_ptr,
-    weight_ptr,
     row_slot_ptr,
     out_ptr,
     start,
@@ -50,10 +52,9 @@ def _sum_rows(
     block,
     I,  # noqa: E741
     R,
-    top_k,
+    K: tl.constexpr,
     BY_TOKEN: tl.constexpr,
     IS_WIDE_FIRST: tl.constexpr,
-    IS_WEIGHTED: tl.constexpr,
     ADDS: tl.constexpr,
     BN: tl.constexpr,
     BI: tl.constexpr,
@@ -67,10 +68,8 @@ def _sum_rows(
         row = first + tl.arange(0, BN)
         in_expert = row < end
         source = row
-        if BY_TOKEN or IS_WEIGHTED:
-            slot = tl.load(row_slot_ptr + row, mask=in_expert, other=0)
-            if BY_TOKEN:
-                source = slot // top_k
+        if BY_TOKEN:
+            source = tl.load(row_slot_ptr + row, mask=in_expert, other=0) // K
         wide = tl.load(
             wide_ptr + source.to(tl.int64)[:, None] * I + i[None, :],
             mask=in_expert[:, None] & (i < I)[None, :],
@@ -81,9 +80,6 @@ def _sum_rows(
             mask=in_expert[:, None] & (rank < R)[None, :],
             other=0.0,
         )
-        if IS_WEIGHTED:
-            weight = tl.load(weight_ptr + slot, mask=in_expert, other=0.0).to(tl.float32)
-            narrow = (narrow * weight[:, None]).to(narrow.dtype)
         acc = tl.dot(tl.trans(wide), narrow, acc, input_precision="ieee")
     if IS_WIDE_FIRST:
         offset = i.to(tl.int64)[:, None] * R + rank[None, :]
@@ -103,21 +99,19 @@ def _outer_kernel(
     wide1_ptr,
     narrow1_ptr,
     out1_ptr,
-    weight_ptr,
     row_slot_ptr,
     ends_ptr,
     I0,
     R0,
     I1,
     R1,
-    top_k,
+    K: tl.constexpr,
     BY_TOKEN0: tl.constexpr,
     IS_WIDE_FIRST0: tl.constexpr,
     ADDS0: tl.constexpr,
     BY_TOKEN1: tl.constexpr,
     IS_WIDE_FIRST1: tl.constexpr,
     ADDS1: tl.constexpr,
-    IS_WEIGHTED: tl.constexpr,
     BN: tl.constexpr,
     BI: tl.constexpr,
     BR: tl.constexpr,
@@ -131,15 +125,49 @@ def _outer_kernel(
     if block < num_blocks0:
         out0_ptr += expert.to(tl.int64) * R0 * I0
         _sum_rows(
-            wide0_ptr, narrow0_ptr, weight_ptr, row_slot_ptr, out0_ptr, start, end, block, I0, R0, top_k,
-            BY_TOKEN0, IS_WIDE_FIRST0, IS_WEIGHTED, ADDS0, BN, BI, BR,
+            wide0_ptr, narrow0_ptr, row_slot_ptr, out0_ptr, start, end, block, I0, R0, K,
+            BY_TOKEN0, IS_WIDE_FIRST0, ADDS0, BN, BI, BR,
         )  # fmt: skip
     else:
         out1_ptr += expert.to(tl.int64) * R1 * I1
         _sum_rows(
-            wide1_ptr, narrow1_ptr, weight_ptr, row_slot_ptr, out1_ptr, start, end, block - num_blocks0, I1, R1, top_k,
-            BY_TOKEN1, IS_WIDE_FIRST1, IS_WEIGHTED, ADDS1, BN, BI, BR,
+            wide1_ptr, narrow1_ptr, row_slot_ptr, out1_ptr, start, end, block - num_blocks0, I1, R1, K,
+            BY_TOKEN1, IS_WIDE_FIRST1, ADDS1, BN, BI, BR,
         )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["N"])
+def _weigh_kernel(
+    narrow0_ptr, narrow1_ptr, weight_ptr, row_slot_ptr, out0_ptr, out1_ptr, N, R, ROWS: tl.constexpr, BR: tl.constexpr
+):
+    """One program per block of rows and narrow side."""
+    if tl.program_id(1) == 1:
+        narrow0_ptr, out0_ptr = narrow1_ptr, out1_ptr
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    rank = tl.arange(0, BR)
+    weight = tl.load(weight_ptr + tl.load(row_slot_ptr + row, mask=row < N, other=0), mask=row < N, other=0.0)
+    at = row[:, None] * R + rank[None, :]
+    mask = (row < N)[:, None] & (rank < R)[None, :]
+    weighted = tl.load(narrow0_ptr + at, mask=mask, other=0.0) * weight.to(tl.float32)[:, None]
+    tl.store(out0_ptr + at, weighted.to(out0_ptr.dtype.element_ty), mask=mask)
+
+
+def _weigh(first: Sum, second: Sum, weight_TK: Tensor, row_slot_N: Tensor) -> tuple[Sum, Sum]:
+    """The sums with narrow sides whose rows are multiplied by the router's weights."""
+    narrows = first.narrow_NR, second.narrow_NR
+    weighted = [torch.empty_like(narrow_NR) for narrow_NR in narrows]
+    num_rows, rank = first.narrow_NR.shape
+    blocks = RowBlocks.of(num_rows, rank, _WEIGHED)
+    launch(
+        _weigh_kernel,
+        (blocks.grid[0], 2, 1),
+        (*narrows, weight_TK, row_slot_N, *weighted),
+        (num_rows,),
+        (rank,),
+        {"ROWS": blocks.rows, "BR": blocks.columns},
+        num_warps=4,
+    )
+    return first._replace(narrow_NR=weighted[0]), second._replace(narrow_NR=weighted[1])
 
 
 def outer(
@@ -158,8 +186,10 @@ def outer(
         ends_E: int32, where each expert's rows end.
         row_slot_N: the slot `t·K + k` of each row, int32.
         top_k: `K`.
-        weight_TK: the router's weights, contiguous; each multiplies its row of both sums.
+        weight_TK: the router's weights, contiguous; each multiplies its row of both of two sums.
     """
+    if weight_TK is not None and second is not None and len(row_slot_N):
+        first, second = _weigh(first, second, weight_TK, row_slot_N)
     sums = (first, second or first)
     widths = [s.wide.shape[1] for s in sums]
     ranks = [s.narrow_NR.shape[1] for s in sums]
@@ -170,20 +200,19 @@ def outer(
         (num_blocks, ends_E.shape[0], ceil_div(max(ranks), cut.BR)),
         (
             *(tensor for s in sums for tensor in (s.wide, s.narrow_NR, s.out)),
-            weight_TK if weight_TK is not None else first.narrow_NR,
             row_slot_N,
             ends_E,
         ),
         (),
-        (widths[0], ranks[0], widths[1], ranks[1], max(top_k, 1)),
+        (widths[0], ranks[0], widths[1], ranks[1]),
         {
+            "K": max(top_k, 1),
             "BY_TOKEN0": sums[0].by_token,
             "IS_WIDE_FIRST0": sums[0].is_wide_first,
             "ADDS0": sums[0].adds,
             "BY_TOKEN1": sums[1].by_token,
             "IS_WIDE_FIRST1": sums[1].is_wide_first,
             "ADDS1": sums[1].adds,
-            "IS_WEIGHTED": weight_TK is not None,
             **cut._asdict(),
         },
         num_warps=8 if cut.BI >= 64 else 4,
