@@ -202,8 +202,7 @@ def _multiply(
 ):
     """One of the two groups that multiply: its half of every item, or all of every second.
 
-    In ping-pong its turn comes when the other has issued all steps but one, so that what comes before the first step of
-    a tile takes none of the matrix unit's time.
+    In ping-pong its turn comes when the other has one step yet to issue: the matrix unit waits for no tile's beginning.
     """
     outputs, buffers, barriers, tiles, widths = work
     x_bufs, w_bufs = buffers
