@@ -157,16 +157,17 @@ def _weigh(first: Sum, second: Sum, weight_TK: Tensor, row_slot_N: Tensor) -> tu
     narrows = first.narrow_NR, second.narrow_NR
     weighted = [torch.empty_like(narrow_NR) for narrow_NR in narrows]
     num_rows, rank = first.narrow_NR.shape
-    blocks = RowBlocks.of(num_rows, rank, _WEIGHED)
-    launch(
-        _weigh_kernel,
-        (blocks.grid[0], 2, 1),
-        (*narrows, weight_TK, row_slot_N, *weighted),
-        (num_rows,),
-        (rank,),
-        {"ROWS": blocks.rows, "BR": blocks.columns},
-        num_warps=4,
-    )
+    if num_rows:
+        blocks = RowBlocks.of(num_rows, rank, _WEIGHED)
+        launch(
+            _weigh_kernel,
+            (blocks.grid[0], 2, 1),
+            (*narrows, weight_TK, row_slot_N, *weighted),
+            (num_rows,),
+            (rank,),
+            {"ROWS": blocks.rows, "BR": blocks.columns},
+            num_warps=4,
+        )
     return first._replace(narrow_NR=weighted[0]), second._replace(narrow_NR=weighted[1])
 
 
@@ -186,9 +187,10 @@ def outer(
         ends_E: int32, where each expert's rows end.
         row_slot_N: the slot `t·K + k` of each row, int32.
         top_k: `K`.
-        weight_TK: the router's weights, contiguous; each multiplies its row of both of two sums.
+        weight_TK: the router's weights, contiguous; each multiplies its row of both sums, of which there must be two.
     """
-    if weight_TK is not None and second is not None and len(row_slot_N):
+    if weight_TK is not None:
+        assert second is not None, "weights are of two sums"
         first, second = _weigh(first, second, weight_TK, row_slot_N)
     sums = (first, second or first)
     widths = [s.wide.shape[1] for s in sums]
