@@ -97,19 +97,15 @@ def _backward(walk: Walk, tensors: Tensors) -> tuple[Tensor | None, ...]:
     packed1, packed2 = (first.packed(*held[:2]), second.packed(*held[2:])) if walk.keeps_packed else pack(first, second)
     del held
     dout_ND, dmid2_NR = steps.gather(dout_TD, None if packed2 is None else packed2.b_EOR.mT, routing)
-    da_NF = second.input_grad(dout_ND, packed2, dmid2_NR)
-    del packed2
-    if not (wants_b2 or wants_w2):
-        del dout_ND
-    a_NF, dh_NG, dweight_TK = steps.gate_backward(
-        walk.step.gate, h_NG, da_NF, weight_TK, routing, overwrites=walk.overwrites
+    a_NF, dh_NG, dweight_TK = second.gate_backward(
+        walk.step.gate, dout_ND, packed2, dmid2_NR, h_NG, weight_TK, overwrites=walk.overwrites
     )
-    del da_NF, h_NG
+    del packed2, h_NG
     if wants_b2 or wants_w2:
         weight_N1 = routing.by_row(weight_TK).to(dout_TD.dtype)
         db2 = second.bias_grad(dout_ND, weight_N1) if wants_b2 else None
         dw2 = second.weight_grad(dout_ND, a_NF * weight_N1, sum2) if wants_w2 else None
-        del dout_ND
+    del dout_ND
     if wants_second:
         dsecond = _second_factors(second, a_NF, cast(Tensor, dmid2_NR), dout_TD, mid2_NR, weight_TK, sums[cut:])
     operands = (a_NF, dmid2_NR) if walk.postpones else ()

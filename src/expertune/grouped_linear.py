@@ -38,6 +38,24 @@ class GroupedLinear(NamedTuple):
         low_rank = None if packed is None or dmid_NR is None else (dmid_NR, packed.a_ERI)
         return self.steps.linear(dy_NO, self.weights.w_EOI, self.routing, low_rank=low_rank)
 
+    def gate_backward(
+        self,
+        gate: Gate,
+        dy_NO: Tensor,
+        packed: PackedFactors | None,
+        dmid_NR: Tensor | None,
+        h_NG: Tensor,
+        weight_TK: Tensor,
+        *,
+        overwrites: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The backward of the gate before it, from `input_grad`: see `Steps.linear_gate_backward`."""
+        low_rank = None if packed is None or dmid_NR is None else (dmid_NR, packed.a_ERI)
+        w_EOI, routing = self.weights.w_EOI, self.routing
+        return self.steps.linear_gate_backward(
+            gate, dy_NO, w_EOI, h_NG, weight_TK, routing, low_rank=low_rank, overwrites=overwrites
+        )
+
     def weight_grad(self, dy_NO: Tensor, x_NI: Tensor, total: Tensor | None) -> Tensor | None:
         """`dW` in the host's layout, or None if it was added to `total`. Only called where the weight is trained."""
         u, v = (x_NI, dy_NO) if self.weights.is_transposed else (dy_NO, x_NI)

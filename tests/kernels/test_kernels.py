@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from expertune.activations import ClampedSwiGlu, Gate, GeGlu, ReluSquared, SwiGlu
-from expertune.backends import native_torch, triton
+from expertune.backends import native_torch, torch_steps, triton
 from expertune.backends.protocol import FactorSide
 from expertune.shapes import Dispatch, LoraFactors
 from expertune.weights.dense import DenseWeights
@@ -178,7 +178,7 @@ def test_gates(routing: Dispatch, gate: Gate, dtype: torch.dtype) -> None:
 
     def define(to: torch.dtype) -> list[Tensor]:
         h, weight = h_NG.to(to), weight_TK.to(torch.promote_types(to, torch.float32))
-        return [gate.forward(h), *native_torch.STEPS.gate_backward(gate, h, da_NF.to(to), weight, routing)]
+        return [gate.forward(h), *torch_steps.gate_backward(gate, h, da_NF.to(to), weight, routing)]
 
     names = ("a", "a again", "dh", "router")
     for name, ours, plain, truth in zip(names, results, define(dtype), define(torch.float64), strict=True):

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from expertune import compiled
-from expertune.activations import ClampedSwiGlu, Gate, SwiGlu
+from expertune.activations import ClampedSwiGlu, Gate, GeGlu, SwiGlu
 from expertune.backends import grouped_mm, triton
 from expertune.backends.protocol import Backend
 from expertune.experts import experts
@@ -215,3 +215,39 @@ def test_both_schedules_on_hopper_have_the_same_bits(
     assert (y_NO.float() - twin).norm() <= 0.005 * twin.norm()
     if gate is not None:
         assert torch.equal(a_NF, STEPS.gate_forward(gate, y_NO))
+
+
+@pytest.mark.parametrize(
+    "gate", [SwiGlu(), SwiGlu(is_concatenated=False), GeGlu("none"), ClampedSwiGlu(1.702, 7.0)], ids=str
+)
+@pytest.mark.parametrize("is_k_contiguous", [True, False])
+@pytest.mark.parametrize(
+    ("width", "width_out", "hot_rows"), [(2048, 768, 0), (64, 1024, 9000), (200, 328, 0), (256, 1064, 5000)]
+)
+def test_a_gates_backward_beside_the_product_on_hopper_has_the_same_bits(
+    width: int, width_out: int, hot_rows: int, is_k_contiguous: bool, gate: Gate
+) -> None:
+    """Also where the product is short, so that it has to wait for the gate."""
+    if not is_hopper(CUDA):
+        pytest.skip("needs a Hopper GPU")
+    from expertune.backends.triton_steps import STEPS  # Triton and Gluon, where they are
+
+    torch.manual_seed(0)
+    E, T, K, R = 16, 700, 4, 24
+    expert_TK = torch.rand(T, E, device=CUDA).topk(K, dim=-1).indices
+    if hot_rows:
+        expert_TK = torch.cat([expert_TK.reshape(-1, 1), torch.full((hot_rows, 1), 5, device=CUDA)])
+    routing = STEPS.dispatch(expert_TK, E)
+    dy_NI, mid_NR = normal(expert_TK.numel(), width), normal(expert_TK.numel(), R)
+    w_EIF, b_ERF = normal(E, width, width_out), normal(E, R, width_out)
+    if is_k_contiguous:
+        w_EIF, b_ERF = w_EIF.mT.contiguous().mT, b_ERF.mT.contiguous().mT
+    h_NG, weight_TK = 40 * normal(expert_TK.numel(), 2 * width_out), torch.rand(expert_TK.shape, device=CUDA)
+    terms = {"low_rank": (mid_NR, b_ERF)}
+    da_NF = STEPS.linear(dy_NI, w_EIF, routing, **terms)
+    a_NF, dh_NG, dweight_TK = STEPS.gate_backward(gate, h_NG, da_NF, weight_TK, routing)
+    for overwrites in [False] * 50 + [True]:
+        got = STEPS.linear_gate_backward(gate, dy_NI, w_EIF, h_NG, weight_TK, routing, overwrites=overwrites, **terms)
+        assert torch.equal(got[0], a_NF)
+        assert torch.equal(got[1], dh_NG)
+        torch.testing.assert_close(got[2], dweight_TK, rtol=1e-5, atol=1e-5 * dweight_TK.abs().max().item())

@@ -97,19 +97,22 @@ class Steps(Protocol):
         """`h_NG`, as `linear` gives it, and its gate's `a_NF`."""
         ...
 
-    def gate_backward(
+    def linear_gate_backward(
         self,
         gate: Gate,
+        dy_NI: Tensor,
+        w_EIF: Tensor,
         h_NG: Tensor,
-        da_NF: Tensor,
         weight_TK: Tensor,
         routing: Dispatch,
         *,
+        low_rank: tuple[Tensor, Tensor] | None = None,
         overwrites: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """`a_NF`, `dh_NG` times the router's weight of its row, and `⟨a, da⟩` of every slot, `(T, K)`.
 
-        `da_NF` is the gradient before the router's weight; it may be overwritten. So may `h_NG` with `overwrites`.
+        `da_NF`, the gradient before the router's weight, is what `linear` gives of `dy_NI`, `w_EIF` and `low_rank`.
+        `h_NG` may be overwritten with `overwrites`.
         """
         ...
 

@@ -85,16 +85,19 @@ class TorchSteps:
         h_NG = self.linear(x_NI, w_EIO, routing, low_rank=low_rank, bias_EO=bias_EO)
         return h_NG, gate.forward(h_NG)
 
-    def gate_backward(
+    def linear_gate_backward(
         self,
         gate: Gate,
+        dy_NI: Tensor,
+        w_EIF: Tensor,
         h_NG: Tensor,
-        da_NF: Tensor,
         weight_TK: Tensor,
         routing: Dispatch,
         *,
+        low_rank: tuple[Tensor, Tensor] | None = None,
         overwrites: bool = False,  # noqa: ARG002  it may, it need not
     ) -> tuple[Tensor, Tensor, Tensor]:
+        da_NF = self.linear(dy_NI, w_EIF, routing, low_rank=low_rank)
         return gate_backward(gate, h_NG, da_NF, weight_TK, routing)
 
     def combine(self, y_ND: Tensor, weight_TK: Tensor | None, routing: Dispatch) -> Tensor:
@@ -136,7 +139,7 @@ def add_each(grads: Sequence[Tensor], sums: Tensors) -> list[Tensor | None]:
 def gate_backward(
     gate: Gate, h_NG: Tensor, da_NF: Tensor, weight_TK: Tensor, routing: Dispatch
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The step `gate_backward`, by the gate's own torch code."""
+    """What `linear_gate_backward` gives, from `da_NF`, which is overwritten; by the gate's own torch code."""
     a_NF, dh_NG = gate.backward(h_NG, da_NF * routing.by_row(weight_TK).to(da_NF.dtype))
     dweight_N = da_NF.mul_(a_NF).sum(-1, dtype=torch.promote_types(a_NF.dtype, torch.float32))
     return a_NF, dh_NG, dweight_N.index_select(0, routing.token_row_TK.reshape(-1)).view_as(weight_TK)

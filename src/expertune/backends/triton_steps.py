@@ -99,9 +99,40 @@ class TritonSteps:
         *,
         overwrites: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """What `linear_gate_backward` gives, from `da_NF`, which is overwritten."""
         if (kernel := gate_kernel(gate)) is None:
             return torch_steps.gate_backward(gate, h_NG, da_NF, weight_TK, routing)
         return gates.gate_backward(h_NG, da_NF, weight_TK, routing.row_slot_N, kernel, overwrites=overwrites)
+
+    def linear_gate_backward(
+        self,
+        gate: Gate,
+        dy_NI: Tensor,
+        w_EIF: Tensor,
+        h_NG: Tensor,
+        weight_TK: Tensor,
+        routing: Dispatch,
+        *,
+        low_rank: tuple[Tensor, Tensor] | None = None,
+        overwrites: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        kernel = gate_kernel(gate)
+        if kernel is not None and kernel.has_up and _runs_on_hopper(dy_NI):
+            mid_NR, b_ERO = low_rank or (None, None)
+            return linear_hopper.linear_gate_backward(
+                dy_NI,
+                w_EIF,
+                routing.tiles,
+                h_NG,
+                weight_TK,
+                routing.row_slot_N,
+                kernel,
+                mid_NR=mid_NR,
+                b_ERO=b_ERO,
+                overwrites=overwrites,
+            )
+        da_NF = self.linear(dy_NI, w_EIF, routing, low_rank=low_rank)
+        return self.gate_backward(gate, h_NG, da_NF, weight_TK, routing, overwrites=overwrites)
 
     def combine(self, y_ND: Tensor, weight_TK: Tensor | None, routing: Dispatch) -> Tensor:
         return combine.combine(y_ND, routing.token_row_TK, None if weight_TK is None else weight_TK.contiguous())

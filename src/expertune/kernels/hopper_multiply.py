@@ -1,4 +1,4 @@
-"""The products of the Hopper linear: how items are dealt out, copied to shared memory and multiplied.
+"""The products of the Hopper linear: how tiles are dealt out, copied to shared memory and multiplied.
 
 One warp copies tiles with the tensor memory accelerator; two groups of four warps multiply, in one of two schedules
 (named as in CUTLASS):

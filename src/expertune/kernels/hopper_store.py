@@ -1,7 +1,8 @@
-"""What the Hopper linear does with a tile of sums: add a bias and apply the gate, or the gate's backward, and write it.
+"""What the Hopper linear does with a tile of sums, which lies in registers as the matrix unit left it.
 
-A tile lies in registers, as the matrix unit left it. It is written in halves or quarters, because with what is computed
-from it the whole would not fit the registers, while the other group of warps multiplies.
+Either the group that multiplied it adds the bias, applies the gate and writes it, while the other group multiplies. Or
+it leaves it in shared memory to eight more warps, which compute the gate's backward: some 40 instructions a number,
+with which four warps, that nobody relieves when they wait, would not be done while the other group multiplies.
 """
 
 from triton.experimental import gluon
@@ -20,15 +21,19 @@ def _halves(tile):
 
 
 @gluon.jit
-def _store_half(half, y_ptr, row, end, column, width, stride):
-    ROWS: gl.constexpr = half.type.shape[0]
-    COLUMNS: gl.constexpr = half.type.shape[1]
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    i = row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
+def _places(first_row, end, column, width, stride, ROWS: gl.constexpr, COLUMNS: gl.constexpr, layout: gl.constexpr):
+    """Where some rows and columns of a matrix lie, and which are before the end of the rows and the width."""
+    i = first_row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
     j = column + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, layout))
-    offset = gl.expand_dims(i.to(gl.int64) * stride, 1) + gl.expand_dims(j, 0)
-    mask = gl.expand_dims(i < end, 1) & gl.expand_dims(j < width, 0)
-    gl.store(y_ptr + offset, gl.convert_layout(half, layout), mask=mask)
+    at = gl.expand_dims(i.to(gl.int64) * stride, 1) + gl.expand_dims(j, 0)
+    return at, gl.expand_dims(i < end, 1) & gl.expand_dims(j < width, 0)
+
+
+@gluon.jit
+def _store_half(half, y_ptr, row, end, column, width, stride):
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    at, mask = _places(row, end, column, width, stride, half.type.shape[0], half.type.shape[1], layout)
+    gl.store(y_ptr + at, gl.convert_layout(half, layout), mask=mask)
 
 
 @gluon.jit
@@ -75,15 +80,6 @@ def store_gated(
 
 
 @gluon.jit
-def _places(first_row, end, column, width, ROWS: gl.constexpr, COLUMNS: gl.constexpr, layout: gl.constexpr):
-    """Where some rows and columns of a matrix of `width` columns lie, and which of them are of the expert."""
-    i = first_row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
-    j = column + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, layout))
-    at = gl.expand_dims(i.to(gl.int64) * width, 1) + gl.expand_dims(j, 0)
-    return at, gl.expand_dims(i < end, 1) & gl.expand_dims(j < width, 0)
-
-
-@gluon.jit
 def _load_gate_up(
     h_ptr,
     first_row,
@@ -97,14 +93,14 @@ def _load_gate_up(
 ):
     """Both parts of some rows and columns of `h`."""
     if IS_CONCATENATED:
-        at, mask = _places(first_row, end, column, 2 * F, ROWS, COLUMNS, layout)
-        mask = mask & gl.expand_dims(column + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, layout)) < F, 0)
-        return gl.load(h_ptr + at, mask=mask, other=0.0), gl.load(h_ptr + F + at, mask=mask, other=0.0)
+        at, mask = _places(first_row, end, column, F, 2 * F, ROWS, COLUMNS, layout)
+        g, u = gl.load(h_ptr + at, mask=mask, other=0.0), gl.load(h_ptr + F + at, mask=mask, other=0.0)
     else:
         pairs: gl.constexpr = gl.BlockedLayout([1, 8], layout.threads_per_warp, layout.warps_per_cta, [1, 0])
-        at, mask = _places(first_row, end, 2 * column, 2 * F, ROWS, 2 * COLUMNS, pairs)
+        at, mask = _places(first_row, end, 2 * column, 2 * F, 2 * F, ROWS, 2 * COLUMNS, pairs)
         g, u = gl.load(h_ptr + at, mask=mask, other=0.0).reshape([ROWS, COLUMNS, 2]).split()
-        return gl.convert_layout(g, layout), gl.convert_layout(u, layout)
+        g, u = gl.convert_layout(g, layout), gl.convert_layout(u, layout)
+    return g, u
 
 
 @gluon.jit
@@ -114,13 +110,12 @@ def _store_gate_up(dh_ptr, dg, du, first_row, end, column, F, IS_CONCATENATED: g
     COLUMNS: gl.constexpr = dg.type.shape[1]
     layout: gl.constexpr = dg.type.layout
     if IS_CONCATENATED:
-        at, mask = _places(first_row, end, column, 2 * F, ROWS, COLUMNS, layout)
-        mask = mask & gl.expand_dims(column + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, layout)) < F, 0)
+        at, mask = _places(first_row, end, column, F, 2 * F, ROWS, COLUMNS, layout)
         gl.store(dh_ptr + at, dg, mask=mask)
         gl.store(dh_ptr + F + at, du, mask=mask)
     else:
         pairs: gl.constexpr = gl.BlockedLayout([1, 8], layout.threads_per_warp, layout.warps_per_cta, [1, 0])
-        at, mask = _places(first_row, end, 2 * column, 2 * F, ROWS, 2 * COLUMNS, pairs)
+        at, mask = _places(first_row, end, 2 * column, 2 * F, 2 * F, ROWS, 2 * COLUMNS, pairs)
         gl.store(dh_ptr + at, gl.convert_layout(gl.join(dg, du).reshape([ROWS, 2 * COLUMNS]), pairs), mask=mask)
 
 
@@ -140,9 +135,14 @@ def hand_over(
     _ALPHA: gl.constexpr,
     _LIMIT: gl.constexpr,
 ):
-    """Leave one tile of sums, the program's `nth`, to the warps of `gate_backward`, rounded as it would be stored."""
-    tile, full, empty = outputs
-    mbarrier.wait(empty.index(0), (nth & 1) ^ 1)
+    """Leave one tile of sums, the program's `nth`, to the warps of `gate_backward`, rounded as it would be stored.
+
+    Each group has a barrier of its own that says when the other's tile is taken: on one for both it could take an older
+    phase of the same parity for its own.
+    """
+    tile, full, taken = outputs
+    group = nth & 1
+    mbarrier.wait(taken.index(group), ((nth >> 1) & 1) ^ (1 - group))
     tile._reinterpret(tile.dtype, acc.type.shape, tile.type.layout).store(acc.to(tile.dtype))
     mbarrier.arrive(full.index(0), count=1)
 
@@ -164,7 +164,7 @@ def gate_backward(
 
     `dh` may lie where `h` lies. The next rows of `h` are on their way while some are computed with.
     """
-    tile, full, empty = handed
+    tile, full, taken = handed
     h_ptr, dh_ptr, a_ptr, dweight_ptr, weight_ptr, row_slot_ptr = outputs
     _tile_expert_ptr, _tile_row_ptr, num_tiles_ptr, _ends_ptr = tiles
     dtype: gl.constexpr = a_ptr.dtype.element_ty
@@ -197,14 +197,13 @@ def gate_backward(
             slot = gl.load(row_slot_ptr + i + PIECE, mask=i + PIECE < next_end, other=0)
             da = tile.index(n).load(layout).to(gl.float32)
             a, dg, du = GRAD(g.to(gl.float32), u.to(gl.float32), da, ALPHA, LIMIT)
-            at, mask = _places(first_row, end, column, F, PIECE, COLUMNS, layout)
+            at, mask = _places(first_row, end, column, F, F, PIECE, COLUMNS, layout)
             gl.store(a_ptr + at, a.to(dtype), mask=mask)
-            weight_1 = gl.expand_dims(weight, 1)
-            dg, du = (dg * weight_1).to(dtype), (du * weight_1).to(dtype)
+            dg, du = (dg * gl.expand_dims(weight, 1)).to(dtype), (du * gl.expand_dims(weight, 1)).to(dtype)
             _store_gate_up(dh_ptr, dg, du, first_row, end, column, F, IS_CONCATENATED)
             dweight = gl.sum(a * da, axis=1)
             gl.store(dweight_ptr + i.to(gl.int64) * num_columns + item_column, dweight, mask=i < end)
             i += PIECE
             g, u = next_g, next_u
-        mbarrier.arrive(empty.index(0), count=1)
+        mbarrier.arrive(taken.index((nth + 1) & 1), count=1)
         nth += 1

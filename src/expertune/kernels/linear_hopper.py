@@ -1,7 +1,7 @@
-"""Grouped linear with LoRA and a gate, or a gate's backward, for Hopper (compute capability 9.0, bf16 and fp16), in Gluon.
+"""Grouped linear with LoRA and a gate or a gate's backward, for Hopper (compute capability 9.0, bf16, fp16), in Gluon.
 
 The same equations as `linear.py` and `gates.py`, its tested twins: `hopper_multiply.py` copies and multiplies,
-`hopper_store.py` computes the gate on a tile of sums and writes it.
+`hopper_store.py` computes the gate, or its backward, from a tile of sums and writes it.
 """
 
 from functools import lru_cache
@@ -30,7 +30,7 @@ _COOPERATIVE_COLUMNS, _COOPERATIVE_STAGES = 256, 4
 _GROUP = 16  # row tiles that go through the columns together
 _COOPERATIVE_WIDTH, _COOPERATIVE_ROWS = 1024, 2048  # at least; rows an expert on average; measured on an H100
 _COOPERATIVE_GB_S = 4000  # of memory, at most: an H100 has 3,350; on an H200, with 4,900, ping-pong is 5 to 20 % faster
-_PIECE, _GATE_WARPS, _GATE_MAXNREG = 16, 8, 96
+_PIECE, _GATE_WARPS = 16, 8  # rows at a time, and warps, of a gate's backward
 _SUMMED = 1024  # parts of sums a program
 _memory_gb_s = lru_cache(triton.testing.get_dram_gbps)
 
@@ -122,9 +122,10 @@ def _gate_backward_kernel(
     by_row: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, [1, 0])
     tile = gl.allocate_shared_memory(a_ptr.dtype.element_ty, [ROWS // PIECE, PIECE, COLUMNS], by_row)
     full = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
-    taken = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
+    taken = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     mbarrier.init(full.index(0), count=1)
-    mbarrier.init(taken.index(0), count=1)
+    for group in gl.static_range(2):
+        mbarrier.init(taken.index(group), count=1)
     fence_async_shared()
     descriptors = (dy_desc, w_desc, mid_desc, b_desc)
     tiles = (tile_expert_ptr, tile_row_ptr, num_tiles_ptr, ends_ptr)
@@ -141,7 +142,7 @@ def _gate_backward_kernel(
             (copy, (descriptors, buffers, barriers, tiles, widths, IS_K_CONTIGUOUS, False, GROUP)),
         ],
         [4, NUM_WARPS, 1],
-        [160, 64, 24],
+        [160, 64, 24],  # registers a thread; what the launch has beyond them, the first group gets
     )
     # fmt: on
 
@@ -340,7 +341,7 @@ def linear_gate_backward(
         {"STORE": hand_over, **cut.constants, **constants},
         descriptors=cut.descriptors,
         num_warps=4,
-        maxnreg=_GATE_MAXNREG,
+        maxnreg=96,
     )
     _sum_parts(parts_NP, row_slot_N, dweight_TK)
     return a_NF, dh_NG, dweight_TK
