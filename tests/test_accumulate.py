@@ -86,8 +86,7 @@ def added(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return counts
 
 
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("ranks", [(8,), (4, 9)], ids=str)
+@pytest.mark.parametrize(("ranks", "transposed"), [((8,), True), ((4, 9), False)], ids=str)
 @pytest.mark.parametrize(("backend", "dtype"), runnable(torch.float32, torch.bfloat16, torch.float16), ids=pair_id)
 def test_later_batches_are_added_in_place(
     backend: Backend, dtype: torch.dtype, ranks: tuple[int, ...], transposed: bool, added: list[int]

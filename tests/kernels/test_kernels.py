@@ -188,6 +188,7 @@ def test_gates(routing: Dispatch, gate: Gate, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 @pytest.mark.parametrize("is_k_contiguous", [False, True])
 @pytest.mark.parametrize("gate", GATES.values(), ids=GATES)
+@pytest.mark.parametrize("routing", [ROUTINGS["one hot expert"]], ids=["one hot expert"], indirect=True)
 def test_a_gated_linear_is_the_gate_of_the_linear(
     routing: Dispatch, gate: Gate, is_k_contiguous: bool, dtype: torch.dtype
 ) -> None:
