@@ -49,6 +49,31 @@ def locate(item, num_columns, tiles, ROWS: gl.constexpr, GROUP: gl.constexpr):
 
 
 @gluon.jit
+def _copy_weights(
+    desc,
+    expert,
+    first,
+    column,
+    I,  # noqa: E741
+    O,  # noqa: E741
+    bar,
+    w_buf,
+    IS_K_CONTIGUOUS: gl.constexpr,
+    IS_SPLIT: gl.constexpr,
+):
+    """One step of an expert's weights, or of its `B`, from row `first` and some column on."""
+    if IS_SPLIT:
+        HALF: gl.constexpr = w_buf.type.shape[0] // 2
+        tma.async_copy_global_to_shared(desc, [expert * O + column, first], bar, w_buf.slice(0, HALF))
+        up = expert * O + O // 2 + column
+        tma.async_copy_global_to_shared(desc, [up, first], bar, w_buf.slice(HALF, HALF))
+    elif IS_K_CONTIGUOUS:
+        tma.async_copy_global_to_shared(desc, [expert * O + column, first], bar, w_buf)
+    else:
+        tma.async_copy_global_to_shared(desc, [expert * I + first, column], bar, w_buf)
+
+
+@gluon.jit
 def copy(
     descriptors,
     buffers,
@@ -69,7 +94,6 @@ def copy(
     ROWS: gl.constexpr = x_bufs.type.shape[1]
     DEPTH: gl.constexpr = x_bufs.type.shape[2]
     COLUMNS: gl.constexpr = w_bufs.type.shape[1] if IS_K_CONTIGUOUS else w_bufs.type.shape[2]
-    HALF: gl.constexpr = COLUMNS // 2
     NUM_COPIES: gl.constexpr = 2 if IS_SPLIT else 1
     num_base = gl.cdiv(I, DEPTH)
     num_steps = num_base + gl.cdiv(R, DEPTH)
@@ -86,25 +110,11 @@ def copy(
             if k < num_base:
                 first = k * DEPTH
                 tma.async_copy_global_to_shared(x_desc, [row, first], bar, x_buf)
-                if IS_SPLIT:
-                    tma.async_copy_global_to_shared(w_desc, [expert * O + column, first], bar, w_buf.slice(0, HALF))
-                    up = expert * O + O // 2 + column
-                    tma.async_copy_global_to_shared(w_desc, [up, first], bar, w_buf.slice(HALF, HALF))
-                elif IS_K_CONTIGUOUS:
-                    tma.async_copy_global_to_shared(w_desc, [expert * O + column, first], bar, w_buf)
-                else:
-                    tma.async_copy_global_to_shared(w_desc, [expert * I + first, column], bar, w_buf)
+                _copy_weights(w_desc, expert, first, column, I, O, bar, w_buf, IS_K_CONTIGUOUS, IS_SPLIT)
             else:
                 first = (k - num_base) * DEPTH
                 tma.async_copy_global_to_shared(mid_desc, [row, first], bar, x_buf)
-                if IS_SPLIT:
-                    tma.async_copy_global_to_shared(b_desc, [expert * O + column, first], bar, w_buf.slice(0, HALF))
-                    up = expert * O + O // 2 + column
-                    tma.async_copy_global_to_shared(b_desc, [up, first], bar, w_buf.slice(HALF, HALF))
-                elif IS_K_CONTIGUOUS:
-                    tma.async_copy_global_to_shared(b_desc, [expert * O + column, first], bar, w_buf)
-                else:
-                    tma.async_copy_global_to_shared(b_desc, [expert * R + first, column], bar, w_buf)
+                _copy_weights(b_desc, expert, first, column, R, O, bar, w_buf, IS_K_CONTIGUOUS, IS_SPLIT)
             step += 1
 
 
@@ -125,6 +135,7 @@ def multiply(
     """One of the two groups that multiply: its half of every item, or all of every second.
 
     In ping-pong its turn comes when the other has one step yet to issue: the matrix unit waits for no tile's beginning.
+    What becomes of the sums is up to `STORE`, which is given them, where they belong, and that they are the `nth` item.
     """
     outputs, buffers, barriers, tiles, widths = work
     x_bufs, w_bufs = buffers
