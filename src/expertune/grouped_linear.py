@@ -24,18 +24,18 @@ class GroupedLinear(NamedTuple):
         self, gate: Gate, x_NI: Tensor, packed: PackedFactors | None, mid_NR: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """`h_NG` and `a_NF`."""
-        low_rank = None if packed is None or mid_NR is None else (mid_NR, packed.b_EOR.mT)
+        low_rank = _forward_terms(packed, mid_NR)
         w_EIO, bias_EO = self.weights.w_EIO, self.bias_EO
         return self.steps.gated_linear(gate, x_NI, w_EIO, self.routing, low_rank=low_rank, bias_EO=bias_EO)
 
     def forward(self, x_NI: Tensor, packed: PackedFactors | None, mid_NR: Tensor | None) -> Tensor:
         """`y_NO`."""
-        low_rank = None if packed is None or mid_NR is None else (mid_NR, packed.b_EOR.mT)
+        low_rank = _forward_terms(packed, mid_NR)
         return self.steps.linear(x_NI, self.weights.w_EIO, self.routing, low_rank=low_rank, bias_EO=self.bias_EO)
 
     def input_grad(self, dy_NO: Tensor, packed: PackedFactors | None, dmid_NR: Tensor | None) -> Tensor:
         """`dx_NI`."""
-        low_rank = None if packed is None or dmid_NR is None else (dmid_NR, packed.a_ERI)
+        low_rank = _backward_terms(packed, dmid_NR)
         return self.steps.linear(dy_NO, self.weights.w_EOI, self.routing, low_rank=low_rank)
 
     def gate_backward(
@@ -50,7 +50,7 @@ class GroupedLinear(NamedTuple):
         overwrites: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The backward of the gate before it, from `input_grad`: see `Steps.linear_gate_backward`."""
-        low_rank = None if packed is None or dmid_NR is None else (dmid_NR, packed.a_ERI)
+        low_rank = _backward_terms(packed, dmid_NR)
         w_EOI, routing = self.weights.w_EOI, self.routing
         return self.steps.linear_gate_backward(
             gate, dy_NO, w_EOI, h_NG, weight_TK, routing, low_rank=low_rank, overwrites=overwrites
@@ -83,6 +83,16 @@ class GroupedLinear(NamedTuple):
             num_experts, _, rank = b_EOR.shape
             a_ERI = self.adapters[0].a.view(num_experts, rank, -1)
         return PackedFactors(a_ERI, b_EOR)
+
+
+def _forward_terms(packed: PackedFactors | None, mid_NR: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    """What is multiplied beside rows and weights: the mid and `b`, if there are adapters."""
+    return None if packed is None or mid_NR is None else (mid_NR, packed.b_EOR.mT)
+
+
+def _backward_terms(packed: PackedFactors | None, dmid_NR: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    """The same for the gradient of the rows: the gradient of the mid, and `a`."""
+    return None if packed is None or dmid_NR is None else (dmid_NR, packed.a_ERI)
 
 
 def pack(first: GroupedLinear, second: GroupedLinear) -> list[PackedFactors | None]:

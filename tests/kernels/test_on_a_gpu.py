@@ -11,7 +11,7 @@ from expertune.backends.protocol import Backend
 from expertune.experts import experts
 from expertune.kernels.device import is_hopper
 from expertune.kernels.program import Program, Programs
-from expertune.shapes import ExpertsLayout, LoraFactors
+from expertune.shapes import Dispatch, ExpertsLayout, LoraFactors
 from expertune.walk import ExpertsStep, Projection
 from tests.cases import needs_cuda, problem
 
@@ -176,6 +176,24 @@ def test_offsets_beyond_32_bits(
         assert (ours.float() - theirs.float()).norm() <= 0.02 * theirs.float().norm()
 
 
+def product(
+    width: int, width_out: int, hot_rows: int, is_k_contiguous: bool
+) -> tuple[Dispatch, Tensor, Tensor, Tensor, Tensor]:
+    """The routing, `x`, mid, `w` and `b` of 16 experts, one of which may have more row tiles than go together."""
+    from expertune.backends.triton_steps import STEPS  # Triton and Gluon, where they are
+
+    torch.manual_seed(0)
+    E, T, K, R = 16, 700, 4, 24
+    expert_TK = torch.rand(T, E, device=CUDA).topk(K, dim=-1).indices
+    if hot_rows:
+        expert_TK = torch.cat([expert_TK.reshape(-1, 1), torch.full((hot_rows, 1), 5, device=CUDA)])
+    x, mid = normal(expert_TK.numel(), width), normal(expert_TK.numel(), R)
+    w, b = normal(E, width, width_out), normal(E, R, width_out)
+    if is_k_contiguous:
+        w, b = w.mT.contiguous().mT, b.mT.contiguous().mT
+    return STEPS.dispatch(expert_TK, E), x, mid, w, b
+
+
 @pytest.mark.parametrize("gate", [None, SwiGlu(), ClampedSwiGlu(1.702, 7.0)], ids=["no gate", "silu", "clamped"])
 @pytest.mark.parametrize("is_k_contiguous", [True, False])
 @pytest.mark.parametrize(
@@ -189,17 +207,9 @@ def test_both_schedules_on_hopper_have_the_same_bits(
     from expertune.backends.triton_steps import STEPS, gate_kernel  # Triton and Gluon, where they are
     from expertune.kernels import linear_hopper
 
-    torch.manual_seed(0)
-    E, T, K, R = 16, 700, 4, 24
-    expert_TK = torch.rand(T, E, device=CUDA).topk(K, dim=-1).indices
-    if hot_rows:  # more row tiles than one group takes
-        expert_TK = torch.cat([expert_TK.reshape(-1, 1), torch.full((hot_rows, 1), 5, device=CUDA)])
-    routing = STEPS.dispatch(expert_TK, E)
+    routing, x, mid, w, b = product(width, width_out, hot_rows, is_k_contiguous)
+    bias = normal(w.shape[0], width_out)
     kernel = None if gate is None else gate_kernel(gate)
-    x, mid, bias = normal(expert_TK.numel(), width), normal(expert_TK.numel(), R), normal(E, width_out)
-    w, b = normal(E, width, width_out), normal(E, R, width_out)
-    if is_k_contiguous:
-        w, b = w.mT.contiguous().mT, b.mT.contiguous().mT
     if kernel is not None and not linear_hopper.fuses(kernel, w):
         pytest.skip("this gate is a launch of its own for such weights")
     assert routing.tiles is not None
@@ -232,17 +242,9 @@ def test_a_gates_backward_beside_the_product_on_hopper_has_the_same_bits(
         pytest.skip("needs a Hopper GPU")
     from expertune.backends.triton_steps import STEPS  # Triton and Gluon, where they are
 
-    torch.manual_seed(0)
-    E, T, K, R = 16, 700, 4, 24
-    expert_TK = torch.rand(T, E, device=CUDA).topk(K, dim=-1).indices
-    if hot_rows:
-        expert_TK = torch.cat([expert_TK.reshape(-1, 1), torch.full((hot_rows, 1), 5, device=CUDA)])
-    routing = STEPS.dispatch(expert_TK, E)
-    dy_NI, mid_NR = normal(expert_TK.numel(), width), normal(expert_TK.numel(), R)
-    w_EIF, b_ERF = normal(E, width, width_out), normal(E, R, width_out)
-    if is_k_contiguous:
-        w_EIF, b_ERF = w_EIF.mT.contiguous().mT, b_ERF.mT.contiguous().mT
-    h_NG, weight_TK = 40 * normal(expert_TK.numel(), 2 * width_out), torch.rand(expert_TK.shape, device=CUDA)
+    routing, dy_NI, mid_NR, w_EIF, b_ERF = product(width, width_out, hot_rows, is_k_contiguous)
+    h_NG = 40 * normal(dy_NI.shape[0], 2 * width_out)
+    weight_TK = torch.rand(routing.token_row_TK.shape, device=CUDA)
     terms = {"low_rank": (mid_NR, b_ERF)}
     da_NF = STEPS.linear(dy_NI, w_EIF, routing, **terms)
     a_NF, dh_NG, dweight_TK = STEPS.gate_backward(gate, h_NG, da_NF, weight_TK, routing)

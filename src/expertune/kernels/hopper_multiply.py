@@ -136,6 +136,7 @@ def multiply(
 
     In ping-pong its turn comes when the other has one step yet to issue: the matrix unit waits for no tile's beginning.
     What becomes of the sums is up to `STORE`, which is given them, where they belong, and that they are the `nth` item.
+    It comes from the launch like the gate: Gluon hands functions on to other warps as constants only, not in tuples.
     """
     outputs, buffers, barriers, tiles, widths = work
     x_bufs, w_bufs = buffers
