@@ -79,14 +79,15 @@ def sums(ctx: Any, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
         ctx: of the `torch.autograd.Function` whose backward runs.
         tensors: among its inputs.
     """
+    totals = [None if tensor is None or not _is_plain(tensor) else tensor.grad for tensor in tensors]
+    if all(total is None for total in totals):  # as in the first batch of a step
+        return totals
     nodes = (node for node, _ in ctx.next_functions if node is not None)
     leaves = {id(node.variable): node for node in nodes if getattr(node, "variable", None) is not None}
-    found: list[Tensor | None] = []
-    for tensor in tensors:
-        node = leaves.get(id(tensor))
-        may_add = tensor is not None and node is not None and _is_plain(tensor) and _will_run(node)
-        found.append(tensor.grad if tensor is not None and may_add else None)
-    return found
+    return [
+        total if total is not None and (node := leaves.get(id(tensor))) is not None and _will_run(node) else None
+        for tensor, total in zip(tensors, totals, strict=True)
+    ]
 
 
 def plus(total: Tensor | None, grad: Tensor | None, *, widens: bool = True) -> Tensor | None:
@@ -104,16 +105,17 @@ def plus(total: Tensor | None, grad: Tensor | None, *, widens: bool = True) -> T
     return total.add_(grad)
 
 
-def _is_plain(leaf: Tensor) -> bool:
-    grad = leaf.grad
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether it is a leaf with a gradient, and nothing but autograd would see one more."""
+    grad = tensor.grad if tensor.is_leaf else None
     return (
         grad is not None
         and type(grad) is Tensor
-        and grad.dtype == leaf.dtype
+        and grad.dtype == tensor.dtype
         and grad.is_contiguous()
         and not grad.requires_grad
-        and not leaf._backward_hooks
-        and not getattr(leaf, "_post_accumulate_grad_hooks", None)
+        and not tensor._backward_hooks
+        and not getattr(tensor, "_post_accumulate_grad_hooks", None)
         # autograd lets the caller wait for the stream of what it adds itself
         and (not grad.is_cuda or torch._C._cuda_getCurrentRawStream(grad.device.index) == 0)
     )

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor
+from torch._utils import _unflatten_dense_tensors
 from torch.autograd.function import once_differentiable
 
 from expertune import accumulate
@@ -65,6 +66,7 @@ class Recording:
         self._own, self._shared = self._places(inputs)
         by_place = dict(self._own) | {i: shared.tensor for i, shared in self._shared}
         self._tensors = [by_place[i] for i in range(len(inputs))]
+        self._entered = [(place, tensor.detach()) for place, tensor in self._own]
         self._rest: Any = None
         self._outs: list[Tensor] = []
 
@@ -96,7 +98,7 @@ class Recording:
         """The outputs, and what stands for their backward: once nobody holds it, none is to come."""
         self._load(inputs)
         self._forward.replay()
-        return tuple(out.detach().clone() for out in self._outs), self._begin()
+        return tuple(out.clone() for out in self._outs), self._begin()  # without history: in a function of autograd
 
     def backward(
         self, begun: Any, douts: Sequence[Tensor], sums: Sequence[Tensor | None], *, is_last: bool
@@ -120,7 +122,7 @@ class Recording:
             self._pass = lambda: None
         grads: list[Tensor | None] = [None] * (len(self._own) + len(self._parameters))
         for leaving in self._leaving:
-            for number, part in zip(leaving.numbers, leaving.parts(leaving.flat.clone()), strict=True):
+            for number, part in zip(leaving.numbers, leaving.copy(), strict=True):
                 grads[number] = part
         all_sums = [*[None] * len(self._own), *sums]
         for number, grad in zip(self._numbers_of_large, self._large, strict=True):
@@ -169,8 +171,8 @@ class Recording:
             )
 
     def _load(self, inputs: Sequence[Tensor]) -> None:
-        for place, tensor in self._own:
-            tensor.detach().copy_(inputs[place])
+        for place, tensor in self._entered:
+            tensor.copy_(inputs[place])
         for place, shared in self._shared:
             shared.load(inputs[place])
 
@@ -187,7 +189,7 @@ class Recording:
         douts = list(asked)
         for entering in self._side_by_side("in", dict(enumerate(asked))):
             entering.flat.zero_()
-            for number, part in zip(entering.numbers, entering.parts(), strict=True):
+            for number, part in zip(entering.numbers, entering.parts, strict=True):
                 douts[number] = part
         grads = {number: grad for number, grad in enumerate(self._gradients(douts)) if grad is not None}
         large = [number for number, grad in grads.items() if grad.nbytes >= _LARGE]
@@ -198,14 +200,14 @@ class Recording:
 
     def _side_by_side(self, purpose: str, tensors: dict[int, Tensor]) -> list["Buffered"]:
         """Room for such tensors in buffers that recordings share, one a dtype."""
-        by_dtype: defaultdict[torch.dtype, list[int]] = defaultdict(list)
+        by_dtype: defaultdict[torch.dtype, dict[int, Tensor]] = defaultdict(dict)
         for number, tensor in tensors.items():
-            by_dtype[tensor.dtype].append(number)
+            by_dtype[tensor.dtype][number] = tensor
         rooms = []
-        for numbers in by_dtype.values():
-            shapes = [tensors[number].shape for number in numbers]
-            flat = self._pool.buffer(purpose, sum(shape.numel() for shape in shapes), tensors[numbers[0]])
-            rooms.append(Buffered(numbers, shapes, flat))
+        for alike in by_dtype.values():
+            each = list(alike.values())
+            flat = self._pool.buffer(purpose, sum(tensor.numel() for tensor in each), each[0])
+            rooms.append(Buffered.of(alike, flat))
         return rooms
 
     def _run_forward(self) -> None:
@@ -250,13 +252,20 @@ class Buffered(NamedTuple):
     """Tensors of one dtype, side by side in one buffer, in which they leave a graph or enter it."""
 
     numbers: list[int]
-    shapes: list[torch.Size]
     flat: Tensor
+    parts: list[Tensor]
 
-    def parts(self, flat: Tensor | None = None) -> list[Tensor]:
-        """Each of them, in the buffer or in a copy of it."""
-        parts = torch.split(self.flat if flat is None else flat, [shape.numel() for shape in self.shapes])
-        return [part.view(shape) for part, shape in zip(parts, self.shapes, strict=True)]
+    @classmethod
+    def of(cls, tensors: dict[int, Tensor], flat: Tensor) -> "Buffered":
+        """Room in `flat` for such tensors, by their numbers."""
+        parts = torch.split(flat, [tensor.numel() for tensor in tensors.values()])
+        shaped = [part.view(tensor.shape) for part, tensor in zip(parts, tensors.values(), strict=True)]
+        return cls(list(tensors), flat, shaped)
+
+    def copy(self) -> tuple[Tensor, ...]:
+        """What they hold now, in memory of its own."""
+        copies: tuple[Tensor, ...] = _unflatten_dense_tensors(self.flat.clone(), self.parts)  # type: ignore[no-untyped-call]
+        return copies
 
 
 class _Pass:

@@ -42,7 +42,7 @@ class Rerun(Recording):
         own = [
             Own(place, part.detach().requires_grad_())
             for room in self._side_by_side("inputs", wanted)
-            for place, part in zip(room.numbers, room.parts(), strict=True)
+            for place, part in zip(room.numbers, room.parts, strict=True)
         ]
         others = [(place, x) for place, x in enumerate(inputs) if not x.requires_grad]
         return sorted(own, key=lambda each: each.place), [(i, self._pool.shared(x, is_passing=True)) for i, x in others]

@@ -5,15 +5,15 @@ That is asked in every step, of thousands of dictionaries: so they are walked wi
 
 from collections.abc import Callable
 from itertools import chain
-from operator import attrgetter, itemgetter, methodcaller
+from operator import attrgetter, itemgetter
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 _SCALARS = (int, float, str, bool, type(None))
 _INTERNAL = frozenset(vars(nn.Module())) - {"training"}
 _HOOKS = tuple(name for name in vars(nn.Module()) if name.endswith("hooks") and "state_dict" not in name)
-_address, _wants_gradient = methodcaller("data_ptr"), attrgetter("requires_grad")
+_address, _wants_gradient = Tensor.data_ptr, attrgetter("requires_grad")
 
 
 class Watch:

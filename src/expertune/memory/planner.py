@@ -134,8 +134,19 @@ class LayerPlan(NamedTuple):
 
 def _device(layer: nn.Module, x: Tensor) -> torch.device:
     """Where a layer computes: `x` may lie where the layer before did, and be moved by a hook of Accelerate."""
-    weight = next(layer.parameters(), None)
+    weight = _first_parameter(layer)
     return x.device if weight is None or weight.is_meta else weight.device  # meta: loaded when it runs
+
+
+def _first_parameter(module: nn.Module) -> nn.Parameter | None:
+    """`next(module.parameters(), None)` without the names and sets that torch makes on the way: asked in each call."""
+    for parameter in module._parameters.values():
+        if parameter is not None:
+            return parameter
+    for child in module._modules.values():
+        if child is not None and (found := _first_parameter(child)) is not None:
+            return found
+    return None
 
 
 def _tokens(x: Tensor) -> int:
