@@ -6,16 +6,21 @@ OLDEST := .venv-oldest/bin
 TORCH ?= $(if $(shell command -v nvidia-smi 2>/dev/null),torch>=2.10,torch==2.13.0)
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: demo test test-families test-oldest models lint bench format clean
+.PHONY: demo test test-thorough test-families test-oldest models lint bench format clean
 
 demo: .venv/.installed
 	$(BIN)/expertune train
 
 # a worker a core
-test test-families test-oldest: export OMP_NUM_THREADS = 1
+test test-thorough test-families test-oldest: export OMP_NUM_THREADS = 1
 test: .venv/.installed
-	$(BIN)/pytest -n $(JOBS)
-	TRITON_INTERPRET=1 $(BIN)/pytest -n $(JOBS) -k "kernels or triton" tests/kernels tests/test_experts.py tests/test_accumulate.py tests/backends tests/test_saved_bytes.py tests/graphs/test_postponed.py
+	$(BIN)/pytest -n $(JOBS) -m "not thorough"
+	TRITON_INTERPRET=1 $(BIN)/pytest -n $(JOBS) -m "not thorough" -k "kernels or triton" tests/kernels tests/test_experts.py tests/test_accumulate.py tests/backends tests/test_saved_bytes.py tests/graphs/test_postponed.py
+
+# the many alike that `make test` leaves out, before a release
+test-thorough: .venv/.installed
+	$(BIN)/pytest -n $(JOBS) -m thorough
+	TRITON_INTERPRET=1 $(BIN)/pytest -n $(JOBS) -m thorough -k triton tests/test_experts.py
 
 test-families: .venv/.installed
 	$(BIN)/pytest -n $(JOBS) tests/families
@@ -23,7 +28,7 @@ test-families: .venv/.installed
 # on the oldest Transformers, PEFT and TRL: all but what does not know them, and our benchmarks
 LEFT_OUT := attention backends benchmarks kernels optim test_accumulate.py test_activations.py test_experts.py test_gated_mlp.py test_routing.py test_saved_bytes.py test_size.py
 test-oldest: .venv-oldest/.installed
-	$(OLDEST)/pytest -n $(JOBS) $(addprefix --ignore=tests/,$(LEFT_OUT))
+	$(OLDEST)/pytest -n $(JOBS) -m "not thorough" $(addprefix --ignore=tests/,$(LEFT_OUT))
 
 models: .venv/.installed
 	$(BIN)/python -m tests.families.table

@@ -60,6 +60,11 @@ needs_kernels = pytest.mark.skipif(
 )
 
 
+def is_interpreted(backend: Backend) -> bool:
+    """Whether it runs in Triton's interpreter, where a pass takes seconds."""
+    return backend.name == "triton" and DEVICE.type == "cpu"
+
+
 def pair_id(value: object) -> str:
     """How pytest names a backend or a dtype."""
     return value.name if isinstance(value, Backend) else str(value).removeprefix("torch.")

@@ -17,7 +17,7 @@ from expertune.walk import ExpertsStep, Projection
 from tests.cases import DEVICE, pair_id, runnable
 from tests.kept import kept_for_backward
 
-T, K, E, D, F, R = 20, 4, 8, 64, 32, 16
+T, K, E, D, F, R = 10, 2, 4, 32, 16, 8
 _Inputs: TypeAlias = tuple[Tensor, Tensor, Tensor, tuple[Projection, Projection]]
 
 

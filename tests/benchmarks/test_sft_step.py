@@ -3,12 +3,15 @@
 import json
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from sft_worker import sample_lengths
+from sft_step import write
+from sft_worker import sample_lengths, work
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,18 +32,28 @@ def test_all_peers_take_the_same_steps(step_results: Path) -> None:
     assert (step_results.parent / "sft_step.png").is_file()
 
 
-@pytest.mark.parametrize("rows", ["packed", "padded"])
-def test_several_samples_do_not_see_each_other(rows: str, tmp_path: Path) -> None:
-    sizes = ["--shape", "tiny", "--layers", "2", "--contexts", "1024", "--steps", "2", "--rank", "4"]
-    losses = {}
-    for kind, peers in (("whole", "transformers"), (rows, "transformers,expertune")):
-        command = [sys.executable, str(ROOT / "benchmarks" / "sft_step.py"), *sizes, "--rows", kind, "--peers", peers]
-        subprocess.run([*command, "--output", str(tmp_path / kind)], check=True)
-        report = json.loads((tmp_path / kind / "sft_step.json").read_text())
-        losses[kind] = {peer: rows[0]["loss"] for peer, rows in report["peers"].items()}
-    several = losses[rows]
-    assert several["expertune"] == pytest.approx(several["transformers"], abs=0.001)
-    assert several["transformers"] != losses["whole"]["transformers"]
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model of the smallest shape."""
+    made = tmp_path_factory.mktemp("model")
+    write("tiny", 2, made)
+    return str(made)
+
+
+def test_several_samples_do_not_see_each_other(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = {"shape": "tiny", "folder": folder, "contexts": "512", "rank": 4, "steps": 2, "longest": False}
+    settings |= {"memory": "auto", "adapter_dtype": "float32", "adam": "expertune", "experts": "grouped_mm"}
+
+    def losses(peer: str, rows: str) -> Any:
+        work(peer, Namespace(**settings, rows=rows))
+        (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith('{"context')]
+        return json.loads(line)["loss"]
+
+    whole = losses("transformers", "whole")
+    for rows in ("packed", "padded"):
+        stock, ours = losses("transformers", rows), losses("expertune", rows)
+        assert ours == pytest.approx(stock, abs=0.001)
+        assert stock != whole
 
 
 def test_samples_fill_a_context() -> None:

@@ -90,12 +90,10 @@ def test_a_repeated_pass_equals_one_that_ran(
     layer.run(EVEN, 0)
     assert _made(programs) == 0, "a shape met once is not worth noting"
     layer.run(EVEN, 0)
-    repeated = [layer.run(EVEN.flip(0), seed) for seed in (1, 2)]
+    repeated = layer.run(EVEN.flip(0), 1)
     num_made = _made(programs)
     monkeypatch.setattr(programs, "_known", {})
-    for seed, results in zip((1, 2), repeated, strict=True):
-        ran = layer.run(EVEN.flip(0), seed)
-        assert all(torch.equal(a, b) for a, b in zip(results, ran, strict=True))
+    assert all(map(torch.equal, repeated, layer.run(EVEN.flip(0), 1)))
     assert num_made == (3 if layer.parts[0].adapters else 1), "the sort; forward and backward, where we gather the rows"
 
 
