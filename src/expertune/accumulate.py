@@ -9,7 +9,9 @@ can be are not part of it, but postponed: computed after the replay, where they 
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,21 +19,26 @@ from torch import Tensor
 from expertune.shapes import Tensors
 
 
-class Postponed(NamedTuple):
+@dataclass(frozen=True)
+class Postponed:
     """Gradients that are computed once a recorded backward pass has been replayed.
 
     Args:
         leaves: whose gradients.
-        compute: of tensors, and for each leaf what its gradient is added to in place, or None: the gradients, with None
-            where one was added.
-        saved: what it reads first, made before that pass.
-        made: what it reads then, made in it.
+        bind: makes `compute` from the tensors that it reads, which stay where they are.
+        saved: those it reads first, made before that pass.
+        made: those it reads then, made in it.
     """
 
     leaves: tuple[Tensor, ...]
-    compute: Callable[[Tensors, Tensors], Tensors]
+    bind: Callable[[Tensors], Callable[[Tensors], Tensors]]
     saved: Tensors
     made: Tensors
+
+    @cached_property
+    def compute(self) -> Callable[[Tensors], Tensors]:
+        """Of each leaf what its gradient is added to in place, or None: the gradients, None where one was added."""
+        return self.bind((*self.saved, *self.made))
 
 
 class Postponement:

@@ -12,6 +12,7 @@ gets no gradient and keeps no input.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -277,14 +278,11 @@ def _postpone(
     dout_TD = dout_TD.contiguous()
     dx_TD, dweight_TK, *others = run_backward(walk._replace(postpones=True), dout_TD, saved)
 
-    def compute(tensors: Tensors, sums: Tensors) -> Tensors:
-        return walk.step.backend.steps().run(_factors, walk, (*tensors, *sums))
-
     x_TD, _, mid1_NR, mid2_NR, *_ = saved
     postponement.postponed.append(
         accumulate.Postponed(
             leaves=cast(tuple[Tensor, ...], tuple(saved[-walk.num_factors :])),
-            compute=compute,
+            bind=partial(walk.step.backend.steps().bind, _factors, walk),
             saved=(x_TD, mid1_NR, mid2_NR, *saved[1 + NUM_MADE :]),
             made=(dout_TD, *others[4:]),
         )

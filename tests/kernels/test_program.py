@@ -12,7 +12,7 @@ from torch import Tensor
 from expertune.activations import ClampedSwiGlu, Gate, HostGate, SwiGlu
 from expertune.backends import triton
 from expertune.experts import experts
-from expertune.kernels import plan, program
+from expertune.kernels import plan, program, repack
 from expertune.shapes import ExpertsLayout, LoraFactors
 from expertune.walk import ExpertsStep, Projection
 from tests.cases import DEVICE, KERNEL_DTYPES, ROUTINGS, needs_kernels
@@ -123,6 +123,34 @@ def test_a_retained_graph_can_be_walked_twice(programs: program.Programs) -> Non
         (first,) = torch.autograd.grad(out, x, dout, retain_graph=True)
         (second,) = torch.autograd.grad(out, x, dout)
         assert torch.equal(first, second)
+
+
+def test_what_is_bound_is_run_until_it_can_be_repeated(programs: program.Programs, monkeypatch: Any) -> None:
+    """With a sum to add to and without, and from where no kernel was compiled for."""
+
+    def scaled(scale: float, tensors: Any) -> Any:
+        x, total = tensors
+        out = torch.empty_like(x) if total is None else total
+        repack.repack([repack.Job(x, out, scale, adds=total is not None)])
+        return (out if total is None else None,)
+
+    x = torch.randn(6, 16, device=DEVICE)
+    bound = program.Bound(programs, scaled, 2.0, (x,))
+    runs: list[Any] = []
+    run = bound._run
+    monkeypatch.setattr(bound, "_run", lambda inputs: runs.append(inputs) or run(inputs))
+
+    def check(total: Tensor) -> None:
+        assert [*bound((total,))] == [None]
+        assert torch.equal(total, 1 + 2 * x)
+
+    for _ in range(5):
+        (out,) = bound((None,))
+        assert torch.equal(out, 2 * x)
+        check(torch.ones_like(x))
+    assert len(runs) == 2 + 2, "noted in the second of a kind"
+    check(torch.ones(x.numel() + 1, device=DEVICE)[1:].view_as(x))
+    assert len(runs) == 5
 
 
 def test_the_oldest_shapes_are_forgotten(programs: program.Programs, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,6 +56,15 @@ class Steps(Protocol):
         """
         ...
 
+    def bind(self, function: Pass, static: Hashable, first: Tensors) -> Callable[[Tensors], Tensors]:
+        """`run` for inputs of which the first stay where they are: a function of the others.
+
+        Args:
+            function, static: as for `run`.
+            first: those inputs.
+        """
+        ...
+
     def dispatch(self, expert_TK: Tensor, num_experts: int) -> Dispatch:
         """Sort the routed rows by expert."""
         ...

@@ -40,6 +40,9 @@ class TorchSteps:
         with torch.autocast(inputs[0].device.type, enabled=False):
             return function(static, inputs)
 
+    def bind(self, function: Pass, static: Hashable, first: Tensors) -> Callable[[Tensors], Tensors]:
+        return lambda others: self.run(function, static, (*first, *others))
+
     def dispatch(self, expert_TK: Tensor, num_experts: int) -> Dispatch:
         return rows.dispatch(expert_TK, num_experts)
 

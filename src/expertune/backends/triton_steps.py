@@ -1,6 +1,6 @@
 """The steps of the walk on our Triton kernels. On Hopper the grouped linear is the Gluon kernel, elsewhere its twin."""
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import cast
@@ -14,7 +14,7 @@ from expertune.backends import grouped_mm, torch_steps
 from expertune.backends.protocol import FactorSide, PackedFactors
 from expertune.kernels import combine, gates, linear, linear_hopper, outer, repack, routing, shrink
 from expertune.kernels.device import is_hopper, tile_rows
-from expertune.kernels.program import Programs
+from expertune.kernels.program import Bound, Programs
 from expertune.kernels.repack import Job
 from expertune.shapes import Dispatch, LoraFactors, Pass, RoutingShape, Tensors
 from expertune.weights.dense import DenseWeights
@@ -31,6 +31,9 @@ class TritonSteps:
 
     def run(self, function: Pass, static: Hashable, inputs: Tensors, ahead: Pass | None = None) -> Tensors:
         return _programs.run(function, static, inputs, ahead)
+
+    def bind(self, function: Pass, static: Hashable, first: Tensors) -> Callable[[Tensors], Tensors]:
+        return Bound(_programs, function, static, first)
 
     def dispatch(self, expert_TK: Tensor, num_experts: int) -> Dispatch:
         shape = RoutingShape.of(expert_TK, num_experts, tile_rows(expert_TK.device))

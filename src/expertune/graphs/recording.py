@@ -3,6 +3,7 @@
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
@@ -133,7 +134,7 @@ class Recording:
         for each in self._postponed:
             places = [len(self._own) + self._number_of[leaf] for leaf in map(id, each.leaves)]
             totals = [grads[place] if all_sums[place] is None else all_sums[place] for place in places]
-            for place, made in zip(places, each.compute((*each.saved, *each.made), totals), strict=True):
+            for place, made in zip(places, each.compute(totals), strict=True):
                 grads[place] = grads[place] if made is None else made
         return grads
 
@@ -222,13 +223,13 @@ class Recording:
             torch.cat([cast(Tensor, grads[number]).reshape(-1) for number in leaving.numbers], out=leaving.flat)
         self._large = [cast(Tensor, grads[number]).contiguous() for number in self._numbers_of_large]
         self._postponed = [
-            each._replace(made=[None if x is None else x.contiguous() for x in each.made]) for each in self._postponed
+            replace(each, made=[None if x is None else x.contiguous() for x in each.made]) for each in self._postponed
         ]
 
     def _lend(self, postponed: Postponed) -> Postponed:
         """The same, without keeping what backward has made: other recordings may use its memory."""
         lend = self._pool.capture.lend
-        return postponed._replace(made=[None if x is None else lend(x) for x in postponed.made])
+        return replace(postponed, made=[None if x is None else lend(x) for x in postponed.made])
 
     def _gradients(self, douts: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
         """Of the inputs that want one and of the parameters; None where there is none, or it is postponed."""

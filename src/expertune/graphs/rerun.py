@@ -7,6 +7,7 @@ forward runs the kernels of the first on the same numbers: a router chooses the 
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 from torch import Tensor
@@ -81,4 +82,4 @@ class Rerun(Recording):
         """The same of what forward has made, but for weights that a host laid out otherwise and nobody writes to."""
         lend = self._pool.capture.lend
         saved = [x if x is None or not x.is_contiguous() else lend(x) for x in postponed.saved]
-        return super()._lend(postponed)._replace(saved=saved)
+        return replace(super()._lend(postponed), saved=saved)

@@ -11,6 +11,7 @@ itself be captured in a graph. A function that does more than allocate, view and
 
 import threading
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -190,11 +191,10 @@ class Programs:
             # a model that lies on several: the hooks that move a layer's inputs leave the current device as it is
             with torch.cuda.device(device):
                 return self.run(function, static, inputs, ahead)
-        forms = [None if tensor is None else (tensor.dtype, tensor.shape, tensor.stride()) for tensor in inputs]
-        key = (function, static, device, *forms)
+        key = _key(function, static, inputs)
         program = self._known.get(key)
         if isinstance(program, Program):
-            addresses = [0 if tensor is None else tensor.data_ptr() for tensor in inputs]
+            addresses = _addresses(inputs)
             if are_aligned(addresses):
                 return program(inputs, addresses, device)
         if program is not True:
@@ -208,6 +208,11 @@ class Programs:
             results = function(static, inputs)
         self._remember(key, _make(watch, inputs, results, device))
         return results
+
+    def program(self, function: Pass, static: Any, inputs: Tensors) -> Program | None:
+        """By which `run` answers these arguments, if there is one."""
+        known = self._known.get(_key(function, static, inputs))
+        return known if isinstance(known, Program) else None
 
     def _build(self, function: Pass, static: Any, inputs: Tensors, device: torch.device) -> None:
         """Build the kernels of a pass, once for all layers and lengths: inputs that differ in their first size alone.
@@ -225,6 +230,48 @@ class Programs:
         if len(self._known) >= _MOST_PROGRAMS and key not in self._known:
             del self._known[next(iter(self._known))]
         self._known[key] = known
+
+
+class Bound:
+    """`Programs.run` of a function whose first inputs stay where they are: these are looked at once.
+
+    Args:
+        programs: whose.
+        function, static: as for `Programs.run`.
+        first: tensors; the first is one.
+    """
+
+    def __init__(self, programs: Programs, function: Pass, static: Any, first: Tensors) -> None:
+        assert first[0] is not None
+        self._run = partial(programs.run, function, static)
+        self._program = partial(programs.program, function, static)
+        self._first, self._addresses, self._device = first, _addresses(first), first[0].device
+        self._found: dict[tuple[Any, ...], Program] = {}
+
+    def __call__(self, others: Tensors) -> Tensors:
+        """The function's results, with these for its other inputs."""
+        forms, inputs = _forms(others), (*self._first, *others)
+        addresses = [*self._addresses, *_addresses(others)]
+        is_current = self._device.type != "cuda" or self._device.index == torch.cuda.current_device()
+        if (program := self._found.get(forms)) is not None and is_current and are_aligned(addresses):
+            return program(inputs, addresses, self._device)
+        results = self._run(inputs)
+        if program is None and (made := self._program(inputs)) is not None:
+            self._found[forms] = made
+        return results
+
+
+def _forms(tensors: Tensors) -> tuple[Any, ...]:
+    return tuple(None if tensor is None else (tensor.dtype, tensor.shape, tensor.stride()) for tensor in tensors)
+
+
+def _key(function: Pass, static: Any, inputs: Tensors) -> tuple[Any, ...]:
+    assert inputs[0] is not None
+    return (function, static, inputs[0].device, *_forms(inputs))
+
+
+def _addresses(tensors: Tensors) -> list[int]:
+    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 
 def _no_autocast(device: torch.device) -> torch.autocast:
