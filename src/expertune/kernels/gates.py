@@ -20,13 +20,20 @@ _ROWS = 4  # rows a program
 
 
 @triton.jit
+def _sigmoid(x):
+    """`tl.sigmoid` without its division, in two thirds of the instructions."""
+    root = tl.rsqrt(1.0 + tl.exp2(-1.4426950408889634 * x))
+    return root * root
+
+
+@triton.jit
 def _silu(g, u, ALPHA: tl.constexpr, LIMIT: tl.constexpr):
-    return g * tl.sigmoid(g) * u
+    return g * _sigmoid(g) * u
 
 
 @triton.jit
 def _silu_grad(g, u, da, ALPHA: tl.constexpr, LIMIT: tl.constexpr):
-    sigmoid = tl.sigmoid(g)
+    sigmoid = _sigmoid(g)
     silu = g * sigmoid
     return silu * u, da * u * (sigmoid + silu * (1.0 - sigmoid)), da * silu
 
@@ -46,12 +53,12 @@ def _gelu_grad(g, u, da, ALPHA: tl.constexpr, LIMIT: tl.constexpr):
 @triton.jit
 def _gelu_tanh(g, u, ALPHA: tl.constexpr, LIMIT: tl.constexpr):
     # 0.5 (1 + tanh z) is sigmoid(2z)
-    return g * tl.sigmoid(1.5957691216057308 * (g + 0.044715 * g * g * g)) * u
+    return g * _sigmoid(1.5957691216057308 * (g + 0.044715 * g * g * g)) * u
 
 
 @triton.jit
 def _gelu_tanh_grad(g, u, da, ALPHA: tl.constexpr, LIMIT: tl.constexpr):
-    sigmoid = tl.sigmoid(1.5957691216057308 * (g + 0.044715 * g * g * g))
+    sigmoid = _sigmoid(1.5957691216057308 * (g + 0.044715 * g * g * g))
     slope = 1.5957691216057308 * (1.0 + 0.134145 * g * g)
     return g * sigmoid * u, da * u * (sigmoid + g * sigmoid * (1.0 - sigmoid) * slope), da * g * sigmoid
 
@@ -60,7 +67,7 @@ def _gelu_tanh_grad(g, u, da, ALPHA: tl.constexpr, LIMIT: tl.constexpr):
 def _clamped(g, u, ALPHA: tl.constexpr, LIMIT: tl.constexpr):
     g = tl.minimum(g, LIMIT)
     u = tl.minimum(tl.maximum(u, -LIMIT), LIMIT)
-    return g * tl.sigmoid(ALPHA * g) * u
+    return g * _sigmoid(ALPHA * g) * u
 
 
 @triton.jit
@@ -72,7 +79,7 @@ def _clamped_grad(g, u, da, ALPHA: tl.constexpr, LIMIT: tl.constexpr):
 def _shifted(g, u, ALPHA: tl.constexpr, LIMIT: tl.constexpr):
     g = tl.minimum(g, LIMIT)
     u = tl.minimum(tl.maximum(u, -LIMIT), LIMIT)
-    return g * tl.sigmoid(ALPHA * g) * (u + 1.0)
+    return g * _sigmoid(ALPHA * g) * (u + 1.0)
 
 
 @triton.jit
@@ -86,7 +93,7 @@ def _clamped_slopes(g, u, da, ALPHA: tl.constexpr, LIMIT: tl.constexpr, SHIFT: t
     passes_u = (u <= LIMIT) & (u >= -LIMIT)
     g = tl.minimum(g, LIMIT)
     u = tl.minimum(tl.maximum(u, -LIMIT), LIMIT) + SHIFT
-    sigmoid = tl.sigmoid(ALPHA * g)
+    sigmoid = _sigmoid(ALPHA * g)
     glu = g * sigmoid
     dg = da * u * (sigmoid + ALPHA * glu * (1.0 - sigmoid))
     return glu * u, tl.where(passes_g, dg, 0.0), tl.where(passes_u, da * glu, 0.0)
