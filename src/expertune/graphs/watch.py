@@ -9,6 +9,7 @@ from operator import attrgetter, itemgetter
 from typing import Any
 
 from torch import Tensor, nn
+from torch._C._dynamo.guards import dict_version
 
 _SCALARS = (int, float, str, bool, type(None))
 _INTERNAL = frozenset(vars(nn.Module())) - {"training"}
@@ -29,6 +30,7 @@ class Watch:
         self._dicts: list[dict[str, Any]] = [
             held for m in each for held in (m._modules, m._parameters, m._buffers) if held
         ]
+        self._versions = self._read_versions()
         self._held = self._read_items()
         self._alive = [*chain.from_iterable(map(dict.values, self._dicts))]  # so that no other gets the same id
         self._parameters = list(dict.fromkeys(p for module in modules for p in module.parameters()))
@@ -47,11 +49,23 @@ class Watch:
     def is_same(self) -> bool:
         """Whether the modules compute what they computed then, on the same memory."""
         return (
-            self._read_items() == self._held
+            self._has_items()
             and self._read_places() == self._places
             and self._numbers() == self._hooked
             and self._has_settings()
         )
+
+    def _has_items(self) -> bool:
+        versions = self._read_versions()
+        if versions != self._versions:
+            if self._read_items() != self._held:
+                return False
+            self._versions = versions  # written to, but to the same end
+        return True
+
+    def _read_versions(self) -> list[int]:
+        """Of the dictionaries, new ones wherever an item was set. Reading all items would fetch them from memory."""
+        return [*map(dict_version, self._dicts)]
 
     def _read_items(self) -> tuple[list[str], list[int]]:
         """Which submodules, parameters and buffers there are under which names."""
