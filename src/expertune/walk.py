@@ -70,6 +70,17 @@ def flatten(projections: tuple[Projection, Projection]) -> tuple[Tensors, tuple[
     return (first.weight, first.bias, second.weight, second.bias, *factors), scales
 
 
+def adds_little(projections: tuple[Projection, Projection], routing: RoutingShape, layout: ExpertsLayout) -> bool:
+    """Whether the packed factors have at most a third as many numbers as `h_NG`, which is kept for backward anyway.
+
+    They are then kept beside it: packing them again would read all of the adapters once more.
+    """
+    adapters = [adapter for projection in projections for adapter in projection.adapters]
+    packed = sum(adapter.a.numel() + adapter.b.numel() for adapter in adapters)
+    first_width = layout.expert_width * (2 if layout.has_gate else 1)
+    return 3 * packed <= routing.num_rows * first_width
+
+
 class Walk(NamedTuple):
     """What a pass needs beside tensors.
 
