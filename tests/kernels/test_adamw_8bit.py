@@ -9,7 +9,7 @@ from expertune.optim.adamw_8bit import plain_step, tables
 from tests.cases import DEVICE, KERNEL_DTYPES, needs_kernels
 
 triton, tl = pytest.importorskip("triton"), pytest.importorskip("triton.language")
-from expertune.kernels.adamw_8bit import _to_bfloat16, adamw_8bit  # noqa: E402 imports Triton
+from expertune.kernels.adamw_8bit import Stepped, _to_bfloat16, adamw_8bit  # noqa: E402 imports Triton
 
 pytestmark = needs_kernels
 SIZES = (1, 256, 300, 2048, 5000)
@@ -30,6 +30,11 @@ def row(numel: int, seed: int, dtype: torch.dtype) -> list[Tensor]:
     return [param, grad, mean, square, mean_maximum, square_maximum]
 
 
+def step(rows: list[list[Tensor]], update: tuple[float, ...]) -> None:
+    params, grads, *moments = zip(*rows, strict=True)
+    adamw_8bit(Stepped(params, [*zip(*moments, strict=True)]), grads, tables(DEVICE), update)
+
+
 @pytest.mark.parametrize("is_aligned", [True, False])
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES)
 def test_all_parameters_step_as_each_in_torch(dtype: torch.dtype, is_aligned: bool) -> None:
@@ -39,7 +44,7 @@ def test_all_parameters_step_as_each_in_torch(dtype: torch.dtype, is_aligned: bo
     expected = [[t.clone() for t in each] for each in rows]
     for param, grad, *moments in expected:
         plain_step(param, grad, moments, UPDATE)
-    adamw_8bit(rows, tables(DEVICE), UPDATE)
+    step(rows, UPDATE)
     for ours, theirs in zip(rows, expected, strict=True):
         torch.testing.assert_close(ours[0], theirs[0])
         for codes, maximum, is_signed in ((2, 4, True), (3, 5, False)):
@@ -80,7 +85,7 @@ def test_every_code_is_reached_and_the_nearest(is_signed: bool) -> None:
     square, square_maximum = dynamic_8bit.zeros(grad, is_signed=False)
     becomes = (1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1)  # the moments become the gradient and its square
     row = [torch.zeros_like(grad), grad, mean, square, mean_maximum, square_maximum]
-    adamw_8bit([row], tables(DEVICE), becomes)
+    step([row], becomes)
     codes = (mean if is_signed else square).view(4, 256)[:, 1:].flatten()[: len(x)].cpu().int()
     nearest = torch.bucketize(x, bounds).int()
     assert torch.equal(codes, nearest if is_signed else torch.where(x > 0, nearest.clamp_min(1), 0))
@@ -93,7 +98,7 @@ def test_the_greatest_of_a_block_keeps_its_sign() -> None:
     moments = [t for is_signed in (True, False) for t in dynamic_8bit.zeros(grad, is_signed=is_signed)]
     mean, mean_maximum, square, square_maximum = moments
     row = [torch.zeros_like(grad), grad, mean, square, mean_maximum, square_maximum]
-    adamw_8bit([row], tables(DEVICE), (1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1))
+    step([row], (1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1))
     greatest = grad.view(-1, 256).abs().argmax(1, keepdim=True)
     assert (mean.view(-1, 256).gather(1, greatest) == 0).all()
     assert (square.view(-1, 256).gather(1, greatest) == 255).all()

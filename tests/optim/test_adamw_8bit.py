@@ -100,6 +100,34 @@ def test_parameters_without_gradient_stay_and_groups_keep_their_settings() -> No
     assert torch.equal(free, torch.ones(300))
 
 
+def test_what_a_user_puts_into_the_state_is_what_is_stepped() -> None:
+    """As who moves moments to the host between steps does it."""
+    params = [torch.nn.Parameter(torch.randn(3, 300)) for _ in range(3)]
+    expected = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    ours, theirs = AdamW8bit(params), AdamW8bit(expected)
+    for number in range(6):
+        for pair in zip(params, expected, strict=True):
+            grad = torch.randn(3, 300, generator=torch.Generator().manual_seed(number))
+            for p in pair:
+                p.grad = grad.clone()
+        if number == 2:
+            moment = ours.state[params[0]]["exp_avg"] = ours.state[params[0]]["exp_avg"].clone()
+        if number == 3:
+            assert torch.equal(moment, theirs.state[expected[0]]["exp_avg"])
+            ours.state[params[1]] = dict(ours.state[params[1]])
+        if number == 4:
+            params[2].data = params[2].data.clone()
+        ours.step()
+        theirs.step()
+        assert [state["step"] for state in ours.state.values()] == [number + 1] * 3
+    assert all(map(torch.equal, params, expected))
+    again = copy.deepcopy(ours)
+    for p in again.param_groups[0]["params"]:
+        p.grad = torch.ones_like(p)
+    again.step()
+    assert [state["step"] for state in again.state.values()] == [7] * 3
+
+
 def test_a_closure_is_called_with_gradients_on() -> None:
     param = nn.Parameter(torch.ones(3))
     optimizer = AdamW8bit([param], lr=0.1)

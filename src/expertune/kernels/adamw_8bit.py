@@ -7,8 +7,10 @@ a search in a table would take as long as memory does (H200).
 Any Triton target.
 """
 
+from array import array
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import chain
 
 import torch
 import triton
@@ -74,10 +76,10 @@ def _of_each(x, BLOCK: tl.constexpr):
     return tl.reshape(tl.broadcast_to(x[:, None], (x.shape[0], BLOCK)), (x.shape[0] * BLOCK,))
 
 
-@triton.jit(do_not_specialize=["decay", "beta1", "beta2", "step_size", "root_correction", "eps", "count"])
+@triton.jit(do_not_specialize=["num_params", "decay", "beta1", "beta2", "step_size", "root_correction", "eps", "count"])
 def _adamw_8bit_kernel(
     address_ptr, tile_ptr, numel_ptr, mean_value_ptr, square_value_ptr,
-    decay, beta1, beta2, step_size, root_correction, eps, count,
+    num_params, decay, beta1, beta2, step_size, root_correction, eps, count,
     PARAM_DTYPE: tl.constexpr, GRAD_DTYPE: tl.constexpr, IS_ALIGNED: tl.constexpr,
     TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -85,11 +87,11 @@ def _adamw_8bit_kernel(
     number = tl.load(tile_ptr + 2 * tl.program_id(0)).to(tl.int64)
     tile = tl.load(tile_ptr + 2 * tl.program_id(0) + 1).to(tl.int64)
     numel = tl.load(numel_ptr + number)
-    row_ptr = address_ptr + 6 * number
-    param_ptr = tl.load(row_ptr).to(tl.pointer_type(PARAM_DTYPE))
-    grad_ptr = tl.load(row_ptr + 1).to(tl.pointer_type(GRAD_DTYPE))
-    mean_ptr = tl.load(row_ptr + 2).to(tl.pointer_type(tl.uint8))
-    square_ptr = tl.load(row_ptr + 3).to(tl.pointer_type(tl.uint8))
+    param_ptr = tl.load(address_ptr + number).to(tl.pointer_type(PARAM_DTYPE))
+    grad_ptr = tl.load(address_ptr + num_params + number).to(tl.pointer_type(GRAD_DTYPE))
+    moments_ptr = address_ptr + 2 * num_params + 4 * number
+    mean_ptr = tl.load(moments_ptr).to(tl.pointer_type(tl.uint8))
+    square_ptr = tl.load(moments_ptr + 1).to(tl.pointer_type(tl.uint8))
     if IS_ALIGNED:  # so that numbers are read and written by the vector
         numel = tl.multiple_of(numel, 16)
         param_ptr, grad_ptr = tl.multiple_of(param_ptr, 16), tl.multiple_of(grad_ptr, 16)
@@ -99,8 +101,8 @@ def _adamw_8bit_kernel(
     at = tile * (TILE * BLOCK) + tl.max_contiguous(tl.arange(0, TILE * BLOCK), 4)
     inside = at < numel
     has_numbers = block * BLOCK < numel
-    mean_maximum_ptr = tl.load(row_ptr + 4).to(tl.pointer_type(tl.float32)) + block
-    square_maximum_ptr = tl.load(row_ptr + 5).to(tl.pointer_type(tl.float32)) + block
+    mean_maximum_ptr = tl.load(moments_ptr + 2).to(tl.pointer_type(tl.float32)) + block
+    square_maximum_ptr = tl.load(moments_ptr + 3).to(tl.pointer_type(tl.float32)) + block
 
     g = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32)
     p = tl.load(param_ptr + at, mask=inside, other=0.0).to(tl.float32)
@@ -126,32 +128,56 @@ def _adamw_8bit_kernel(
     tl.store(square_ptr + at, _encode(v, False), mask=inside)
 
 
-def adamw_8bit(rows: Sequence[Sequence[Tensor]], tables: Sequence[Tensor], update: tuple[float, ...]) -> None:
-    """Step, in place, parameters that share a device, a dtype and the dtype of their gradients.
+class Stepped:
+    """Parameters that are stepped together, and their moments, whose addresses are looked up once.
 
     Args:
-        rows: a parameter each: itself, its gradient, the codes of both moments (uint8), and the maxima of their blocks
-            (float32, `⌈numel / 256⌉`). All dense, and in the same order of numbers.
+        params: share a device and a dtype; dense.
+        moments: of each the codes of both (uint8), and the maxima of their blocks (float32, `⌈numel / 256⌉`), dense and
+            in the order of the parameter's numbers.
+    """
+
+    def __init__(self, params: Sequence[Tensor], moments: Sequence[Sequence[Tensor]]) -> None:
+        self.params = params
+        self.numels = tuple(param.numel() for param in params)
+        self._moments = [*chain.from_iterable(moments)]
+        self._moment_addresses = _addresses(self._moments)
+
+    def addresses(self, grads: Sequence[Tensor]) -> array:  # type: ignore[type-arg]
+        """Of the parameters, of their gradients, and of the moments of each."""
+        return _addresses(self.params) + _addresses(grads) + self._moment_addresses
+
+
+def _addresses(tensors: Sequence[Tensor]) -> array:  # type: ignore[type-arg]
+    return array("q", map(Tensor.data_ptr, tensors))
+
+
+def adamw_8bit(stepped: Stepped, grads: Sequence[Tensor], tables: Sequence[Tensor], update: tuple[float, ...]) -> None:
+    """Step parameters in place.
+
+    Args:
+        stepped: the parameters.
+        grads: of one dtype, each in the order of the parameter's numbers.
         tables: the values of the codes, of the signed first moment and of the second, on the device.
         update: what a parameter is first multiplied by, both betas, `lr / (1 - beta1^t)`, `(1 - beta2^t)^(-1/2)`, eps,
             and `t`.
     """
-    param, grad, *_ = rows[0]
-    device = param.device
-    pointers = [tensor.data_ptr() for row in rows for tensor in row]
-    numels = tuple(row[0].numel() for row in rows)
-    addresses = torch.tensor(pointers, dtype=torch.int64, pin_memory=device.type == "cuda")
-    tiles, numel_of = _tiles(numels, device)
+    device = grads[0].device
+    pointers = stepped.addresses(grads)
+    addresses = torch.frombuffer(pointers, dtype=torch.int64)
+    if device.type == "cuda":
+        addresses = addresses.pin_memory().to(device, non_blocking=True)
+    tiles, numel_of = _tiles(stepped.numels, device)
     launch(
         _adamw_8bit_kernel,
         (tiles.shape[0], 1, 1),
-        (addresses.to(device, non_blocking=True), tiles, numel_of, *tables),
-        update,
+        (addresses, tiles, numel_of, *tables),
+        (len(stepped.numels), *update),
         (),
         {
-            "PARAM_DTYPE": _TRITON[param.dtype],
-            "GRAD_DTYPE": _TRITON[grad.dtype],
-            "IS_ALIGNED": are_aligned(pointers) and are_aligned(numels),
+            "PARAM_DTYPE": _TRITON[stepped.params[0].dtype],
+            "GRAD_DTYPE": _TRITON[grads[0].dtype],
+            "IS_ALIGNED": are_aligned(pointers) and are_aligned(stepped.numels),
             "TILE": _TILE,
             "BLOCK": _BLOCK,
         },

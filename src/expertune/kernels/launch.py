@@ -8,6 +8,8 @@ dtypes and widths say which one fits. Tensors that do not start at multiples of 
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import reduce
+from operator import or_
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -101,10 +103,7 @@ def launch(
 
 def are_aligned(pointers: Sequence[int]) -> bool:
     """Whether every address is one that compiled kernels were made for."""
-    joined = 0
-    for pointer in pointers:
-        joined |= pointer
-    return joined % ALIGNMENT == 0  # on which Triton specialises pointers
+    return reduce(or_, pointers, 0) % ALIGNMENT == 0  # on which Triton specialises pointers
 
 
 class Descriptor(NamedTuple):

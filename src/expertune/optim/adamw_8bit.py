@@ -6,10 +6,11 @@ they are before they are rounded. A parameter in bfloat16 is rounded by chance (
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
-from operator import itemgetter
-from typing import Any, overload
+from itertools import chain
+from operator import attrgetter, itemgetter
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from expertune.optim import by_chance, dynamic_8bit
 # of a parameter: the codes of its moments, then the maxima of their blocks
 _MOMENTS = ("exp_avg", "exp_avg_sq", "exp_avg_max", "exp_avg_sq_max")
 _moments = itemgetter(*_MOMENTS)
+_dtype, _is_sparse = attrgetter("dtype"), attrgetter("is_sparse")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -54,7 +56,13 @@ class AdamW8bit(Optimizer):
                 "expected lr, eps and weight_decay of at least 0 and betas in [0, 1), "
                 f"got {lr=}, {eps=}, {weight_decay=}, {betas=}."
             )
+        self._known: dict[int, _Known] = {}
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """What was known of parameters and states is looked at anew."""
+        super().__setstate__(state)
+        self._known = {}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refuses what the step does not read: other dtypes, and numbers that do not fill their memory."""
@@ -78,16 +86,11 @@ class AdamW8bit(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            alike: defaultdict[Any, list[list[Tensor]]] = defaultdict(list)
-            for param in group["params"]:
-                if param.grad is not None:
-                    state = self._advance(param)
-                    grad = _gradient(param, param.grad)
-                    key = (param.device, param.dtype, grad.dtype, state["step"])
-                    alike[key].append([param, grad, *_moments(state)])
-            for (device, _, _, count), rows in alike.items():
-                _step(device, rows, _update(group, count))
+        for number, group in enumerate(self.param_groups):
+            params = [param for param in group["params"] if param.grad is not None]
+            grads = [param.grad for param in params]
+            for alike in self._alike(number, params, grads):
+                alike.step(grads, group)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -112,16 +115,80 @@ class AdamW8bit(Optimizer):
                 moments = {name: state_dict["state"][number][name] for name in _MOMENTS}
                 self.state[param].update({name: t.to(param.device, copy=True) for name, t in moments.items()})
 
-    def _advance(self, param: Tensor) -> dict[str, Any]:
-        """The state of a parameter, its count of steps one further."""
+    def _alike(self, number: int, params: list[Tensor], grads: list[Tensor]) -> "list[_Alike]":
+        """The parameters of a group that have a gradient, by what a launch has in common.
+
+        What a step asks of each of thousands takes milliseconds: so this is known until one of them, its state or its
+        moments is another, or a gradient has another form.
+        """
+        if any(map(_is_sparse, grads)):
+            raise ValueError("AdamW8bit takes no sparse gradients. Use torch.optim.SparseAdam for that parameter.")
+        states = [self.state[param] or self._begin(param) for param in params]
+        tensors = [*params, *chain.from_iterable(map(_moments, states))]
+        form = [*map(id, tensors)], [*map(id, states)], [*map(_dtype, grads)], [*map(Tensor.stride, grads)]
+        known = self._known.get(number)
+        if known is None or known.form != form:
+            places: defaultdict[Any, list[int]] = defaultdict(list)
+            for i, (param, grad, state) in enumerate(zip(params, grads, states, strict=True)):
+                places[param.device, param.dtype, grad.dtype, state["step"]].append(i)
+            alike = [_Alike(i, [params[n] for n in i], [states[n] for n in i], grads) for i in places.values()]
+            known = self._known[number] = _Known(form, tensors, alike)
+        return known.alike
+
+    def _begin(self, param: Tensor) -> dict[str, Any]:
+        """The state of a parameter before its first step."""
         state: dict[str, Any] = self.state[param]
-        if not state:
-            mean, mean_maximum = dynamic_8bit.zeros(param, is_signed=True)
-            square, square_maximum = dynamic_8bit.zeros(param, is_signed=False)
-            state["step"] = 0
-            state.update(zip(_MOMENTS, (mean, square, mean_maximum, square_maximum), strict=True))
-        state["step"] += 1
+        mean, mean_maximum = dynamic_8bit.zeros(param, is_signed=True)
+        square, square_maximum = dynamic_8bit.zeros(param, is_signed=False)
+        state["step"] = 0
+        state.update(zip(_MOMENTS, (mean, square, mean_maximum, square_maximum), strict=True))
         return state
+
+
+class _Alike:
+    """Parameters that share device, dtypes and number of steps.
+
+    Args:
+        places: of theirs among the parameters of their group that have gradients.
+        params: themselves.
+        states: theirs.
+        grads: of all, as they are laid out.
+    """
+
+    def __init__(
+        self, places: list[int], params: list[Tensor], states: list[dict[str, Any]], grads: list[Tensor]
+    ) -> None:
+        self._places, self._params, self._states = places, params, states
+        self._turned = [n for n, i in enumerate(places) if grads[i].stride() != params[n].stride()]
+        self._launch = _launcher(params, [*map(_moments, states)])
+
+    def step(self, grads: list[Tensor], group: dict[str, Any]) -> None:
+        """One step.
+
+        Args:
+            grads: of all parameters of the group that have one.
+            group: has the settings.
+        """
+        for state in self._states:
+            state["step"] += 1
+        mine = [grads[i] for i in self._places]
+        for n in self._turned:  # so that its numbers lie in the order of the parameter's
+            mine[n] = torch.empty_like(self._params[n]).copy_(mine[n])
+        self._launch(mine, _update(group, self._states[0]["step"]))
+
+
+class _Known(NamedTuple):
+    """What a group was when it was last looked at.
+
+    Args:
+        form: which its parameters, states and moments are, and how the gradients are laid out.
+        tensors: those; they live on, so that no other gets the `id` of one.
+        alike: the parameters, by what a launch has in common.
+    """
+
+    form: tuple[list[Any], ...]
+    tensors: list[Tensor]
+    alike: list[_Alike]
 
 
 def _why_not(param: Tensor) -> str | None:
@@ -139,13 +206,6 @@ def _why_not(param: Tensor) -> str | None:
     return None
 
 
-def _gradient(param: Tensor, grad: Tensor) -> Tensor:
-    """The gradient, its numbers in the order in which those of the parameter lie."""
-    if grad.is_sparse:
-        raise ValueError("AdamW8bit takes no sparse gradients. Use torch.optim.SparseAdam for that parameter.")
-    return grad if grad.stride() == param.stride() else torch.empty_like(param).copy_(grad)
-
-
 def _update(group: dict[str, Any], count: int) -> tuple[float, ...]:
     """The numbers of step `count`, from 1: decay, both betas, size, correction of the root, eps, the count itself."""
     lr, (beta1, beta2) = float(group["lr"]), group["betas"]
@@ -153,14 +213,22 @@ def _update(group: dict[str, Any], count: int) -> tuple[float, ...]:
     return 1 - lr * group["weight_decay"], beta1, beta2, step_size, root_correction, group["eps"], count
 
 
-def _step(device: torch.device, rows: list[list[Tensor]], update: tuple[float, ...]) -> None:
+def _launcher(
+    params: Sequence[Tensor], moments: Sequence[Sequence[Tensor]]
+) -> Callable[[Sequence[Tensor], tuple[float, ...]], None]:
+    """What steps such parameters, of their gradients and the numbers of the step."""
+    device = params[0].device
     if device.type == "cuda" and has_triton():
-        from expertune.kernels.adamw_8bit import adamw_8bit  # imports Triton, which is optional
+        from expertune.kernels.adamw_8bit import Stepped, adamw_8bit  # imports Triton, which is optional
 
-        adamw_8bit(rows, tables(device), update)
-        return
-    for param, grad, *moments in rows:
-        plain_step(param, grad, moments, update)
+        stepped = Stepped(params, moments)
+        return lambda grads, update: adamw_8bit(stepped, grads, tables(device), update)
+
+    def step_each(grads: Sequence[Tensor], update: tuple[float, ...]) -> None:
+        for param, grad, each in zip(params, grads, moments, strict=True):
+            plain_step(param, grad, each, update)
+
+    return step_each
 
 
 @lru_cache
@@ -170,7 +238,7 @@ def tables(device: torch.device) -> tuple[Tensor, Tensor]:
     return signed, unsigned
 
 
-def plain_step(param: Tensor, grad: Tensor, moments: list[Tensor], update: tuple[float, ...]) -> None:
+def plain_step(param: Tensor, grad: Tensor, moments: Sequence[Tensor], update: tuple[float, ...]) -> None:
     """The step of one parameter in plain torch, in place: what the kernel is held against.
 
     Args:
