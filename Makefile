@@ -25,8 +25,10 @@ test-thorough: .venv/.installed
 test-families: .venv/.installed
 	$(BIN)/pytest -n $(JOBS) tests/families
 
-# on the oldest Transformers, PEFT and TRL: all but what does not know them, and our benchmarks
-LEFT_OUT := attention backends benchmarks kernels optim test_accumulate.py test_activations.py test_experts.py test_gated_mlp.py test_routing.py test_saved_bytes.py test_size.py
+# on the oldest Transformers, PEFT and TRL: all but what does not know them, what starts processes, and torch.compile
+LEFT_OUT := attention backends benchmarks cli examples families/test_real_sizes.py hosts/test_compile.py hosts/test_ddp.py \
+	kernels optim test_accumulate.py test_activations.py test_experts.py test_gated_mlp.py test_import_orders.py \
+	test_routing.py test_saved_bytes.py test_size.py
 test-oldest: .venv-oldest/.installed
 	$(OLDEST)/pytest -n $(JOBS) -m "not thorough" $(addprefix --ignore=tests/,$(LEFT_OUT))
 

@@ -105,7 +105,7 @@ def test_gradient_checkpointing_of_a_compiled_model(checkpoint: Checkpoint) -> N
 def test_another_length_and_another_adapter(checkpoint: Checkpoint) -> None:
     model = _model(checkpoint, "qwen3_moe", "native_torch")
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    for length in (11, 7, 5):
+    for length in (11, 7):
         inputs = batch(length=length) | {"use_cache": False}
         assert torch.equal(compiled(**inputs).loss, model(**inputs).loss)
     with model.disable_adapter():
