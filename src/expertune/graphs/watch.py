@@ -27,9 +27,8 @@ class Watch:
     def __init__(self, *modules: nn.Module) -> None:
         parts = [list(module.modules()) for module in modules]
         each = list(dict.fromkeys(chain.from_iterable(parts)))
-        self._dicts: list[dict[str, Any]] = [
-            held for m in each for held in (m._modules, m._parameters, m._buffers) if held
-        ]
+        dicts: list[dict[str, Any]] = [held for m in each for held in (m._modules, m._parameters, m._buffers)]
+        self._dicts, self._empty = [held for held in dicts if held], [held for held in dicts if not held]
         self._versions = self._read_versions()
         self._held = self._read_items()
         self._alive = [*chain.from_iterable(map(dict.values, self._dicts))]  # so that no other gets the same id
@@ -49,7 +48,8 @@ class Watch:
     def is_same(self) -> bool:
         """Whether the modules compute what they computed then, on the same memory."""
         return (
-            self._has_items()
+            not any(self._empty)
+            and self._has_items()
             and self._read_places() == self._places
             and self._numbers() == self._hooked
             and self._has_settings()
