@@ -5,6 +5,7 @@ OLDEST := .venv-oldest/bin
 # A machine without a GPU takes one pinned build of torch; a machine with one takes the newest for it.
 TORCH ?= $(if $(shell command -v nvidia-smi 2>/dev/null),torch>=2.10,torch==2.13.0)
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+SIDE_BY_SIDE := -n $(JOBS) --dist worksteal
 
 .PHONY: demo test test-thorough test-families test-oldest models lint bench format clean
 
@@ -14,23 +15,23 @@ demo: .venv/.installed
 # a worker a core
 test test-thorough test-families test-oldest: export OMP_NUM_THREADS = 1
 test: .venv/.installed
-	$(BIN)/pytest -n $(JOBS) -m "not thorough"
-	TRITON_INTERPRET=1 $(BIN)/pytest -n $(JOBS) -m "not thorough" -k "kernels or triton" tests/kernels tests/test_experts.py tests/test_accumulate.py tests/backends tests/test_saved_bytes.py tests/graphs/test_postponed.py
+	$(BIN)/pytest $(SIDE_BY_SIDE) -m "not thorough"
+	TRITON_INTERPRET=1 $(BIN)/pytest $(SIDE_BY_SIDE) -m "not thorough" -k "kernels or triton" tests/kernels tests/test_experts.py tests/test_accumulate.py tests/backends tests/test_saved_bytes.py tests/graphs/test_postponed.py
 
 # the many alike that `make test` leaves out, before a release
 test-thorough: .venv/.installed
-	$(BIN)/pytest -n $(JOBS) -m thorough
-	TRITON_INTERPRET=1 $(BIN)/pytest -n $(JOBS) -m thorough -k triton tests/test_experts.py
+	$(BIN)/pytest $(SIDE_BY_SIDE) -m thorough
+	TRITON_INTERPRET=1 $(BIN)/pytest $(SIDE_BY_SIDE) -m thorough -k triton tests/test_experts.py
 
 test-families: .venv/.installed
-	$(BIN)/pytest -n $(JOBS) tests/families
+	$(BIN)/pytest $(SIDE_BY_SIDE) tests/families
 
 # on the oldest Transformers, PEFT and TRL: all but what does not know them, what starts processes, and torch.compile
 LEFT_OUT := attention backends benchmarks cli examples families/test_real_sizes.py hosts/test_compile.py hosts/test_ddp.py \
 	kernels optim test_accumulate.py test_activations.py test_experts.py test_gated_mlp.py test_import_orders.py \
 	test_routing.py test_saved_bytes.py test_size.py
 test-oldest: .venv-oldest/.installed
-	$(OLDEST)/pytest -n $(JOBS) -m "not thorough" $(addprefix --ignore=tests/,$(LEFT_OUT))
+	$(OLDEST)/pytest $(SIDE_BY_SIDE) -m "not thorough" $(addprefix --ignore=tests/,$(LEFT_OUT))
 
 models: .venv/.installed
 	$(BIN)/python -m tests.families.table

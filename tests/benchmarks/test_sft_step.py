@@ -16,8 +16,20 @@ from sft_worker import sample_lengths, work
 ROOT = Path(__file__).parents[2]
 
 
-def test_all_peers_take_the_same_steps(step_results: Path) -> None:
-    report = json.loads(step_results.read_text())
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model of the smallest shape."""
+    made = tmp_path_factory.mktemp("model")
+    write("tiny", 2, made)
+    return str(made)
+
+
+def test_all_peers_take_the_same_steps(folder: str, tmp_path: Path) -> None:
+    sizes = ["--shape", "tiny", "--layers", "2", "--contexts", "32,64", "--steps", "3", "--rank", "4"]
+    peers = ["--peers", "transformers,expertune:lean", "--folder", folder]
+    command = [sys.executable, str(ROOT / "benchmarks" / "sft_step.py"), *sizes, *peers, "--output", str(tmp_path)]
+    subprocess.run(command, check=True)
+    report = json.loads((tmp_path / "sft_step.json").read_text())
     assert report["provenance"]["commit"]
     assert (report["shape"], report["layers"], report["rank"], report["steps"]) == ("tiny", 2, 4, 3)
     stock, ours = report["peers"]["transformers"], report["peers"]["expertune:lean"]
@@ -29,15 +41,7 @@ def test_all_peers_take_the_same_steps(step_results: Path) -> None:
         # ln 512, the chance of a token; TRL 1.0 divides by the first token too, which nothing predicts
         assert row["loss"][0] == pytest.approx(6.24, abs=0.25)
         assert len(row["loss"]) == 3
-    assert (step_results.parent / "sft_step.png").is_file()
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A model of the smallest shape."""
-    made = tmp_path_factory.mktemp("model")
-    write("tiny", 2, made)
-    return str(made)
+    assert (tmp_path / "sft_step.png").is_file()
 
 
 def test_several_samples_do_not_see_each_other(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
