@@ -31,6 +31,10 @@ ROUTINGS: dict[str, Tensor] = {
     "every expert": torch.arange(NUM_EXPERTS).repeat(5, 1),
 }
 
+# for tests whose passes are many: in the interpreter each takes seconds
+NUM_FEW = 3
+FEW_EXPERTS = torch.tensor([[0, 1], [2, 0], [1, 2], [1, 0], [0, 2]])
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

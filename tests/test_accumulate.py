@@ -13,11 +13,10 @@ from expertune.backends.protocol import Backend
 from expertune.experts import experts
 from expertune.shapes import ExpertsLayout, LoraFactors
 from expertune.walk import ExpertsStep, Projection
-from tests.cases import DEVICE, pair_id, runnable
+from tests.cases import DEVICE, FEW_EXPERTS, NUM_FEW, pair_id, runnable
 from tests.numerics import assert_no_worse
 
-WIDTH, INNER, NUM_EXPERTS = 16, 24, 3
-ROUTING = torch.tensor([[0, 1], [2, 0], [1, 2], [1, 0], [0, 2]])
+WIDTH, INNER = 16, 24
 
 
 class Block:
@@ -37,12 +36,12 @@ class Block:
 
         def projection(name: str, i: int, o: int) -> Projection:
             return Projection(
-                weight=parameter(f"{name}.weight", NUM_EXPERTS, *((i, o) if transposed else (o, i))),
-                bias=parameter(f"{name}.bias", NUM_EXPERTS, o),
+                weight=parameter(f"{name}.weight", NUM_FEW, *((i, o) if transposed else (o, i))),
+                bias=parameter(f"{name}.bias", NUM_FEW, o),
                 adapters=tuple(
                     LoraFactors(
-                        a=parameter(f"{name}.a{n}", NUM_EXPERTS * rank, i),
-                        b=parameter(f"{name}.b{n}", o, rank * NUM_EXPERTS),
+                        a=parameter(f"{name}.a{n}", NUM_FEW * rank, i),
+                        b=parameter(f"{name}.b{n}", o, rank * NUM_FEW),
                         scale=0.5,
                     )
                     for n, rank in enumerate(ranks)
@@ -51,16 +50,16 @@ class Block:
 
         self.projections = (projection("up", WIDTH, 2 * INNER), projection("down", INNER, WIDTH))
         layout = ExpertsLayout(
-            num_experts=NUM_EXPERTS, model_width=WIDTH, expert_width=INNER, has_gate=True, is_transposed=transposed,
+            num_experts=NUM_FEW, model_width=WIDTH, expert_width=INNER, has_gate=True, is_transposed=transposed,
             has_bias=True,
         )  # fmt: skip
         self.step = ExpertsStep(layout=layout, gate=SwiGlu(), backend=backend)
 
     def loss(self, seed: int) -> Tensor:
         """Of a batch of its own."""
-        expert_TK = ROUTING.to(DEVICE)
+        expert_TK = FEW_EXPERTS.to(DEVICE)
         generator = torch.Generator().manual_seed(seed)
-        x = torch.randn(len(ROUTING), WIDTH, generator=generator, dtype=torch.float64)
+        x = torch.randn(len(FEW_EXPERTS), WIDTH, generator=generator, dtype=torch.float64)
         weight, dout = torch.rand(expert_TK.shape, generator=generator), torch.randn(x.shape, generator=generator)
         routing = self.step.dispatch(expert_TK)
         out = experts(x.to(DEVICE, self.dtype), routing, weight.to(DEVICE, self.dtype), self.projections, self.step)

@@ -77,8 +77,7 @@ def adds_little(projections: tuple[Projection, Projection], routing: RoutingShap
     """
     adapters = [adapter for projection in projections for adapter in projection.adapters]
     packed = sum(adapter.a.numel() + adapter.b.numel() for adapter in adapters)
-    first_width = layout.expert_width * (2 if layout.has_gate else 1)
-    return 3 * packed <= routing.num_rows * first_width
+    return 3 * packed <= routing.num_rows * layout.first_width
 
 
 class Walk(NamedTuple):

@@ -20,14 +20,13 @@ from expertune.graphs.piece import Piece
 from expertune.graphs.recorder import Recorder
 from expertune.shapes import ExpertsLayout, LoraFactors
 from expertune.walk import ExpertsStep, Projection
-from tests.cases import DEVICE, needs_cuda, pair_id, runnable
+from tests.cases import DEVICE, FEW_EXPERTS, NUM_FEW, needs_cuda, pair_id, runnable
 from tests.graphs.replayed import FakeCapture, FakeHost, make_recorder
 
-WIDTH, INNER, NUM_EXPERTS = 16, 24, 3
-ROUTING = torch.tensor([[0, 1], [2, 0], [1, 2], [1, 0], [0, 2]])
+WIDTH, INNER = 16, 24
 GATE = SwiGlu()
 LAYOUT = ExpertsLayout(
-    num_experts=NUM_EXPERTS, model_width=WIDTH, expert_width=INNER, has_gate=True, is_transposed=False, has_bias=False
+    num_experts=NUM_FEW, model_width=WIDTH, expert_width=INNER, has_gate=True, is_transposed=False, has_bias=False
 )
 
 
@@ -41,12 +40,12 @@ class Experts(nn.Module):
         torch.manual_seed(0)
         self.times = times
         self.step = ExpertsStep(layout=LAYOUT, gate=gate, backend=_adding(backend))
-        self.expert_TK = ROUTING.to(DEVICE)
+        self.expert_TK = FEW_EXPERTS.to(DEVICE)
         self.weights, self.factors = nn.ParameterList(), nn.ParameterList()
         for i, o in ((WIDTH, 2 * INNER), (INNER, WIDTH)):
-            self.weights.append(nn.Parameter((torch.randn(NUM_EXPERTS, o, i) / 4).to(DEVICE, dtype), False))
+            self.weights.append(nn.Parameter((torch.randn(NUM_FEW, o, i) / 4).to(DEVICE, dtype), False))
             for rank in ranks:
-                for shape in ((NUM_EXPERTS * rank, i), (o, rank * NUM_EXPERTS)):
+                for shape in ((NUM_FEW * rank, i), (o, rank * NUM_FEW)):
                     self.factors.append(nn.Parameter((torch.randn(shape) / 4).to(DEVICE)))
 
     def forward(self, x_TD: Tensor, weight_TK: Tensor) -> Tensor:
@@ -89,9 +88,9 @@ def pair(monkeypatch: pytest.MonkeyPatch, capture: FakeCapture) -> Callable[...,
 
 def _loss(module: Callable[[Tensor, Tensor], Tensor], seed: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     draw = torch.Generator().manual_seed(seed)
-    x_TD = torch.randn(len(ROUTING), WIDTH, generator=draw).to(DEVICE, dtype).requires_grad_()
-    weight_TK = torch.rand(ROUTING.shape, generator=draw).to(DEVICE).requires_grad_()
-    dout_TD = torch.randn(len(ROUTING), WIDTH, generator=draw).to(DEVICE, dtype)
+    x_TD = torch.randn(len(FEW_EXPERTS), WIDTH, generator=draw).to(DEVICE, dtype).requires_grad_()
+    weight_TK = torch.rand(FEW_EXPERTS.shape, generator=draw).to(DEVICE).requires_grad_()
+    dout_TD = torch.randn(len(FEW_EXPERTS), WIDTH, generator=draw).to(DEVICE, dtype)
     return (module(x_TD, weight_TK) * dout_TD).sum(), x_TD, weight_TK
 
 

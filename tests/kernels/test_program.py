@@ -153,6 +153,18 @@ def test_what_is_bound_is_run_until_it_can_be_repeated(programs: program.Program
     assert len(runs) == 5
 
 
+def test_what_cannot_be_repeated_is_asked_for_twice(programs: program.Programs, monkeypatch: Any) -> None:
+    x = torch.randn(6, 16, device=DEVICE)
+    bound = program.Bound(programs, lambda scale, tensors: (tensors[0] * scale,), 2.0, (x,))
+    asked: list[Any] = []
+    settled = bound._settled
+    monkeypatch.setattr(bound, "_settled", lambda inputs: asked.append(inputs) or settled(inputs))
+    for _ in range(5):
+        (out,) = bound(())
+        assert torch.equal(out, 2 * x)
+    assert len(asked) == 2
+
+
 def test_the_oldest_shapes_are_forgotten(programs: program.Programs, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(program, "_MOST_PROGRAMS", 4)
     layer = _Layer(SwiGlu())

@@ -67,7 +67,6 @@ class Recording:
         self._own, self._shared = self._places(inputs)
         by_place = dict(self._own) | {i: shared.tensor for i, shared in self._shared}
         self._tensors = [by_place[i] for i in range(len(inputs))]
-        self._entered = [(place, tensor.detach()) for place, tensor in self._own]
         self._rest: Any = None
         self._outs: list[Tensor] = []
 
@@ -172,8 +171,8 @@ class Recording:
             )
 
     def _load(self, inputs: Sequence[Tensor]) -> None:
-        for place, tensor in self._entered:
-            tensor.copy_(inputs[place])
+        for place, tensor in self._own:
+            tensor.detach().copy_(inputs[place])
         for place, shared in self._shared:
             shared.load(inputs[place])
 

@@ -187,7 +187,7 @@ class Programs:
         """
         assert inputs[0] is not None
         device = inputs[0].device
-        if device.type == "cuda" and device.index != torch.cuda.current_device():
+        if _is_elsewhere(device):
             # a model that lies on several: the hooks that move a layer's inputs leave the current device as it is
             with torch.cuda.device(device):
                 return self.run(function, static, inputs, ahead)
@@ -209,10 +209,10 @@ class Programs:
         self._remember(key, _make(watch, inputs, results, device))
         return results
 
-    def program(self, function: Pass, static: Any, inputs: Tensors) -> Program | None:
-        """By which `run` answers these arguments, if there is one."""
+    def settled(self, function: Pass, static: Any, inputs: Tensors) -> Program | bool | None:
+        """The program by which `run` answers these arguments, False if it never has one; None until that is known."""
         known = self._known.get(_key(function, static, inputs))
-        return known if isinstance(known, Program) else None
+        return None if known is True else known
 
     def _build(self, function: Pass, static: Any, inputs: Tensors, device: torch.device) -> None:
         """Build the kernels of a pass, once for all layers and lengths: inputs that differ in their first size alone.
@@ -244,20 +244,21 @@ class Bound:
     def __init__(self, programs: Programs, function: Pass, static: Any, first: Tensors) -> None:
         assert first[0] is not None
         self._run = partial(programs.run, function, static)
-        self._program = partial(programs.program, function, static)
+        self._settled = partial(programs.settled, function, static)
         self._first, self._addresses, self._device = first, _addresses(first), first[0].device
-        self._found: dict[tuple[Any, ...], Program] = {}
+        self._found: dict[tuple[Any, ...], Program | bool] = {}
 
     def __call__(self, others: Tensors) -> Tensors:
         """The function's results, with these for its other inputs."""
         forms, inputs = _forms(others), (*self._first, *others)
-        addresses = [*self._addresses, *_addresses(others)]
-        is_current = self._device.type != "cuda" or self._device.index == torch.cuda.current_device()
-        if (program := self._found.get(forms)) is not None and is_current and are_aligned(addresses):
-            return program(inputs, addresses, self._device)
+        found = self._found.get(forms)
+        if isinstance(found, Program) and not _is_elsewhere(self._device):
+            addresses = [*self._addresses, *_addresses(others)]
+            if are_aligned(addresses):
+                return found(inputs, addresses, self._device)
         results = self._run(inputs)
-        if program is None and (made := self._program(inputs)) is not None:
-            self._found[forms] = made
+        if found is None and (settled := self._settled(inputs)) is not None:
+            self._found[forms] = settled
         return results
 
 
@@ -272,6 +273,11 @@ def _key(function: Pass, static: Any, inputs: Tensors) -> tuple[Any, ...]:
 
 def _addresses(tensors: Tensors) -> list[int]:
     return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+
+
+def _is_elsewhere(device: torch.device) -> bool:
+    """Whether another device is the current one."""
+    return device.type == "cuda" and device.index != torch.cuda.current_device()
 
 
 def _no_autocast(device: torch.device) -> torch.autocast:
