@@ -44,7 +44,7 @@ class SplitLinear(NamedTuple):
 
     def dmid(self, dy_NO: Tensor) -> Tensor | None:
         """The gradient of `mid`."""
-        return None if self.b_OR is None else (dy_NO @ self.b_OR).mul_(self.scale)
+        return None if self.b_OR is None else _product(dy_NO, self.b_OR, dy_NO.dtype, self.scale)
 
     def input_grad(self, dy_NO: Tensor, dmid_NR: Tensor | None, out_NI: Tensor | None = None) -> Tensor:
         """`dx_NI`, added to `out_NI` if that is given."""
@@ -59,7 +59,7 @@ class SplitLinear(NamedTuple):
 
     def b_grad(self, dy_NO: Tensor, mid_NR: Tensor | None) -> Tensor | None:
         """`db_OR`."""
-        return None if mid_NR is None else _product(dy_NO.mT, mid_NR, self.dtypes[1]).mul_(self.scale)
+        return None if mid_NR is None else _product(dy_NO.mT, mid_NR, self.dtypes[1], self.scale)
 
 
 def _add_product(y_NC: Tensor, left_NR: Tensor, right_RC: Tensor, scale: float = 1.0) -> None:
@@ -74,9 +74,12 @@ def _add_product(y_NC: Tensor, left_NR: Tensor, right_RC: Tensor, scale: float =
     y_NC.addmm_(left_NR, right_RC, alpha=scale)
 
 
-def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """`left @ right` in `dtype`; on CUDA without rounding float32 sums of 16-bit products to 16 bits on the way."""
+def _product(left: Tensor, right: Tensor, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+    """`scale · left @ right` in `dtype`, scaled before it is rounded; on CUDA a float32 product of 16-bit factors is not
+    rounded to 16 bits on the way."""
+    shape = len(left), right.shape[1]
     is_cuda = left.is_cuda and torch.version.hip is None
     if is_cuda and dtype == torch.float32 and left.dtype in (torch.bfloat16, torch.float16):
-        return torch.mm(left, right, out_dtype=dtype)
-    return (left @ right).to(dtype)
+        out = left.new_empty(shape, dtype=dtype)
+        return torch.addmm(out, left, right, out_dtype=dtype, beta=0, alpha=scale, out=out)
+    return left.new_empty(shape).addmm_(left, right, beta=0, alpha=scale).to(dtype)
