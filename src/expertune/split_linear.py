@@ -75,8 +75,10 @@ def _add_product(y_NC: Tensor, left_NR: Tensor, right_RC: Tensor, scale: float =
 
 
 def _product(left: Tensor, right: Tensor, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
-    """`scale · left @ right` in `dtype`, scaled before it is rounded; on CUDA a float32 product of 16-bit factors is not
-    rounded to 16 bits on the way."""
+    """`scale · left @ right` in `dtype`, scaled before it is rounded.
+
+    On CUDA a float32 product of 16-bit factors is not rounded to 16 bits on the way.
+    """
     shape = len(left), right.shape[1]
     is_cuda = left.is_cuda and torch.version.hip is None
     if is_cuda and dtype == torch.float32 and left.dtype in (torch.bfloat16, torch.float16):
