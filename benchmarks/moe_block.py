@@ -7,10 +7,8 @@ a variant is timed only after its output and gradients agreed with stock. Varian
 between runs, medians count. Writes `runs/bench/moe_block.json` with its provenance and `moe_block.png`.
 """
 
-import argparse
 import json
 import statistics
-import time
 from pathlib import Path
 
 import torch
@@ -20,12 +18,12 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 import expertune
 from expertune.backends import PREFERRED
 from provenance import provenance
-from shapes import SHAPES, expert_targets, model_config
+from shapes import expert_targets, frozen_model
+from timing import arguments, time_ms
 
 STOCK = "transformers + peft"
 _AGREES = 0.03  # bf16 rounding of a block, relative to the norm; a wrong expert or scale is off by more than a third
@@ -36,10 +34,8 @@ class Block:
 
     def __init__(self, shape: str, rank: int, skew: float, device: torch.device) -> None:
         torch.manual_seed(0)
-        config = model_config(shape, layers=2, vocab_size=256)  # the head is not measured
-        self.width = config.hidden_size
-        with device:
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).requires_grad_(False)
+        model = frozen_model(shape, device)
+        self.width = model.config.hidden_size
         targets = [f"mlp.experts.{name}" for name in expert_targets(shape)]
         self.model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_parameters=targets))
         self.block = next(m for name, m in self.model.named_modules() if name.endswith("layers.1.mlp"))
@@ -99,7 +95,7 @@ def measure(block: Block, names: list[str], inputs: tuple[Tensor, Tensor], repea
             peak[name] = _peak_gib(block, inputs)
             for _ in range(repeats if round_number else 0):
                 flush.zero_()
-                times[name].append(_time_ms(block, inputs))
+                times[name].append(time_ms(lambda: block.run(*inputs)))
     return {
         name: {
             "ms": round(statistics.median(times[name]), 3),
@@ -108,19 +104,6 @@ def measure(block: Block, names: list[str], inputs: tuple[Tensor, Tensor], repea
         }
         for name in names
     }
-
-
-def _time_ms(block: Block, inputs: tuple[Tensor, Tensor]) -> float:
-    if inputs[0].device.type != "cuda":
-        start = time.perf_counter()
-        block.run(*inputs)
-        return 1000 * (time.perf_counter() - start)
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    begin.record()
-    block.run(*inputs)
-    end.record()
-    torch.cuda.synchronize()
-    return float(begin.elapsed_time(end))
 
 
 def _peak_gib(block: Block, inputs: tuple[Tensor, Tensor]) -> float:
@@ -148,17 +131,11 @@ def plot(results: dict[int, dict[str, dict[str, float]]], path: Path, title: str
 
 def main() -> None:
     """Measure, show, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    on_gpu = torch.cuda.is_available()
-    shapes = [shape for shape in SHAPES if expert_targets(shape)]
-    parser.add_argument("--shape", choices=shapes, default="qwen3" if on_gpu else "tiny")
-    parser.add_argument("--tokens", default="1024,4096,16384" if on_gpu else "64,256,1024")
-    parser.add_argument("--rank", type=int, default=64 if on_gpu else 8)
+    parser = arguments(__doc__, tokens_on_gpu="1024,4096,16384", tokens="64,256,1024")
     parser.add_argument("--skew", type=float, default=0.0, help="0 is uniform routing")
     parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--output", type=Path, default=Path("runs/bench"))
     args = parser.parse_args()
-    console, device = Console(), torch.device("cuda" if on_gpu else "cpu")
+    console, device = Console(), torch.device("cuda" if torch.cuda.is_available() else "cpu")
     block = Block(args.shape, args.rank, args.skew, device)
     results: dict[int, dict[str, dict[str, float]]] = {}
     for num_tokens in track([int(n) for n in args.tokens.split(",")], description="measuring", console=console):

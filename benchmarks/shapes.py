@@ -108,6 +108,16 @@ def model_config(shape: str, layers: int, **overrides: Any) -> Any:
     return AutoConfig.for_model(model_type, **widths | _SPECIAL | overrides, num_hidden_layers=layers)
 
 
+def frozen_model(shape: str, device: Any) -> Any:
+    """Two layers of the shape with random weights in bfloat16, frozen, and a small head, which is not measured."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with device:
+        model = AutoModelForCausalLM.from_config(model_config(shape, layers=2, vocab_size=256), dtype=torch.bfloat16)
+    return model.requires_grad_(False)
+
+
 def write_model(shape: str, layers: int, folder: Path, seed: int = 0, **overrides: Any) -> None:
     """A checkpoint of the shape with random weights in bfloat16, as `from_config` draws them.
 

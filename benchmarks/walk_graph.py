@@ -9,26 +9,24 @@ recorded layers of a model, or in forward and again in backward. Without a GPU t
 Writes `runs/bench/walk_graph.json` with its provenance: medians and the best, in ms.
 """
 
-import argparse
 import json
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from torch import Tensor
 
-from dimensions import dimensions
-from expertune.activations import ClampedSwiGlu, SwiGlu
-from expertune.backends import choose
 from expertune.experts import experts
-from expertune.shapes import ExpertsLayout, LoraFactors, Problem
-from expertune.walk import ExpertsStep, Projection
+from expertune.hosts.transformers import first_name, make_plan, named_experts
+from expertune.memory.replay import RoutingReplay
+from expertune.shapes import LoraFactors
+from expertune.walk import Projection
 from provenance import provenance
-from shapes import SHAPES, expert_targets
+from shapes import frozen_model
+from timing import arguments, time_ms
 
 _REST_S = 0.03
 _RUN_MS = 150
@@ -47,37 +45,29 @@ class Pass:
 
     def __init__(self, shape: str, rank: int, device: torch.device) -> None:
         torch.manual_seed(0)
-        found = dimensions(shape, layers=2)
-        routed = found.layers[-1].experts
-        assert routed is not None
-        self._num_experts, self._per_token = routed.number, routed.per_token
-        self._width, self._device = found.width, device
-        is_gpt_oss = shape == "gptoss"
-        layout = ExpertsLayout(
-            num_experts=routed.number,
-            model_width=found.width,
-            expert_width=routed.width,
-            has_gate=True,
-            is_transposed=is_gpt_oss,
-            has_bias=is_gpt_oss,
-        )
+        model = frozen_model(shape, device)
+        *_, (path, module) = named_experts(model)
+        first, down = first_name(module), "down_proj"
+        plan = make_plan(path, module, model.config.model_type, "auto", RoutingReplay())
+        self.step, _ = plan.step(module.get_parameter(first), module.get_parameter(down))
+        self._device, self._per_token = device, model.config.num_experts_per_tok
+        layout = self.step.layout
+        widths = {first: (layout.model_width, layout.first_width), down: (layout.expert_width, layout.model_width)}
         self._projections = tuple(
-            self._projection(layout, widths, rank)
-            for widths in ((found.width, 2 * routed.width), (routed.width, found.width))
+            Projection(
+                weight=module.get_parameter(name),
+                bias=module.get_parameter(f"{name}_bias") if layout.has_bias else None,
+                adapters=(self._adapter(into, out, rank),),
+            )
+            for name, (into, out) in widths.items()
         )
-        widths = (found.width, 2 * routed.width, routed.width)
-        capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-        problem = Problem(device=device.type, capability=capability, dtype=torch.bfloat16, widths=widths, is_dense=True)
-        backend, _ = choose(problem, "auto")
-        gate = ClampedSwiGlu(1.702, 7.0) if is_gpt_oss else SwiGlu()
-        self.step = ExpertsStep(layout=layout, gate=gate, backend=backend)
         self.factors = [f for p in self._projections for adapter in p.adapters for f in (adapter.a, adapter.b)]
 
     def on(self, num_tokens: int, *, keeps_packed: bool) -> Callable[[], list[Tensor]]:
         """A function that runs it on so many tokens, and gives the gradients of tokens, weights and factors."""
-        random = {"device": self._device}
-        x_TD, dout_TD = (self._normal(num_tokens, self._width) for _ in range(2))
-        expert_TK = torch.rand(num_tokens, self._num_experts, **random).topk(self._per_token).indices
+        random, layout = {"device": self._device}, self.step.layout
+        x_TD, dout_TD = (self._normal(num_tokens, layout.model_width) for _ in range(2))
+        expert_TK = torch.rand(num_tokens, layout.num_experts, **random).topk(self._per_token).indices
         weight_TK = torch.rand(num_tokens, self._per_token, **random).requires_grad_()
         wanted = [x_TD.requires_grad_(), weight_TK, *self.factors]
         first, second = self._projections
@@ -89,18 +79,11 @@ class Pass:
 
         return run
 
-    def _projection(self, layout: ExpertsLayout, widths: tuple[int, int], rank: int) -> Projection:
-        into, out = widths
-        number = layout.num_experts
-        a, b = (
-            self._normal(*size, dtype=torch.float32).requires_grad_()
-            for size in ((number * rank, into), (out, rank * number))
-        )
-        return Projection(
-            weight=self._normal(number, *(widths if layout.is_transposed else (out, into))),
-            bias=self._normal(number, out) if layout.has_bias else None,
-            adapters=(LoraFactors(a=a, b=b, scale=1.0),),
-        )
+    def _adapter(self, into: int, out: int, rank: int) -> LoraFactors:
+        number = self.step.layout.num_experts
+        sizes = (number * rank, into), (out, rank * number)
+        a, b = (self._normal(*size, dtype=torch.float32).requires_grad_() for size in sizes)
+        return LoraFactors(a=a, b=b, scale=1.0)
 
     def _normal(self, *size: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         return (torch.randn(*size, device=self._device) * _STD).to(dtype)
@@ -126,52 +109,23 @@ def measure(run: Callable[[], Any], num_rested: int, num_sustained: int) -> dict
     """Median and best in ms, rested and sustained."""
     rested = []
     for _ in range(num_rested):
-        _synchronize()
         time.sleep(_REST_S)
-        rested.append(_time_ms(run, 1, is_ahead=True))
+        rested.append(time_ms(run, ahead_cycles=_AHEAD_CYCLES))
     count = max(1, round(_RUN_MS / statistics.median(rested))) if torch.cuda.is_available() else 1
-    sustained = [_time_ms(run, count) for _ in range(num_sustained)]
+    sustained = [time_ms(run, count) for _ in range(num_sustained)]
     spans = {"rested": rested, "sustained": sustained}
     return {how: [round(statistics.median(each), 3), round(min(each), 3)] for how, each in spans.items()}
 
 
-def _time_ms(run: Callable[[], Any], count: int, *, is_ahead: bool = False) -> float:
-    if not torch.cuda.is_available():
-        start = time.perf_counter()
-        for _ in range(count):
-            run()
-        return 1000 * (time.perf_counter() - start) / count
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    if is_ahead:
-        torch.cuda._sleep(_AHEAD_CYCLES)  # type: ignore[no-untyped-call]
-    begin.record()
-    for _ in range(count):
-        run()
-    end.record()
-    end.synchronize()
-    return float(begin.elapsed_time(end)) / count
-
-
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
 def main() -> None:
     """Measure, show, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    on_gpu = torch.cuda.is_available()
-    shapes = [shape for shape in SHAPES if expert_targets(shape)]
-    parser.add_argument("--shape", choices=shapes, default="qwen3" if on_gpu else "tiny")
-    parser.add_argument("--tokens", default="1024,4096,16384,32768" if on_gpu else "64,256")
-    parser.add_argument("--rank", type=int, default=64 if on_gpu else 8)
+    parser = arguments(__doc__, tokens_on_gpu="1024,4096,16384,32768", tokens="64,256")
     parser.add_argument("--packs-twice", action="store_true", help="factors, as in layers that are not recorded")
     parser.add_argument("--rested", type=int, default=24, help="replays")
     parser.add_argument("--sustained", type=int, default=10, help="runs")
-    parser.add_argument("--output", type=Path, default=Path("runs/bench"))
     args = parser.parse_args()
     console = Console()
-    walk = Pass(args.shape, args.rank, torch.device("cuda" if on_gpu else "cpu"))
+    walk = Pass(args.shape, args.rank, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     settings = {"shape": args.shape, "rank": args.rank, "backend": walk.step.backend.name}
     report = {"provenance": provenance("torch", "triton"), **settings, "keeps_packed": not args.packs_twice}
     rows: dict[int, dict[str, list[float]]] = {}

@@ -8,13 +8,14 @@ import pytest
 import torch
 
 import walk_graph
-from dimensions import dimensions
+from shapes import SHAPES
 
 
 @pytest.mark.parametrize("keeps_packed", [False, True])
 @pytest.mark.parametrize("shape", ["tiny", "gptoss"])
 def test_everything_gets_its_gradient(monkeypatch: pytest.MonkeyPatch, shape: str, keeps_packed: bool) -> None:
-    monkeypatch.setattr(walk_graph, "dimensions", lambda _shape, layers: dimensions("tiny", layers))
+    widths = {"hidden_size": 64, "intermediate_size": 32, "num_local_experts": 8}
+    monkeypatch.setitem(SHAPES, "gptoss", ("gpt_oss", SHAPES["gptoss"][1] | widths))
     walk = walk_graph.Pass(shape, rank=4, device=torch.device("cpu"))
     assert walk.step.layout.is_transposed == walk.step.layout.has_bias == (shape == "gptoss")
     grads = walk.on(16, keeps_packed=keeps_packed)()
