@@ -57,7 +57,8 @@ def test_a_kernel_is_no_worse_than_the_formula(
 
     ours, plain, truth = results(tensors, True), results(tensors, False), results(exact, False)
     fast = "cudnn" if torch.cuda.get_device_capability() >= (9, 0) else "flash"
-    assert ran == [{"full": fast, "narrow values": fast, "tiles": "tiles"}.get(case, "flash")]
+    full = "hopper" if width == 256 and torch.cuda.get_device_capability()[0] == 9 else fast
+    assert ran == [{"full": full, "narrow values": fast, "tiles": "tiles"}.get(case, "flash")]
     for number, (got, other, true) in enumerate(zip(ours, plain, truth, strict=True)):
         assert got.shape == true.shape
         # the share of the sinks rounds once more; their own gradient is one number a head, rounded at the end

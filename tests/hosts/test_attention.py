@@ -1,6 +1,7 @@
 """Transformers' models through our attention: equal to the host's eager one, and right where that one is not."""
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,10 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig, PreTrainedModel
 
 import expertune
+from expertune.attention import attend as attending
 from expertune.attention.sequences import Sequences
+from expertune.attention.tiles import Tiles
+from tests.attention.chosen import kernels_chosen
 from tests.conftest import Checkpoint
 from tests.families.found import families
 from tests.families.tiny import tiny_model
@@ -64,6 +68,24 @@ def test_outputs_and_gradients_are_the_host_s(checkpoint: Checkpoint, family: st
         inputs["attention_mask"][:] = 1
     inputs["labels"] = inputs["labels"].masked_fill(inputs["attention_mask"] == 0, -100)
     assert_equal_within(run(ours, inputs), run(host, inputs), 1e-11)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "glm4_moe_lite"])
+def test_whole_samples_where_a_kernel_goes_beyond_sdpa(
+    checkpoint: Checkpoint, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host, ours = pair(checkpoint, family)
+    inputs = batch(length=LENGTH)
+    inputs["attention_mask"][:] = 1
+    expected = run(host, inputs)
+    ran = kernels_chosen(monkeypatch)
+    assert_equal_within(run(ours, inputs), expected, 1e-11)
+    assert not ran
+    monkeypatch.setattr(attending, "BEYOND_SDPA", (Tiles(),))  # which runs here
+    assert_equal_within(run(ours, inputs), expected, 1e-11)
+    assert ran == ["tiles"] * ours.config.num_hidden_layers
+    words = str(expertune.explain(ours))
+    assert re.search("whole samples, heads of [0-9]+: tiles", words)
 
 
 @pytest.mark.parametrize("family", ["gpt_oss", "gemma3"])
@@ -165,12 +187,15 @@ def test_it_is_saved_and_copied_as_the_host_s(checkpoint: Checkpoint, tmp_path: 
 def test_explain_says_whose_it_is(checkpoint: Checkpoint) -> None:
     words = str(expertune.explain(expertune.optimize(load_tiny(checkpoint("gpt_oss")))))
     assert "attention of GptOssModel: expertune" in words
-    assert "windows, heads of 8: tiles (cudnn: needs a CUDA device" in words
+    assert "windows, heads of 8: tiles (hopper: needs heads of 256, also of values; cudnn: needs a CUDA device" in words
     words = str(expertune.explain(expertune.optimize(load_tiny(checkpoint("qwen3_moe")))))
     said = (
         "attention of Qwen3MoeModel: the host's sdpa, and expertune for packed samples, in memory linear in the length"
     )
-    assert f"{said}; packed samples, heads of 8: tiles (cudnn: needs a CUDA device" in words
+    assert (
+        f"{said}; packed samples, heads of 8: tiles (hopper: needs heads of 256, also of values; cudnn: needs a CUDA device"
+        in words
+    )
     assert "Gemma3TextModel: expertune" in str(expertune.explain(expertune.optimize(gemma3())))
 
 

@@ -15,12 +15,14 @@ from torch.autograd.function import once_differentiable
 
 from expertune.attention.cudnn import Cudnn
 from expertune.attention.flash import Flash
+from expertune.attention.hopper import Hopper
 from expertune.attention.kernels import Attended, Kernel, Pattern, choose
 from expertune.attention.sequences import Sequences
 from expertune.attention.tiles import Tiles
 
 _WIDEST_SHARED = 256  # heads beyond it share no keys in any of torch's kernels but the one that forms all scores
-PREFERRED: tuple[Kernel, ...] = (Cudnn(), Flash(), Tiles())
+BEYOND_SDPA: tuple[Kernel, ...] = (Hopper(),)  # faster than what torch chooses by itself, where they run
+PREFERRED: tuple[Kernel, ...] = (*BEYOND_SDPA, Cudnn(), Flash(), Tiles())
 
 
 def attend(
@@ -68,8 +70,16 @@ def attend(
     return sequences.put(_attend(q, k, v, sinks_H, pattern)[0], batch, length)
 
 
+def goes_beyond_sdpa(q_BHTD: Tensor, v_BJSV: Tensor) -> bool:
+    """Whether for causal attention over whole samples a kernel of ours runs that is faster than torch's own choice."""
+    pattern = Pattern(scale=1.0)
+    return any(kernel.why_not(q_BHTD, v_BJSV, pattern) is None for kernel in BEYOND_SDPA)
+
+
 def _plain(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Torch's own choice, which no mask keeps from its fastest kernel."""
+    """Torch's own choice, which no mask keeps from its fastest kernel, unless there is a faster one."""
+    if goes_beyond_sdpa(q, v):
+        return _attend(q, k, v, None, Pattern(scale=scale))
     shares_heads = k.shape[1] != q.shape[1]
     if shares_heads and q.shape[-1] > _WIDEST_SHARED:
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))

@@ -17,7 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from expertune.attention.attend import PREFERRED, attend
+from expertune.attention.attend import PREFERRED, attend, goes_beyond_sdpa
 from expertune.attention.kernels import Pattern, choose
 from expertune.attention.sequences import Sequences
 
@@ -88,19 +88,22 @@ def is_ours(decoder: PreTrainedModel) -> bool:
 
 
 def kernels_of(decoder: PreTrainedModel) -> str:
-    """Which kernels its layers take in the dtype and on the device of its weights: ours for whole samples, if any."""
+    """Which kernels its layers take in the dtype and on the device of its weights, for what ours attends to."""
     weight = next(decoder.parameters())
     # not the config: one whose layers differ refuses to say
-    widths = {getattr(module, "head_dim", None) for module in attentions_of(decoder)}
+    widths = {getattr(each, "qk_head_dim", getattr(each, "head_dim", None)) for each in attentions_of(decoder)}
     if forms_scores(decoder):
         kinds = {"full": Pattern(scale=1.0)}
         kinds |= {"windows": Pattern(scale=1.0, window=1)} if _has_windows(decoder.config) else {}
     else:
         starts = torch.empty(1, dtype=torch.int32, device=weight.device)
         kinds = {"packed samples": Pattern(scale=1.0, sequences=Sequences(start_C=starts, longest=0))}
+        kinds |= {"whole samples": Pattern(scale=1.0)}
     words = []
     for (kind, pattern), width in product(kinds.items(), sorted(width for width in widths if isinstance(width, int))):
         q_BHTD = torch.empty(1, 1, 2, width, dtype=weight.dtype, device=weight.device)
+        if kind == "whole samples" and not goes_beyond_sdpa(q_BHTD, q_BHTD):
+            continue
         kernel, passed_over = choose(PREFERRED, q_BHTD, q_BHTD, pattern)
         reasons = f" ({'; '.join(passed_over)})" if passed_over else ""
         words.append(f"{kind}, heads of {width}: {kernel.name}{reasons}")
@@ -239,11 +242,28 @@ def _attention(
 
 
 def _attention_beside_sdpa(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Ours for packed samples of which the batch says where they start (`hosts/samples.py`), else the host's."""
-    function = sdpa_attention_forward if told(attention_mask, kwargs) is None else _attention
-    out: tuple[Tensor, None] = function(module, query, key, value, attention_mask, **kwargs)
+    """Ours for packed samples of which the batch says where they start (`hosts/samples.py`), else the host's.
+
+    And ours for whole samples, where there is a kernel for them beyond what torch's SDPA has.
+    """
+    if told(attention_mask, kwargs) is not None:
+        return _attention(module, query, key, value, attention_mask, scaling, **kwargs)
+    is_whole = attention_mask is None and query.shape[2] == key.shape[2] and kwargs.get("is_causal") is not False
+    if is_whole and not kwargs.get("dropout") and goes_beyond_sdpa(query, value):
+        query, key, value = _in_one_dtype(query, key, value)
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return attend(query, key, value, scale=scale), None
+    out: tuple[Tensor, None] = sdpa_attention_forward(
+        module, query, key, value, attention_mask, scaling=scaling, **kwargs
+    )
     return out
 
 

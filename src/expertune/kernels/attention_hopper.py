@@ -1,0 +1,260 @@
+"""The first round of attention's backward for Hopper (compute capability 9.0, bf16, fp16, heads of 256), in Gluon.
+
+The same equations as `attention.py`, its tested twin. One warp copies; two groups of four warps have 64 of a block's
+128 keys each, and the sums of their `dV` in half of their registers. Scores lie transposed, by key and query: so
+probabilities are the left operand of `dV`'s product as they are, without a way through shared memory. While one group
+computes exponentials, the other multiplies. (The transposed scores are FlashAttention-3's, arXiv 2407.08608.)
+"""
+
+from typing import Any
+
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_init,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from expertune.kernels.attention import LOG2_E, Part, place
+from expertune.kernels.launch import launch
+
+KEYS = 128  # of a block
+WIDTH = 256  # of heads
+_QUERIES = 64  # of a tile
+_SLOTS = 3  # for tiles of queries and of gradients, in turn
+_LOG2_E = gl.constexpr(LOG2_E)
+
+
+@gluon.jit
+def _locate(step, first, num_tiles, kv_head, GROUP: gl.constexpr, QUERIES: gl.constexpr):
+    """The head and the first query of a step."""
+    if GROUP == 1:
+        return kv_head, first + step * QUERIES
+    return kv_head * GROUP + step // num_tiles, first + step % num_tiles * QUERIES
+
+
+@gluon.jit
+def _copy(descriptors, buffers, barriers, where, strides, GROUP: gl.constexpr):
+    """The copying warp: the block's keys and values, then a tile of queries and one of gradients for each step."""
+    q_desc, k_desc, v_desc, dout_desc, lse_desc, delta_desc = descriptors
+    k_buf, v_buf, slots, rows = buffers
+    resident, full, empty = barriers
+    key, first, num_tiles, kv_head = where
+    q_head, k_head, v_head, dout_head = strides
+    SLOTS: gl.constexpr = slots.type.shape[0]
+    QUERIES: gl.constexpr = slots.type.shape[1]
+    mbarrier.expect(resident, k_desc.block_type.nbytes + v_desc.block_type.nbytes)
+    tma.async_copy_global_to_shared(k_desc, [key, kv_head * k_head], resident, k_buf)
+    tma.async_copy_global_to_shared(v_desc, [key, kv_head * v_head], resident, v_buf)
+    slot = 0
+    parity = 1
+    for step in range(GROUP * num_tiles):
+        head, query = _locate(step, first, num_tiles, kv_head, GROUP, QUERIES)
+        for part in gl.static_range(2):
+            bar, tile, row = full.index(slot), slots.index(slot), rows.index(2 * (step & 1) + part)
+            mbarrier.wait(empty.index(slot), parity)
+            mbarrier.expect(bar, q_desc.block_type.nbytes + lse_desc.block_type.nbytes)
+            if part == 0:
+                tma.async_copy_global_to_shared(lse_desc, [head, query], bar, row)
+                tma.async_copy_global_to_shared(q_desc, [query, head * q_head], bar, tile)
+            else:
+                tma.async_copy_global_to_shared(delta_desc, [head, query], bar, row)
+                tma.async_copy_global_to_shared(dout_desc, [query, head * dout_head], bar, tile)
+            slot += 1
+            if slot == SLOTS:
+                slot = 0
+                parity ^= 1
+
+
+@gluon.jit
+def _store(dscores, ds_ptr, at):
+    """Write a tile of `dS`, 16 bytes a thread.
+
+    Two exchanges between lanes, of one bit of their number each, because those Triton does in registers. For more at
+    once it would go through shared memory, of which nothing is left.
+    """
+    SHAPE: gl.constexpr = dscores.type.shape
+    row_lanes: gl.constexpr = [[1, 0], [2, 0], [4, 0]]
+    warps: gl.constexpr = [[16, 0], [32, 0]]
+    half_way: gl.constexpr = gl.DistributedLinearLayout(
+        [[0, 1], [0, 2], [8, 0], [0, 16], [0, 32]], [[0, 8], [0, 4]] + row_lanes, warps, [], SHAPE
+    )
+    stored: gl.constexpr = gl.DistributedLinearLayout(
+        [[0, 1], [0, 2], [0, 4], [0, 32], [8, 0]], [[0, 8], [0, 16]] + row_lanes, warps, [], SHAPE
+    )
+    row, pitch, column = at
+    i = row + gl.arange(0, SHAPE[0], layout=gl.SliceLayout(1, stored))
+    j = column + gl.arange(0, SHAPE[1], layout=gl.SliceLayout(0, stored))
+    places = ds_ptr + (gl.expand_dims(i.to(gl.int64) * pitch, 1) + gl.expand_dims(j, 0))
+    gl.store(places, gl.convert_layout(gl.convert_layout(dscores, half_way), stored))
+
+
+@gluon.jit
+def write(total, row, head, T, has_before, pointers, strides):
+    """Some rows of a head, with what earlier parts summed."""
+    sum_ptr, out_ptr = pointers
+    sum_row, sum_head, out_row, out_head = strides
+    layout: gl.constexpr = total.type.layout
+    i = row + gl.arange(0, total.type.shape[0], layout=gl.SliceLayout(1, layout))
+    j = gl.expand_dims(gl.arange(0, total.type.shape[1], layout=gl.SliceLayout(0, layout)), 0)
+    mask = gl.expand_dims(i < T, 1) & (j >= 0)
+    i = gl.expand_dims(i.to(gl.int64), 1)
+    if has_before:
+        total += gl.load(sum_ptr + (i * sum_row + head * sum_head + j), mask=mask, other=0.0)
+    gl.store(out_ptr + (i * out_row + head * out_head + j), total.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@gluon.jit
+def _multiply(ME: gl.constexpr, buffers, barriers, where, pointers, sizes, strides, scale, GROUP: gl.constexpr):
+    """One of the two groups that multiply: half of the block's keys."""
+    k_buf, v_buf, slots, rows = buffers
+    resident, full, empty = barriers
+    key, first, num_tiles, kv_head = where
+    ds_ptr, sum_ptr, dv_ptr = pointers
+    T, pitch, head_rows, ds_row, ds_shift, has_before = sizes
+    SLOTS: gl.constexpr = slots.type.shape[0]
+    QUERIES: gl.constexpr = slots.type.shape[1]
+    WIDTH: gl.constexpr = slots.type.shape[2]
+    KEYS: gl.constexpr = k_buf.type.shape[0] // 2
+    dtype: gl.constexpr = slots.dtype
+    by_query: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, QUERIES, 16])
+    by_width: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
+    left: gl.constexpr = gl.DotOperandLayout(0, by_width, 2)
+    key += ME * KEYS
+    ds_row += ME * KEYS
+    k_buf = k_buf.slice(ME * KEYS, KEYS)
+    v_buf = v_buf.slice(ME * KEYS, KEYS)
+    i = gl.expand_dims(key + gl.arange(0, KEYS, layout=gl.SliceLayout(1, by_query)), 1)
+    j = gl.expand_dims(gl.arange(0, QUERIES, layout=gl.SliceLayout(0, by_query)), 0)
+    nothing = gl.zeros((KEYS, QUERIES), gl.float32, by_query)
+    dv = warpgroup_mma_init(gl.zeros((KEYS, WIDTH), gl.float32, by_width))
+    mbarrier.wait(resident, 0)
+    slot = 0
+    parity = 0
+    for step in range(GROUP * num_tiles):
+        head, query = _locate(step, first, num_tiles, kv_head, GROUP, QUERIES)
+        mbarrier.wait(full.index(slot), parity)
+        scores = warpgroup_mma(k_buf, slots.index(slot).permute((1, 0)), nothing, use_acc=False, is_async=True)
+        q_slot = slot
+        slot += 1
+        if slot == SLOTS:
+            slot = 0
+            parity ^= 1
+        mbarrier.wait(full.index(slot), parity)
+        dout = slots.index(slot)
+        dp = warpgroup_mma(v_buf, dout.permute((1, 0)), nothing, use_acc=False, is_async=True)
+        scores = warpgroup_mma_wait(num_outstanding=1, deps=(scores,))
+        mbarrier.arrive(empty.index(q_slot), count=1)
+        p = gl.exp2(scores * scale - rows.index(2 * (step & 1)).load(by_query) * _LOG2_E)
+        if query < key + KEYS:
+            p = gl.where(i <= query + j, p, 0.0)
+        dv = warpgroup_mma(gl.convert_layout(p.to(dtype), left), dout, dv, is_async=True)
+        dp = warpgroup_mma_wait(num_outstanding=1, deps=(dp,))
+        dscores = p * (dp - rows.index(2 * (step & 1) + 1).load(by_query))
+        _store(dscores.to(dtype), ds_ptr + head.to(gl.int64) * head_rows * pitch, (ds_row, pitch, query + ds_shift))
+        dv = warpgroup_mma_init(warpgroup_mma_wait(num_outstanding=0, deps=(dv,)))
+        mbarrier.arrive(empty.index(slot), count=1)
+        slot += 1
+        if slot == SLOTS:
+            slot = 0
+            parity ^= 1
+    dv = warpgroup_mma_wait(num_outstanding=0, deps=(dv,))
+    write(dv, key, kv_head, T, has_before, (sum_ptr, dv_ptr), strides)
+
+
+@gluon.jit(do_not_specialize=["first_block", "end", "num_heads", "T", "pitch_blocks", "rows_blocks"])
+def _values_kernel(
+    q_desc, k_desc, v_desc, dout_desc, lse_desc, delta_desc,
+    ds_ptr, sum_ptr, dv_ptr,
+    first_block, end, num_heads, T, pitch_blocks, rows_blocks,
+    q_head, k_head, v_head, dout_head, sum_row, sum_head, dv_row, dv_head, scale,
+    GROUP: gl.constexpr, SLOTS: gl.constexpr,
+):  # fmt: skip
+    """One program a block of keys of a head; those with most queries first."""
+    KEYS: gl.constexpr = k_desc.block_type.shape[0]
+    QUERIES: gl.constexpr = q_desc.block_type.shape[0]
+    block, kv_head = gl.program_id(0) // num_heads, gl.program_id(0) % num_heads
+    first = gl.maximum(block, first_block) * KEYS
+    ds_row, ds_shift = place(block, first_block, gl.cdiv(end, KEYS) - first_block, KEYS)
+    k_buf = gl.allocate_shared_memory(k_desc.dtype, k_desc.block_type.shape, k_desc.layout)
+    v_buf = gl.allocate_shared_memory(v_desc.dtype, v_desc.block_type.shape, v_desc.layout)
+    slots = gl.allocate_shared_memory(q_desc.dtype, [SLOTS] + q_desc.block_type.shape, q_desc.layout)
+    rows = gl.allocate_shared_memory(gl.float32, [4] + lse_desc.block_type.shape, lse_desc.layout)
+    resident = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(resident, count=1)
+    for slot in gl.static_range(SLOTS):
+        mbarrier.init(full.index(slot), count=1)
+        mbarrier.init(empty.index(slot), count=2)
+    fence_async_shared()
+    descriptors = (q_desc, k_desc, v_desc, dout_desc, lse_desc, delta_desc)
+    buffers = (k_buf, v_buf, slots, rows)
+    barriers = (resident, full, empty)
+    where = (block * KEYS, first, gl.cdiv(end - first, QUERIES), kv_head)
+    pointers = (ds_ptr, sum_ptr, dv_ptr)
+    sizes = (T, pitch_blocks * KEYS, rows_blocks * KEYS, ds_row, ds_shift, block < first_block)
+    strides = (sum_row, sum_head, dv_row, dv_head)
+    gl.warp_specialize(
+        [
+            (_multiply, (0, buffers, barriers, where, pointers, sizes, strides, scale, GROUP)),
+            (_multiply, (1, buffers, barriers, where, pointers, sizes, strides, scale, GROUP)),
+            (_copy, (descriptors, buffers, barriers, where, (q_head, k_head, v_head, dout_head), GROUP)),
+        ],
+        [4, 1],
+        [240, 24],  # registers a thread; what the launch has beyond them, the first group gets
+    )
+
+
+def head_tiles(x_THD: Tensor, rows: int) -> TensorDescriptor:
+    """Of a sample's heads, tiles of some rows of one, which is found by its column; what is beyond the rows is zero.
+
+    Heads may lie in any way: the hardware does not ask whether rows overlap.
+    """
+    length, num_heads, width = x_THD.shape
+    row, head, _ = x_THD.stride()
+    layout = gl.NVMMASharedLayout.get_default_for([rows, width], gl.bfloat16)
+    return TensorDescriptor(x_THD, [length, (num_heads - 1) * head + width], [row, 1], [rows, width], layout)
+
+
+def _row_tiles(x_HT: Tensor) -> TensorDescriptor:
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
+    return TensorDescriptor(x_HT, list(x_HT.shape), list(x_HT.stride()), [1, _QUERIES], layout)
+
+
+def values(
+    part: Part,
+    q_THD: Tensor,
+    k_TJD: Tensor,
+    v_TJD: Tensor,
+    dout_THD: Tensor,
+    lse_HT: Tensor,
+    delta_HT: Tensor,
+    sum_TJD: Tensor | None,
+    dv_TJD: Tensor,
+    scale: float,
+) -> None:
+    """As `attention.values`; rows of all but `dv` begin at multiples of 16 bytes, heads are `WIDTH` wide."""
+    assert part.keys == KEYS and k_TJD.shape[2] == WIDTH
+    length, num_heads, _ = k_TJD.shape
+    total = dv_TJD if sum_TJD is None else sum_TJD
+    operands = (q_THD, k_TJD, v_TJD, dout_THD)
+    tiles = [head_tiles(x, rows) for x, rows in zip(operands, (_QUERIES, KEYS, KEYS, _QUERIES), strict=True)]
+    constants: dict[str, Any] = {"GROUP": q_THD.shape[1] // num_heads, "SLOTS": _SLOTS}
+    launch(
+        _values_kernel,
+        (part.num_blocks * num_heads, 1, 1),
+        (part.ds, total, dv_TJD),
+        part.sizes(num_heads, q_THD.shape[1], length),
+        (*[x.stride(1) for x in operands], *total.stride()[:2], *dv_TJD.stride()[:2], scale * LOG2_E),
+        constants,
+        descriptors=(*tiles, _row_tiles(lse_HT), _row_tiles(delta_HT)),
+        num_warps=4,
+        maxnreg=168,
+    )

@@ -1,0 +1,171 @@
+"""The second round of attention's backward for Hopper (compute capability 9.0, bf16, fp16), in Gluon.
+
+The same equations as `attention.py`, its tested twin: products of 128 rows by a head's width, of which two groups of
+four warps have half the rows each, while one warp copies.
+"""
+
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_init,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from expertune.kernels.attention import Part, place
+from expertune.kernels.attention_hopper import KEYS, head_tiles, write
+from expertune.kernels.launch import launch
+
+_DEPTH = 64  # of a step
+_STAGES = 4
+
+
+@gluon.jit
+def _copy(descriptors, buffers, barriers, where, sizes, OF_QUERIES: gl.constexpr, GROUP: gl.constexpr):
+    """The copying warp: for each step both groups' tiles of `dS`, and one of keys or queries."""
+    ds_desc, x_desc = descriptors
+    ds_bufs, x_bufs = buffers
+    ready, empty = barriers
+    block, head, first, num_tiles = where
+    head_rows, first_block, num_diagonal, x_head = sizes
+    STAGES: gl.constexpr = x_bufs.type.shape[0]
+    DEPTH: gl.constexpr = x_bufs.type.shape[1]
+    HALF: gl.constexpr = ds_desc.block_type.shape[0]
+    KEYS: gl.constexpr = 2 * HALF
+    block_row, block_shift = place(block, first_block, num_diagonal, KEYS)
+    for step in range(num_tiles if OF_QUERIES else GROUP * num_tiles):
+        stage = step % STAGES
+        mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
+        bar, x_buf = ready.index(stage), x_bufs.index(stage)
+        mbarrier.expect(bar, 2 * ds_desc.block_type.nbytes + x_desc.block_type.nbytes)
+        if OF_QUERIES:
+            key = step * DEPTH
+            row, shift = place(key // KEYS, first_block, num_diagonal, KEYS)
+            row += head * head_rows + key % KEYS
+            for half in gl.static_range(2):
+                column = block * KEYS + half * HALF + shift
+                tma.async_copy_global_to_shared(ds_desc, [row, column], bar, ds_bufs.index(2 * stage + half))
+            tma.async_copy_global_to_shared(x_desc, [key, head // GROUP * x_head], bar, x_buf)
+        else:
+            query_head = head * GROUP + step // num_tiles
+            query = first + step % num_tiles * DEPTH
+            for half in gl.static_range(2):
+                row = query_head * head_rows + block_row + half * HALF
+                column = query + block_shift
+                tma.async_copy_global_to_shared(ds_desc, [row, column], bar, ds_bufs.index(2 * stage + half))
+            tma.async_copy_global_to_shared(x_desc, [query, query_head * x_head], bar, x_buf)
+
+
+@gluon.jit
+def _multiply(
+    ME: gl.constexpr,
+    buffers,
+    barriers,
+    where,
+    pointers,
+    sizes,
+    strides,
+    scale,
+    OF_QUERIES: gl.constexpr,
+    GROUP: gl.constexpr,
+):
+    """One of the two groups that multiply: half of the block's rows."""
+    ds_bufs, x_bufs = buffers
+    ready, empty = barriers
+    block, head, _first, num_tiles = where
+    T, has_before = sizes
+    STAGES: gl.constexpr = x_bufs.type.shape[0]
+    WIDTH: gl.constexpr = x_bufs.type.shape[2]
+    ROWS: gl.constexpr = 64
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
+    total = warpgroup_mma_init(gl.zeros((ROWS, WIDTH), gl.float32, layout))
+    for step in range(num_tiles if OF_QUERIES else GROUP * num_tiles):
+        stage = step % STAGES
+        mbarrier.wait(ready.index(stage), (step // STAGES) & 1)
+        ds_buf = ds_bufs.index(2 * stage + ME)
+        if OF_QUERIES:
+            ds_buf = ds_buf.permute((1, 0))
+        total = warpgroup_mma(ds_buf, x_bufs.index(stage), total, is_async=True)
+        total = warpgroup_mma_init(warpgroup_mma_wait(num_outstanding=1, deps=(total,)))
+        mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1, pred=step > 0)
+    total = warpgroup_mma_wait(num_outstanding=0, deps=(total,)) * scale
+    write(total, block * 2 * ROWS + ME * ROWS, head, T, has_before, pointers, strides)
+
+
+@gluon.jit(do_not_specialize=["first_block", "end", "num_heads", "T", "_pitch_blocks", "rows_blocks"])
+def _products_kernel(
+    ds_desc, x_desc,
+    _ds_ptr, sum_ptr, out_ptr,
+    first_block, end, num_heads, T, _pitch_blocks, rows_blocks,
+    x_head, sum_row, sum_head, out_row, out_head, scale,
+    OF_QUERIES: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """One program a block of rows of a head; those with most to sum first."""
+    DEPTH: gl.constexpr = x_desc.block_type.shape[0]
+    KEYS: gl.constexpr = 2 * ds_desc.block_type.shape[0]
+    num_blocks = gl.cdiv(end, KEYS)
+    block, head = gl.program_id(0) // num_heads, gl.program_id(0) % num_heads
+    if OF_QUERIES:
+        block = num_blocks - 1 - block
+        first = 0
+        num_tiles = (block + 1) * (KEYS // DEPTH)
+        has_before = block < 0  # never; Triton 3.6 fails on what is handed to other warps and not used there
+    else:
+        first = gl.maximum(block, first_block) * KEYS
+        num_tiles = gl.cdiv(end - first, DEPTH)
+        has_before = block < first_block
+    ds_bufs = gl.allocate_shared_memory(ds_desc.dtype, [2 * STAGES] + ds_desc.block_type.shape, ds_desc.layout)
+    x_bufs = gl.allocate_shared_memory(x_desc.dtype, [STAGES] + x_desc.block_type.shape, x_desc.layout)
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(ready.index(stage), count=1)
+        mbarrier.init(empty.index(stage), count=2)
+    fence_async_shared()
+    buffers = (ds_bufs, x_bufs)
+    barriers = (ready, empty)
+    where = (block, head, first, num_tiles)
+    pointers = (sum_ptr, out_ptr)
+    strides = (sum_row, sum_head, out_row, out_head)
+    copied = (rows_blocks * KEYS, first_block, num_blocks - first_block, x_head)
+    written = (T, has_before)
+    # fmt: off
+    gl.warp_specialize(
+        [
+            (_multiply, (0, buffers, barriers, where, pointers, written, strides, scale, OF_QUERIES, GROUP)),
+            (_multiply, (1, buffers, barriers, where, pointers, written, strides, scale, OF_QUERIES, GROUP)),
+            (_copy, ((ds_desc, x_desc), buffers, barriers, where, copied, OF_QUERIES, GROUP)),
+        ],
+        [4, 1],
+        [232, 40],
+    )
+    # fmt: on
+
+
+def products(
+    part: Part, x_TXD: Tensor, sum_TYD: Tensor | None, out_TYD: Tensor, scale: float, *, of_queries: bool, group: int
+) -> None:
+    """As `attention.products`; rows of `x` begin at multiples of 16 bytes."""
+    assert part.keys == KEYS
+    length, num_heads, _ = out_TYD.shape
+    total = out_TYD if sum_TYD is None else sum_TYD
+    num_blocks = part.num_blocks - (part.first // KEYS if of_queries else 0)
+    half = KEYS // 2
+    layout = gl.NVMMASharedLayout.get_default_for([half, _DEPTH], gl.bfloat16)
+    ds_tiles = TensorDescriptor(part.ds, list(part.ds.shape), list(part.ds.stride()), [half, _DEPTH], layout)
+    launch(
+        _products_kernel,
+        (num_blocks * num_heads, 1, 1),
+        (part.ds, total, out_TYD),  # of the first, `launch` takes the descriptors' dtype
+        part.sizes(num_heads, num_heads * (1 if of_queries else group), length),
+        (x_TXD.stride(1), *total.stride()[:2], *out_TYD.stride()[:2], scale),
+        {"OF_QUERIES": of_queries, "GROUP": group, "STAGES": _STAGES},
+        descriptors=(ds_tiles, head_tiles(x_TXD, _DEPTH)),
+        num_warps=4,
+        maxnreg=168,
+    )

@@ -1,0 +1,127 @@
+"""Attention's backward in two rounds against the formula written out: in the interpreter, and on Hopper in Gluon."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.cases import DEVICE, KERNEL_DTYPES, needs_cuda, needs_kernels
+from tests.numerics import assert_no_worse
+
+pytestmark = needs_kernels
+NAMES = ("dq", "dk", "dv")
+
+
+def inputs(batch: int, length: int, num_heads: int, num_shared: int, width: int, dtype: torch.dtype) -> list[Tensor]:
+    """Queries, keys, values and a gradient `(B, heads, T, D)`; values lie behind others, as projections leave them."""
+    draw = torch.Generator().manual_seed(0)
+    shapes = [(num_heads, width), (num_shared, width), (num_shared, width + 16), (num_heads, width)]
+    made = [torch.randn((batch, length, *shape), generator=draw).to(DEVICE, dtype) for shape in shapes]
+    return [x[..., -width:].transpose(1, 2) for x in made]
+
+
+def formula(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """The output and the logarithm of the sum of each query's exponentials."""
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    hidden = torch.ones(2 * (q.shape[2],), dtype=torch.bool, device=q.device).triu(1)
+    scores = (q @ k.mT * scale).masked_fill(hidden, -math.inf)
+    return scores.softmax(-1) @ v, scores.logsumexp(-1)
+
+
+def gradients(tensors: list[Tensor], scale: float) -> list[Tensor]:
+    q, k, v = (x.detach().requires_grad_() for x in tensors[:3])
+    return list(torch.autograd.grad(formula(q, k, v, scale)[0], (q, k, v), tensors[3]))
+
+
+def ours(tensors: list[Tensor], scale: float) -> list[Tensor]:
+    from expertune.attention.backward import backward
+
+    q, k, v, dout = tensors
+    out, lse = formula(q.double(), k.double(), v.double(), scale)
+    return list(backward(dout.transpose(1, 2), q, k, v, out.to(q).transpose(1, 2), lse.float(), scale))
+
+
+def check(tensors: list[Tensor], scale: float) -> list[Tensor]:
+    mine, plain = ours(tensors, scale), gradients(tensors, scale)
+    truth = gradients([x.double() for x in tensors], scale)
+    for name, got, other, exact in zip(NAMES, mine, plain, truth, strict=True):
+        assert got.dtype == tensors[0].dtype
+        assert got.shape == exact.shape
+        assert_no_worse(got, other, exact, name)
+    return mine
+
+
+@pytest.fixture
+def bound(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """On the bytes of the gradient of scores."""
+    from expertune.attention import backward
+
+    monkeypatch.setattr(backward, "_LEAST", request.param)
+    monkeypatch.setattr(backward, "_OF_QUERIES", 0)
+
+
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "bound", [2**30, 31_000, 1], ids=["whole", "some heads or queries", "one block"], indirect=True
+)
+@pytest.mark.parametrize(
+    ("batch", "length", "num_heads", "num_shared", "width"),
+    [(1, 70, 2, 2, 16), (2, 41, 4, 2, 24), (1, 130, 1, 1, 16), (1, 7, 1, 1, 8)],
+    ids=str,
+)
+@pytest.mark.usefixtures("bound")
+def test_it_is_no_worse_than_the_formula(
+    batch: int, length: int, num_heads: int, num_shared: int, width: int, dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    from expertune.attention import backward
+
+    monkeypatch.setattr(backward, "is_hopper", lambda _: False)  # the kernels in plain Triton, there too
+    check(inputs(batch, length, num_heads, num_shared, width, dtype), width**-0.5)
+
+
+def test_any_strides_are_read() -> None:
+    from expertune.attention.backward import backward
+
+    q, k, v, dout = inputs(1, 40, 2, 2, 16, KERNEL_DTYPES[0])
+    out, lse = formula(q, k, v, 0.25)
+    expected = backward(dout.transpose(1, 2), q, k, v, out.transpose(1, 2), lse.float(), 0.25)
+    others = [x.mT.contiguous().mT for x in (q, k, v)]
+    odd = torch.zeros(dout.numel() + 1, dtype=dout.dtype, device=DEVICE)[1:].view(1, 40, 2, 16)
+    odd.copy_(dout.transpose(1, 2))
+    found = backward(odd, *others, out.transpose(1, 2), lse.float(), 0.25)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("length", "shared", "heads", "queries"),
+    [(8192, (20, 20), 7, 8192), (32768, (20, 20), 1, 32768), (100_000, (20, 20), 1, 20224), (4096, (16, 2), 2, 4096)],
+)
+def test_what_is_held_is_bounded(length: int, shared: tuple[int, int], heads: int, queries: int) -> None:
+    from expertune.attention.backward import cut_into
+    from expertune.kernels.attention import scratch_shape
+
+    cut = cut_into(length, *shared, row_bytes=512, keys=128, num_programs=132)
+    assert cut == (heads, queries)
+    rows, pitch = scratch_shape(cut.heads * shared[0] // shared[1], length, cut.queries, 128)
+    assert 2 * rows * pitch <= max(2**29, 4 * length * shared[0] * 512)
+
+
+@needs_cuda
+@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9, reason="needs Hopper")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "bound", [2**30, 2_000_000, 1], ids=["whole", "some heads or queries", "one block"], indirect=True
+)
+@pytest.mark.parametrize(
+    ("batch", "length", "num_heads", "num_shared"),
+    [(1, 128, 2, 2), (1, 1000, 4, 4), (2, 1500, 8, 2), (1, 63, 3, 1), (1, 2049, 2, 2)],
+    ids=str,
+)
+@pytest.mark.usefixtures("bound")
+def test_on_hopper(batch: int, length: int, num_heads: int, num_shared: int, dtype: torch.dtype) -> None:
+    tensors = inputs(batch, length, num_heads, num_shared, 256, dtype)
+    first = check(tensors, 1 / 16)
+    again = ours(tensors, 1 / 16)
+    assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
