@@ -58,7 +58,7 @@ def bound(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> No
     from expertune.attention import backward
 
     monkeypatch.setattr(backward, "_LEAST", request.param)
-    monkeypatch.setattr(backward, "_OF_QUERIES", 0)
+    monkeypatch.setattr(backward, "_A_TOKEN", 0)
 
 
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
@@ -81,9 +81,11 @@ def test_it_is_no_worse_than_the_formula(
     check(inputs(batch, length, num_heads, num_shared, width, dtype), width**-0.5)
 
 
-def test_any_strides_are_read() -> None:
-    from expertune.attention.backward import backward
+def test_any_strides_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    from expertune.attention import backward as module
 
+    monkeypatch.setattr(module, "is_hopper", lambda _: False)
+    backward = module.backward
     q, k, v, dout = inputs(1, 40, 2, 2, 16, KERNEL_DTYPES[0])
     out, lse = formula(q, k, v, 0.25)
     expected = backward(dout.transpose(1, 2), q, k, v, out.transpose(1, 2), lse.float(), 0.25)
@@ -95,17 +97,24 @@ def test_any_strides_are_read() -> None:
 
 
 @pytest.mark.parametrize(
-    ("length", "shared", "heads", "queries"),
-    [(8192, (20, 20), 7, 8192), (32768, (20, 20), 1, 32768), (100_000, (20, 20), 1, 20224), (4096, (16, 2), 2, 4096)],
+    ("length", "num_heads", "group", "heads", "queries"),
+    [
+        (8192, 20, 1, 7, 8192),
+        (32768, 20, 1, 1, 32768),
+        (100_000, 20, 1, 1, 20224),
+        (4096, 16, 8, 16, 4096),
+        (16384, 16, 8, 2, 16384),
+        (20_000, 24, 3, 1, 20096),
+        (5000, 24, 3, 12, 5120),
+    ],
 )
-def test_what_is_held_is_bounded(length: int, shared: tuple[int, int], heads: int, queries: int) -> None:
+def test_what_is_held_is_bounded(length: int, num_heads: int, group: int, heads: int, queries: int) -> None:
     from expertune.attention.backward import cut_into
     from expertune.kernels.attention import scratch_shape
 
-    cut = cut_into(length, *shared, row_bytes=512, keys=128, num_programs=132)
-    assert cut == (heads, queries)
-    rows, pitch = scratch_shape(cut.heads * shared[0] // shared[1], length, cut.queries, 128)
-    assert 2 * rows * pitch <= max(2**29, 4 * length * shared[0] * 512)
+    assert cut_into(length, num_heads, group, keys=128, num_programs=132) == (heads, queries)
+    rows, pitch = scratch_shape(heads, length, queries, 128)
+    assert 2 * rows * pitch <= max(2**29, 40 * 2**10 * length)
 
 
 @needs_cuda
@@ -116,7 +125,7 @@ def test_what_is_held_is_bounded(length: int, shared: tuple[int, int], heads: in
 )
 @pytest.mark.parametrize(
     ("batch", "length", "num_heads", "num_shared"),
-    [(1, 128, 2, 2), (1, 1000, 4, 4), (2, 1500, 8, 2), (1, 63, 3, 1), (1, 2049, 2, 2)],
+    [(1, 128, 2, 2), (1, 1000, 4, 4), (2, 1500, 8, 2), (1, 63, 3, 1), (1, 2049, 2, 2), (1, 700, 8, 1)],
     ids=str,
 )
 @pytest.mark.usefixtures("bound")

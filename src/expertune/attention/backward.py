@@ -1,12 +1,12 @@
 """Attention's backward in two rounds (`kernels/attention.py`): which heads and which queries at a time.
 
 The gradient of all scores at once would grow with the square of the length. It is held for as many heads as keep the
-card busy, within a bound in proportion to the queries; where even one head's is beyond that, for a run of queries at a
-time, and what they give keys and values is summed in float32.
+card busy, within a bound in proportion to the length; where even one head's is beyond that, for a run of queries at a
+time. What several runs, or several heads of queries, give the same keys and values is summed in float32.
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,16 +18,26 @@ from expertune.kernels.attention import Part, row_sums, scratch_shape
 from expertune.kernels.device import is_hopper, num_programs
 from expertune.kernels.launch import are_aligned, ceil_div
 
-_OF_QUERIES = 4  # times the bytes of queries, that the gradient of scores may take, measured on an H200
+_A_TOKEN = (
+    40 * 2**10
+)  # bytes that the gradient of scores may take: at 32,768 tokens one head of 20, measured on an H200
 _LEAST = 2**29  # bytes that it may take in any case
 _WAVES = 3  # blocks of keys a multiprocessor: uneven as they are, all end at about the same time
 
 
 class Cut(NamedTuple):
-    """Heads of keys, and queries of each that attends to them, whose scores are held at a time."""
+    """Heads of queries, and queries of each, whose scores are held at a time."""
 
     heads: int
     queries: int
+
+
+class _Kernels(NamedTuple):
+    """The two rounds, and the keys of a block of theirs."""
+
+    values: Any
+    products: Any
+    keys: int
 
 
 def backward(
@@ -48,71 +58,99 @@ def backward(
     tensors = [_readable(x) for x in (q, k, v, dout_BTHD, out_BTHD)]
     lse_BHT = F.pad(lse_BHT, (0, -lse_BHT.shape[-1] % 4))[..., : lse_BHT.shape[-1]]  # rows of whole 16 bytes
     for each in range(len(q)):
-        _sample(*(x[each] for x in (*tensors, lse_BHT, dq, dk, dv)), scale)
+        given = tuple(x[each] for x in (*tensors, lse_BHT))
+        _sample(given, (dq[each], dk[each], dv[each]), scale)
     return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
 
-def _sample(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    dout: Tensor,
-    out: Tensor,
-    lse_HT: Tensor,
+def _sample(given: tuple[Tensor, ...], grads: tuple[Tensor, Tensor, Tensor], scale: float) -> None:
+    """Of one sample, `(T, heads, D)`."""
+    q, k, v, dout, out, lse_HT = given
+    dq, dk, dv = grads
+    kernels = _kernels(q.device)
+    (length, num_heads, width), group = q.shape, q.shape[1] // k.shape[1]
+    delta_HT = row_sums(dout, out)
+    cut = cut_into(length, num_heads, group, kernels.keys, num_programs(q.device))
+    ds = q.new_empty(scratch_shape(cut.heads, length, cut.queries, kernels.keys))
+    are_summed = cut.queries < length or group > 1
+    sums = q.new_empty((2, length, cut.heads, width), dtype=torch.float32) if are_summed else None
+    for first in range(0, num_heads, cut.heads):
+        own = slice(first, min(first + cut.heads, num_heads))
+        shared = slice(first // group, ceil_div(own.stop, group))
+        heads = _Heads(q[:, own], k[:, shared], v[:, shared], dout[:, own], lse_HT[own], delta_HT[own])
+        to_sum = None if sums is None else sums[:, :, : own.stop - first]
+        scratch = ds[: len(ds) // cut.heads * (own.stop - first)]
+        last = None if group > 1 else (dk[:, own], dv[:, own])
+        for part in _parts(scratch, length, cut.queries, kernels.keys, adds=first % group > 0):
+            _part(kernels, part, heads, to_sum, last, dq[:, own], scale)
+        if to_sum is not None and group > 1 and own.stop % group == 0:
+            for summed, grad in ((to_sum[0], dk), (to_sum[1], dv)):
+                by_group = summed.unflatten(1, (shared.stop - shared.start, -1))
+                grad[:, shared] = by_group.sum(2)
+
+
+class _Heads(NamedTuple):
+    """Some heads of queries of a sample, and the keys and values that they share."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    dout: Tensor
+    lse_HT: Tensor
+    delta_HT: Tensor
+
+
+def _part(
+    kernels: _Kernels,
+    part: Part,
+    heads: _Heads,
+    sums: Tensor | None,
+    last: tuple[Tensor, Tensor] | None,
     dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
     scale: float,
 ) -> None:
-    """Of one sample, `(T, heads, D)`."""
-    on_hopper = is_hopper(q.device)
-    values = attention_hopper.values if on_hopper else plain.values
-    products = attention_products_hopper.products if on_hopper else plain.products
-    keys = attention_hopper.KEYS if on_hopper else plain.KEYS
-    (length, num_heads, width), num_shared = q.shape, k.shape[1]
-    group = num_heads // num_shared
-    delta_HT = row_sums(dout, out)
-    cut = cut_into(length, num_heads, num_shared, width * q.element_size(), keys, num_programs(q.device))
-    ds = q.new_empty(scratch_shape(cut.heads * group, length, cut.queries, keys))
-    sums = None if cut.queries >= length else q.new_empty((2, length, cut.heads, width), dtype=torch.float32)
-    for first_head in range(0, num_shared, cut.heads):
-        shared = slice(first_head, min(first_head + cut.heads, num_shared))
-        own = slice(group * shared.start, group * shared.stop)
-        scratch = ds[: len(ds) // cut.heads * (shared.stop - shared.start)]
-        to_sum = (None, None) if sums is None else sums[:, :, : shared.stop - shared.start]
-        for part in _parts(scratch, length, cut.queries, keys):
-            dk_part, dv_part = (dk[:, shared], dv[:, shared]) if part.end == length else to_sum
-            heads = (q[:, own], k[:, shared], v[:, shared], dout[:, own], lse_HT[own], delta_HT[own])
-            values(part, *heads, to_sum[1], dv_part, scale)
-            products(part, q[:, own], to_sum[0], dk_part, scale, of_queries=False, group=group)
-            products(part, k[:, shared], None, dq[:, own], scale, of_queries=True, group=group)
+    """Both rounds for some queries. What they give keys and values is summed, or written if they are the last."""
+    dk_sum, dv_sum = (None, None) if sums is None else (sums[0], sums[1])
+    dk, dv = last if last is not None and part.end == len(dq) else (dk_sum, dv_sum)
+    kernels.values(part, *heads, dv_sum, dv, scale)
+    kernels.products(part, heads.q, dk_sum, dk, scale, of_queries=False)
+    kernels.products(part, heads.k, None, dq, scale, of_queries=True)
 
 
-def _parts(ds: Tensor, length: int, num_queries: int, keys: int) -> Iterator[Part]:
+def _kernels(device: torch.device) -> _Kernels:
+    if is_hopper(device):
+        return _Kernels(attention_hopper.values, attention_products_hopper.products, attention_hopper.KEYS)
+    return _Kernels(plain.values, plain.products, plain.KEYS)
+
+
+def _parts(ds: Tensor, length: int, num_queries: int, keys: int, *, adds: bool) -> Iterator[Part]:
     for first in range(0, length, num_queries):
-        yield Part(ds, first, min(first + num_queries, length), keys)
+        yield Part(ds, first, min(first + num_queries, length), keys, adds)
 
 
-def cut_into(length: int, num_heads: int, num_shared: int, row_bytes: int, keys: int, num_programs: int) -> Cut:
-    """How a sample is cut.
+def cut_into(length: int, num_heads: int, group: int, keys: int, num_programs: int) -> Cut:
+    """How a sample is cut: into whole groups of heads that share keys, or a group into equal parts.
 
     Args:
         length: rows.
-        num_heads, num_shared: heads of queries and of keys.
-        row_bytes: of a head's row.
+        num_heads: of queries.
+        group: of them that share one of keys.
         keys: of a block.
         num_programs: that run at the same time.
     """
-    most = max(_OF_QUERIES * length * num_heads * row_bytes, _LEAST) // 2  # numbers in 16 bits
-    group = num_heads // num_shared
+    most = max(_A_TOKEN * length, _LEAST) // 2  # numbers in 16 bits
     whole = ceil_div(length, keys) * keys
-    rows, pitch = scratch_shape(group, length, whole, keys)
-    if rows * pitch <= most:
-        wanted = ceil_div(_WAVES * num_programs, whole // keys)
-        heads = max(1, min(num_shared, wanted, most // (rows * pitch)))
-        return Cut(ceil_div(num_shared, ceil_div(num_shared, heads)), whole)
-    queries = most // (group * whole) // keys - 1
-    return Cut(1, max(queries, 1) * keys)
+    rows, pitch = scratch_shape(1, length, whole, keys)
+    if rows * pitch > most:
+        queries = most // whole // keys - 1
+        return Cut(1, max(queries, 1) * keys)
+    wanted = ceil_div(_WAVES * num_programs, whole // keys)
+    sizes = [n for n in range(1, group) if group % n == 0] + list(range(group, num_heads + 1, group))
+    fitting = [n for n in sizes if n * rows * pitch <= most]
+    heads = next((n for n in fitting if n >= wanted), fitting[-1])
+    if heads >= group:  # as many at each time
+        heads = ceil_div(num_heads // group, ceil_div(num_heads, heads)) * group
+    return Cut(heads, whole)
 
 
 def _readable(x: Tensor) -> Tensor:

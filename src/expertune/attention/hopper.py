@@ -30,9 +30,16 @@ class Hopper:
             return reason
         if find_spec("triton") is None:
             return "needs Triton, which is not installed"
-        from expertune.kernels.device import is_hopper  # imports Triton, which is optional
+        from expertune.kernels.attention_hopper import KEYS  # imports Triton, which is optional
+        from expertune.kernels.device import is_hopper, num_programs
+        from expertune.kernels.launch import ceil_div
 
-        return None if is_hopper(q_BHTD.device) else "is made for compute capability 9.0"
+        if not is_hopper(q_BHTD.device):
+            return "is made for compute capability 9.0"
+        num_blocks = q_BHTD.shape[1] * ceil_div(q_BHTD.shape[2], KEYS)
+        if num_blocks < num_programs(q_BHTD.device):
+            return f"keeps the card busy with more blocks of {KEYS} keys than {num_blocks}"
+        return None
 
     def forward(self, q_BHTD: Tensor, k_BJSD: Tensor, v_BJSV: Tensor, pattern: Pattern) -> Attended:
         """Attend."""

@@ -101,7 +101,7 @@ def kernels_of(decoder: PreTrainedModel) -> str:
         kinds |= {"whole samples": Pattern(scale=1.0)}
     words = []
     for (kind, pattern), width in product(kinds.items(), sorted(width for width in widths if isinstance(width, int))):
-        q_BHTD = torch.empty(1, 1, 2, width, dtype=weight.dtype, device=weight.device)
+        q_BHTD = torch.empty(1, 1, 1, width, dtype=weight.dtype, device=weight.device).expand(-1, -1, 2**16, -1)
         if kind == "whole samples" and not goes_beyond_sdpa(q_BHTD, q_BHTD):
             continue
         kernel, passed_over = choose(PREFERRED, q_BHTD, q_BHTD, pattern)

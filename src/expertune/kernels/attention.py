@@ -1,11 +1,11 @@
 """Attention's backward without atomics: in two rounds, with the gradient of the scores in between.
 
-FlashAttention's backward adds to `dQ` from every block of keys; with heads of 256 the sums of a block of keys and of one
-of queries do not fit the registers together, and adding `dQ` up in memory bounds it. Here the first round walks the
-queries of each block of keys, sums `dV`, and writes the gradient of the scores, `dS`, in 16 bits. In the second `dK =
-dSᵀQ` and `dQ = dS K` are plain products of triangular matrices. That is five products as in FlashAttention, each sum is
-one program's, in order, so results are equal bit by bit, and `dS` costs some 5 % of the time to write and read twice.
-It is held for some heads at a time and, where the context is long, for some queries; see `attention/backward.py`.
+FlashAttention's backward adds to `dQ` from every block of keys. With heads of 256 the sums of `dK` and `dV` leave the
+registers no room for large blocks, and what is added up in memory bounds it. Here the first round walks the queries of
+each block of keys, sums `dV`, and writes the gradient of the scores, `dS`, in 16 bits. In the second, `dK = dSᵀQ` and
+`dQ = dS K` are plain products with triangular matrices. That is five products as in FlashAttention, and each sum is one
+program's, in order, so two runs give the same bits. `dS` is held for some heads at a time and, where the context is
+long, for some queries; see `attention/backward.py`.
 
 These are the kernels in plain Triton: any target, and the tested twins of the ones in Gluon (`attention_hopper.py`,
 `attention_products_hopper.py`). Source of the equations: FlashAttention-2 (arXiv 2307.08691), section 3.1.2.
@@ -36,22 +36,24 @@ class Part(NamedTuple):
             `place`. In the dtype of the queries, its contents of no matter.
         first, end: queries; the first is a multiple of `keys`.
         keys: of a block.
+        adds: whether what these queries give is added to every key's sum, and not just to those of keys before them.
     """
 
     ds: Tensor
     first: int
     end: int
     keys: int
+    adds: bool = False
 
     @property
     def num_blocks(self) -> int:
         """Of keys that these queries attend to."""
         return ceil_div(self.end, self.keys)
 
-    def sizes(self, num_heads: int, num_query_heads: int, length: int) -> tuple[int, ...]:
-        """What kernels are told: the last two, the pitch of `ds` and its rows of a head, are in blocks."""
-        rows = len(self.ds) // num_query_heads
-        return self.first // self.keys, self.end, num_heads, length, self.ds.shape[1] // self.keys, rows // self.keys
+    def sizes(self, num_heads: int, length: int) -> tuple[int, ...]:
+        """What kernels are told; the pitch of `ds` and its rows of a head are in blocks."""
+        pitch, rows = self.ds.shape[1] // self.keys, len(self.ds) // num_heads // self.keys
+        return self.first // self.keys, self.end, num_heads, length, pitch, rows, int(self.adds)
 
 
 def scratch_shape(num_heads: int, length: int, num_queries: int, keys: int) -> tuple[int, int]:
@@ -65,7 +67,7 @@ def scratch_shape(num_heads: int, length: int, num_queries: int, keys: int) -> t
 def place(block, first_block, num_diagonal, KEYS: tl.constexpr):
     """Where `ds` holds a block of keys: its row, and what added to a query is its column.
 
-    Of the blocks on the diagonal the later half, whose rows are short, lies where rows of the earlier half do not reach.
+    Of blocks on the diagonal the later half, whose rows are short, lies where rows of the earlier half do not begin.
     """
     mirrored = first_block + num_diagonal - 1 - (block - first_block)
     is_folded = block > mirrored
@@ -110,26 +112,24 @@ def _write(
     tl.store(at, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["first_block", "end", "num_heads", "T", "pitch_blocks", "rows_blocks"])
+@triton.jit(do_not_specialize=["first_block", "end", "num_heads", "T", "pitch_blocks", "rows_blocks", "adds"])
 def _values_kernel(
     ds_ptr, q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, sum_ptr, dv_ptr,
-    first_block, end, num_heads, T, pitch_blocks, rows_blocks,
+    first_block, end, num_heads, T, pitch_blocks, rows_blocks, adds,
     q_row, q_head, k_row, k_head, v_row, v_head, dout_row, dout_head, lse_head, delta_head, sum_row, sum_head, dv_row,
     dv_head, scale,
     D: tl.constexpr, BD: tl.constexpr, GROUP: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr,
 ):  # fmt: skip
     """One program a block of keys of a head; those with most queries first."""
-    block, kv_head = tl.program_id(0) // num_heads, tl.program_id(0) % num_heads
+    block, head = tl.program_id(0) // num_heads, tl.program_id(0) % num_heads
     ds_row, ds_shift = place(block, first_block, tl.cdiv(end, KEYS) - first_block, KEYS)
     key = block * KEYS + tl.arange(0, KEYS)
-    k = _rows(k_ptr, key, kv_head, T, k_row, k_head, D, BD)
-    v = _rows(v_ptr, key, kv_head, T, v_row, v_head, D, BD)
+    k = _rows(k_ptr, key, head // GROUP, T, k_row, k_head, D, BD)
+    v = _rows(v_ptr, key, head // GROUP, T, v_row, v_head, D, BD)
     dv = tl.zeros((KEYS, BD), dtype=tl.float32)
     first = tl.maximum(block, first_block) * KEYS
-    num_tiles = tl.cdiv(end - first, QUERIES)
-    for step in range(GROUP * num_tiles):
-        head = kv_head * GROUP + step // num_tiles
-        query = first + step % num_tiles * QUERIES + tl.arange(0, QUERIES)
+    for start in range(first, end, QUERIES):
+        query = start + tl.arange(0, QUERIES)
         q = _rows(q_ptr, query, head, T, q_row, q_head, D, BD)
         dout = _rows(dout_ptr, query, head, T, dout_row, dout_head, D, BD)
         lse = tl.load(lse_ptr + head.to(tl.int64) * lse_head + query, mask=query < T, other=0.0)
@@ -142,15 +142,14 @@ def _values_kernel(
         ds = (p * (dp - delta[None, :])).to(ds_ptr.dtype.element_ty)
         row = (head.to(tl.int64) * rows_blocks * KEYS + ds_row + tl.arange(0, KEYS)) * pitch_blocks * KEYS
         tl.store(ds_ptr + row[:, None] + (query + ds_shift)[None, :], ds)
-    _write(
-        sum_ptr, dv_ptr, dv, key, kv_head, T, block < first_block, sum_row, sum_head, dv_row, dv_head, D, BD
-    )  # fmt: skip
+    has_before = (block < first_block) | (adds > 0)
+    _write(sum_ptr, dv_ptr, dv, key, head, T, has_before, sum_row, sum_head, dv_row, dv_head, D, BD)
 
 
-@triton.jit(do_not_specialize=["first_block", "end", "num_heads", "T", "pitch_blocks", "rows_blocks"])
+@triton.jit(do_not_specialize=["first_block", "end", "num_heads", "T", "pitch_blocks", "rows_blocks", "adds"])
 def _products_kernel(
     ds_ptr, x_ptr, sum_ptr, out_ptr,
-    first_block, end, num_heads, T, pitch_blocks, rows_blocks,
+    first_block, end, num_heads, T, pitch_blocks, rows_blocks, adds,
     x_row, x_head, sum_row, sum_head, out_row, out_head, scale,
     D: tl.constexpr, BD: tl.constexpr, OF_QUERIES: tl.constexpr, GROUP: tl.constexpr, KEYS: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -160,28 +159,21 @@ def _products_kernel(
     block, head = tl.program_id(0) // num_heads, tl.program_id(0) % num_heads
     if OF_QUERIES:
         block = num_blocks - 1 - block
-        first = 0
-        num_tiles = (block + 1) * (KEYS // DEPTH)
-        num_steps = num_tiles
+        first, last = 0, (block + 1) * KEYS
+        x_head_at, has_before = head // GROUP, False
     else:
-        first = tl.maximum(block, first_block) * KEYS
-        num_tiles = tl.cdiv(end - first, DEPTH)
-        num_steps = GROUP * num_tiles
+        first, last = tl.maximum(block, first_block) * KEYS, end
+        x_head_at, has_before = head, (block < first_block) | (adds > 0)
     row = block * KEYS + tl.arange(0, KEYS)
     total = tl.zeros((KEYS, BD), dtype=tl.float32)
-    for step in range(num_steps):
-        at = first + step % num_tiles * DEPTH + tl.arange(0, DEPTH)
+    for start in range(first, last, DEPTH):
+        at = start + tl.arange(0, DEPTH)
         if OF_QUERIES:
-            query_head, x_head_at = head, head // GROUP
-            key, query = at, row
-            key_block = step * DEPTH // KEYS
+            key, query, key_block = at, row, start // KEYS
         else:
-            query_head = head * GROUP + step // num_tiles
-            x_head_at = query_head
-            key, query = row, at
-            key_block = block
+            key, query, key_block = row, at, block
         ds_row, ds_shift = place(key_block, first_block, num_blocks - first_block, KEYS)
-        ds_row = query_head.to(tl.int64) * rows_blocks * KEYS + ds_row + key - key_block * KEYS
+        ds_row = head.to(tl.int64) * rows_blocks * KEYS + ds_row + key - key_block * KEYS
         places = ds_row * (pitch_blocks * KEYS)
         if OF_QUERIES:
             ds = tl.load(ds_ptr + places[None, :] + (query + ds_shift)[:, None], mask=(query < end)[:, None], other=0.0)
@@ -189,10 +181,7 @@ def _products_kernel(
             ds = tl.load(ds_ptr + places[:, None] + (query + ds_shift)[None, :])
         x = _rows(x_ptr, at, x_head_at, T, x_row, x_head, D, BD)
         total = tl.dot(ds, x, total, input_precision="ieee")
-    has_before = (not OF_QUERIES) & (block < first_block)
-    _write(
-        sum_ptr, out_ptr, total * scale, row, head, T, has_before, sum_row, sum_head, out_row, out_head, D, BD
-    )  # fmt: skip
+    _write(sum_ptr, out_ptr, total * scale, row, head, T, has_before, sum_row, sum_head, out_row, out_head, D, BD)
 
 
 def row_sums(x_THD: Tensor, y_THD: Tensor) -> Tensor:
@@ -220,35 +209,35 @@ def values(
     dout_THD: Tensor,
     lse_HT: Tensor,
     delta_HT: Tensor,
-    sum_TJD: Tensor | None,
-    dv_TJD: Tensor,
+    sum_THD: Tensor | None,
+    dv_THD: Tensor,
     scale: float,
 ) -> None:
-    """Write `dv` and `part.ds`.
+    """Write `part.ds`, and of each head of queries what it gives `dv`.
 
     Args:
         part: whose queries are walked.
         q_THD, k_TJD, v_TJD, dout_THD: in any strides but the last.
         lse_HT: of scaled scores, natural, float32.
         delta_HT: `⟨dout, out⟩`, float32.
-        sum_TJD: what earlier parts have summed, in float32; None if there are none. `dv` may lie there.
-        dv_TJD: of keys before `part.end`, in its dtype.
+        sum_THD: what has been summed before, in float32; None if nothing has. `dv` may lie there.
+        dv_THD: of keys before `part.end`, in its dtype; other rows stay.
         scale: of scores.
     """
-    length, num_heads, width = k_TJD.shape
-    total = dv_TJD if sum_TJD is None else sum_TJD
-    tensors = (part.ds, q_THD, k_TJD, v_TJD, dout_THD, lse_HT, delta_HT, total, dv_TJD)
+    length, num_heads, width = q_THD.shape
+    total = dv_THD if sum_THD is None else sum_THD
+    tensors = (part.ds, q_THD, k_TJD, v_TJD, dout_THD, lse_HT, delta_HT, total, dv_THD)
     strides = [stride for x in tensors[1:] for stride in x.stride()[: x.dim() - 1]]
     launch(
         _values_kernel,
         (part.num_blocks * num_heads, 1, 1),
         tensors,
-        part.sizes(num_heads, q_THD.shape[1], length),
+        part.sizes(num_heads, length),
         (*strides, scale * LOG2_E),
         {
             "D": width,
             "BD": max(16, next_power_of_2(width)),
-            "GROUP": q_THD.shape[1] // num_heads,
+            "GROUP": num_heads // k_TJD.shape[1],
             "KEYS": part.keys,
             "QUERIES": part.keys // 2,
         },
@@ -257,34 +246,33 @@ def values(
 
 
 def products(
-    part: Part, x_TXD: Tensor, sum_TYD: Tensor | None, out_TYD: Tensor, scale: float, *, of_queries: bool, group: int
+    part: Part, x_TXD: Tensor, sum_THD: Tensor | None, out_THD: Tensor, scale: float, *, of_queries: bool
 ) -> None:
-    """Write `scale · dS x`, for queries, or the sum of `scale · dSᵀ x` over the heads that share keys, for keys.
+    """Write `scale · dS x`, for queries, or of each head of queries `scale · dSᵀ x`, for keys.
 
     Args:
         part: with the gradient of the scores written.
         x_TXD: keys for queries and queries for keys, in any strides but the last.
-        sum_TYD: as for `values`; None for queries.
-        out_TYD: of queries of the part, or of keys before its end; other rows stay.
+        sum_THD: as for `values`; None for queries.
+        out_THD: of queries of the part, or of keys before its end; other rows stay.
         scale: of scores.
         of_queries: whether `out` is of queries.
-        group: heads of queries that share one of keys.
     """
-    length, num_heads, width = out_TYD.shape
-    total = out_TYD if sum_TYD is None else sum_TYD
-    tensors = (part.ds, x_TXD, total, out_TYD)
+    length, num_heads, width = out_THD.shape
+    total = out_THD if sum_THD is None else sum_THD
+    tensors = (part.ds, x_TXD, total, out_THD)
     num_blocks = part.num_blocks - (part.first // part.keys if of_queries else 0)
     launch(
         _products_kernel,
         (num_blocks * num_heads, 1, 1),
         tensors,
-        part.sizes(num_heads, num_heads * (1 if of_queries else group), length),
+        part.sizes(num_heads, length),
         (*[stride for x in tensors[1:] for stride in x.stride()[:2]], scale),
         {
             "D": width,
             "BD": max(16, next_power_of_2(width)),
             "OF_QUERIES": of_queries,
-            "GROUP": group,
+            "GROUP": num_heads // x_TXD.shape[1],
             "KEYS": part.keys,
             "DEPTH": part.keys // 2,
         },

@@ -32,32 +32,24 @@ _LOG2_E = gl.constexpr(LOG2_E)
 
 
 @gluon.jit
-def _locate(step, first, num_tiles, kv_head, GROUP: gl.constexpr, QUERIES: gl.constexpr):
-    """The head and the first query of a step."""
-    if GROUP == 1:
-        return kv_head, first + step * QUERIES
-    return kv_head * GROUP + step // num_tiles, first + step % num_tiles * QUERIES
-
-
-@gluon.jit
-def _copy(descriptors, buffers, barriers, where, strides, GROUP: gl.constexpr):
+def _copy(descriptors, buffers, barriers, where, end, strides, GROUP: gl.constexpr):
     """The copying warp: the block's keys and values, then a tile of queries and one of gradients for each step."""
     q_desc, k_desc, v_desc, dout_desc, lse_desc, delta_desc = descriptors
     k_buf, v_buf, slots, rows = buffers
     resident, full, empty = barriers
-    key, first, num_tiles, kv_head = where
+    key, first, head = where
     q_head, k_head, v_head, dout_head = strides
     SLOTS: gl.constexpr = slots.type.shape[0]
     QUERIES: gl.constexpr = slots.type.shape[1]
     mbarrier.expect(resident, k_desc.block_type.nbytes + v_desc.block_type.nbytes)
-    tma.async_copy_global_to_shared(k_desc, [key, kv_head * k_head], resident, k_buf)
-    tma.async_copy_global_to_shared(v_desc, [key, kv_head * v_head], resident, v_buf)
+    tma.async_copy_global_to_shared(k_desc, [key, head // GROUP * k_head], resident, k_buf)
+    tma.async_copy_global_to_shared(v_desc, [key, head // GROUP * v_head], resident, v_buf)
     slot = 0
     parity = 1
-    for step in range(GROUP * num_tiles):
-        head, query = _locate(step, first, num_tiles, kv_head, GROUP, QUERIES)
+    odd = 0
+    for query in range(first, end, QUERIES):
         for part in gl.static_range(2):
-            bar, tile, row = full.index(slot), slots.index(slot), rows.index(2 * (step & 1) + part)
+            bar, tile, row = full.index(slot), slots.index(slot), rows.index(2 * odd + part)
             mbarrier.wait(empty.index(slot), parity)
             mbarrier.expect(bar, q_desc.block_type.nbytes + lse_desc.block_type.nbytes)
             if part == 0:
@@ -70,6 +62,7 @@ def _copy(descriptors, buffers, barriers, where, strides, GROUP: gl.constexpr):
             if slot == SLOTS:
                 slot = 0
                 parity ^= 1
+        odd ^= 1
 
 
 @gluon.jit
@@ -111,13 +104,13 @@ def write(total, row, head, T, has_before, pointers, strides):
 
 
 @gluon.jit
-def _multiply(ME: gl.constexpr, buffers, barriers, where, pointers, sizes, strides, scale, GROUP: gl.constexpr):
+def _multiply(ME: gl.constexpr, buffers, barriers, where, pointers, sizes, strides, scale):
     """One of the two groups that multiply: half of the block's keys."""
     k_buf, v_buf, slots, rows = buffers
     resident, full, empty = barriers
-    key, first, num_tiles, kv_head = where
+    key, first, head = where
     ds_ptr, sum_ptr, dv_ptr = pointers
-    T, pitch, head_rows, ds_row, ds_shift, has_before = sizes
+    end, T, pitch, ds_row, ds_shift, has_before = sizes
     SLOTS: gl.constexpr = slots.type.shape[0]
     QUERIES: gl.constexpr = slots.type.shape[1]
     WIDTH: gl.constexpr = slots.type.shape[2]
@@ -137,8 +130,8 @@ def _multiply(ME: gl.constexpr, buffers, barriers, where, pointers, sizes, strid
     mbarrier.wait(resident, 0)
     slot = 0
     parity = 0
-    for step in range(GROUP * num_tiles):
-        head, query = _locate(step, first, num_tiles, kv_head, GROUP, QUERIES)
+    odd = 0
+    for query in range(first, end, QUERIES):
         mbarrier.wait(full.index(slot), parity)
         scores = warpgroup_mma(k_buf, slots.index(slot).permute((1, 0)), nothing, use_acc=False, is_async=True)
         q_slot = slot
@@ -151,35 +144,35 @@ def _multiply(ME: gl.constexpr, buffers, barriers, where, pointers, sizes, strid
         dp = warpgroup_mma(v_buf, dout.permute((1, 0)), nothing, use_acc=False, is_async=True)
         scores = warpgroup_mma_wait(num_outstanding=1, deps=(scores,))
         mbarrier.arrive(empty.index(q_slot), count=1)
-        p = gl.exp2(scores * scale - rows.index(2 * (step & 1)).load(by_query) * _LOG2_E)
+        p = gl.exp2(scores * scale - rows.index(2 * odd).load(by_query) * _LOG2_E)
         if query < key + KEYS:
             p = gl.where(i <= query + j, p, 0.0)
         dv = warpgroup_mma(gl.convert_layout(p.to(dtype), left), dout, dv, is_async=True)
         dp = warpgroup_mma_wait(num_outstanding=1, deps=(dp,))
-        dscores = p * (dp - rows.index(2 * (step & 1) + 1).load(by_query))
-        _store(dscores.to(dtype), ds_ptr + head.to(gl.int64) * head_rows * pitch, (ds_row, pitch, query + ds_shift))
+        dscores = p * (dp - rows.index(2 * odd + 1).load(by_query))
+        _store(dscores.to(dtype), ds_ptr, (ds_row, pitch, query + ds_shift))
         dv = warpgroup_mma_init(warpgroup_mma_wait(num_outstanding=0, deps=(dv,)))
         mbarrier.arrive(empty.index(slot), count=1)
         slot += 1
         if slot == SLOTS:
             slot = 0
             parity ^= 1
+        odd ^= 1
     dv = warpgroup_mma_wait(num_outstanding=0, deps=(dv,))
-    write(dv, key, kv_head, T, has_before, (sum_ptr, dv_ptr), strides)
+    write(dv, key, head, T, has_before, (sum_ptr, dv_ptr), strides)
 
 
-@gluon.jit(do_not_specialize=["first_block", "end", "num_heads", "T", "pitch_blocks", "rows_blocks"])
+@gluon.jit(do_not_specialize=["first_block", "end", "num_heads", "T", "pitch_blocks", "rows_blocks", "adds"])
 def _values_kernel(
     q_desc, k_desc, v_desc, dout_desc, lse_desc, delta_desc,
     ds_ptr, sum_ptr, dv_ptr,
-    first_block, end, num_heads, T, pitch_blocks, rows_blocks,
+    first_block, end, num_heads, T, pitch_blocks, rows_blocks, adds,
     q_head, k_head, v_head, dout_head, sum_row, sum_head, dv_row, dv_head, scale,
     GROUP: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
     """One program a block of keys of a head; those with most queries first."""
     KEYS: gl.constexpr = k_desc.block_type.shape[0]
-    QUERIES: gl.constexpr = q_desc.block_type.shape[0]
-    block, kv_head = gl.program_id(0) // num_heads, gl.program_id(0) % num_heads
+    block, head = gl.program_id(0) // num_heads, gl.program_id(0) % num_heads
     first = gl.maximum(block, first_block) * KEYS
     ds_row, ds_shift = place(block, first_block, gl.cdiv(end, KEYS) - first_block, KEYS)
     k_buf = gl.allocate_shared_memory(k_desc.dtype, k_desc.block_type.shape, k_desc.layout)
@@ -197,15 +190,16 @@ def _values_kernel(
     descriptors = (q_desc, k_desc, v_desc, dout_desc, lse_desc, delta_desc)
     buffers = (k_buf, v_buf, slots, rows)
     barriers = (resident, full, empty)
-    where = (block * KEYS, first, gl.cdiv(end - first, QUERIES), kv_head)
-    pointers = (ds_ptr, sum_ptr, dv_ptr)
-    sizes = (T, pitch_blocks * KEYS, rows_blocks * KEYS, ds_row, ds_shift, block < first_block)
+    where = (block * KEYS, first, head)
+    pitch = pitch_blocks * KEYS
+    pointers = (ds_ptr + head.to(gl.int64) * (rows_blocks * KEYS) * pitch, sum_ptr, dv_ptr)
+    sizes = (end, T, pitch, ds_row, ds_shift, (block < first_block) | (adds > 0))
     strides = (sum_row, sum_head, dv_row, dv_head)
     gl.warp_specialize(
         [
-            (_multiply, (0, buffers, barriers, where, pointers, sizes, strides, scale, GROUP)),
-            (_multiply, (1, buffers, barriers, where, pointers, sizes, strides, scale, GROUP)),
-            (_copy, (descriptors, buffers, barriers, where, (q_head, k_head, v_head, dout_head), GROUP)),
+            (_multiply, (0, buffers, barriers, where, pointers, sizes, strides, scale)),
+            (_multiply, (1, buffers, barriers, where, pointers, sizes, strides, scale)),
+            (_copy, (descriptors, buffers, barriers, where, end, (q_head, k_head, v_head, dout_head), GROUP)),
         ],
         [4, 1],
         [240, 24],  # registers a thread; what the launch has beyond them, the first group gets
@@ -236,23 +230,23 @@ def values(
     dout_THD: Tensor,
     lse_HT: Tensor,
     delta_HT: Tensor,
-    sum_TJD: Tensor | None,
-    dv_TJD: Tensor,
+    sum_THD: Tensor | None,
+    dv_THD: Tensor,
     scale: float,
 ) -> None:
     """As `attention.values`; rows of all but `dv` begin at multiples of 16 bytes, heads are `WIDTH` wide."""
     assert part.keys == KEYS and k_TJD.shape[2] == WIDTH
-    length, num_heads, _ = k_TJD.shape
-    total = dv_TJD if sum_TJD is None else sum_TJD
+    length, num_heads, _ = q_THD.shape
+    total = dv_THD if sum_THD is None else sum_THD
     operands = (q_THD, k_TJD, v_TJD, dout_THD)
     tiles = [head_tiles(x, rows) for x, rows in zip(operands, (_QUERIES, KEYS, KEYS, _QUERIES), strict=True)]
-    constants: dict[str, Any] = {"GROUP": q_THD.shape[1] // num_heads, "SLOTS": _SLOTS}
+    constants: dict[str, Any] = {"GROUP": num_heads // k_TJD.shape[1], "SLOTS": _SLOTS}
     launch(
         _values_kernel,
         (part.num_blocks * num_heads, 1, 1),
-        (part.ds, total, dv_TJD),
-        part.sizes(num_heads, q_THD.shape[1], length),
-        (*[x.stride(1) for x in operands], *total.stride()[:2], *dv_TJD.stride()[:2], scale * LOG2_E),
+        (part.ds, total, dv_THD),
+        part.sizes(num_heads, length),
+        (*[x.stride(1) for x in operands], *total.stride()[:2], *dv_THD.stride()[:2], scale * LOG2_E),
         constants,
         descriptors=(*tiles, _row_tiles(lse_HT), _row_tiles(delta_HT)),
         num_warps=4,

@@ -31,14 +31,14 @@ def _copy(descriptors, buffers, barriers, where, sizes, OF_QUERIES: gl.constexpr
     ds_desc, x_desc = descriptors
     ds_bufs, x_bufs = buffers
     ready, empty = barriers
-    block, head, first, num_tiles = where
+    block, head, first, num_steps = where
     head_rows, first_block, num_diagonal, x_head = sizes
     STAGES: gl.constexpr = x_bufs.type.shape[0]
     DEPTH: gl.constexpr = x_bufs.type.shape[1]
     HALF: gl.constexpr = ds_desc.block_type.shape[0]
     KEYS: gl.constexpr = 2 * HALF
     block_row, block_shift = place(block, first_block, num_diagonal, KEYS)
-    for step in range(num_tiles if OF_QUERIES else GROUP * num_tiles):
+    for step in range(num_steps):
         stage = step % STAGES
         mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
         bar, x_buf = ready.index(stage), x_bufs.index(stage)
@@ -52,39 +52,27 @@ def _copy(descriptors, buffers, barriers, where, sizes, OF_QUERIES: gl.constexpr
                 tma.async_copy_global_to_shared(ds_desc, [row, column], bar, ds_bufs.index(2 * stage + half))
             tma.async_copy_global_to_shared(x_desc, [key, head // GROUP * x_head], bar, x_buf)
         else:
-            query_head = head * GROUP + step // num_tiles
-            query = first + step % num_tiles * DEPTH
+            query = first + step * DEPTH
             for half in gl.static_range(2):
-                row = query_head * head_rows + block_row + half * HALF
+                row = head * head_rows + block_row + half * HALF
                 column = query + block_shift
                 tma.async_copy_global_to_shared(ds_desc, [row, column], bar, ds_bufs.index(2 * stage + half))
-            tma.async_copy_global_to_shared(x_desc, [query, query_head * x_head], bar, x_buf)
+            tma.async_copy_global_to_shared(x_desc, [query, head * x_head], bar, x_buf)
 
 
 @gluon.jit
-def _multiply(
-    ME: gl.constexpr,
-    buffers,
-    barriers,
-    where,
-    pointers,
-    sizes,
-    strides,
-    scale,
-    OF_QUERIES: gl.constexpr,
-    GROUP: gl.constexpr,
-):
+def _multiply(ME: gl.constexpr, buffers, barriers, where, pointers, sizes, strides, scale, OF_QUERIES: gl.constexpr):
     """One of the two groups that multiply: half of the block's rows."""
     ds_bufs, x_bufs = buffers
     ready, empty = barriers
-    block, head, _first, num_tiles = where
+    block, head, _first, num_steps = where
     T, has_before = sizes
     STAGES: gl.constexpr = x_bufs.type.shape[0]
     WIDTH: gl.constexpr = x_bufs.type.shape[2]
     ROWS: gl.constexpr = 64
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
     total = warpgroup_mma_init(gl.zeros((ROWS, WIDTH), gl.float32, layout))
-    for step in range(num_tiles if OF_QUERIES else GROUP * num_tiles):
+    for step in range(num_steps):
         stage = step % STAGES
         mbarrier.wait(ready.index(stage), (step // STAGES) & 1)
         ds_buf = ds_bufs.index(2 * stage + ME)
@@ -97,11 +85,11 @@ def _multiply(
     write(total, block * 2 * ROWS + ME * ROWS, head, T, has_before, pointers, strides)
 
 
-@gluon.jit(do_not_specialize=["first_block", "end", "num_heads", "T", "_pitch_blocks", "rows_blocks"])
+@gluon.jit(do_not_specialize=["first_block", "end", "num_heads", "T", "_pitch_blocks", "rows_blocks", "adds"])
 def _products_kernel(
     ds_desc, x_desc,
     _ds_ptr, sum_ptr, out_ptr,
-    first_block, end, num_heads, T, _pitch_blocks, rows_blocks,
+    first_block, end, num_heads, T, _pitch_blocks, rows_blocks, adds,
     x_head, sum_row, sum_head, out_row, out_head, scale,
     OF_QUERIES: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -113,12 +101,12 @@ def _products_kernel(
     if OF_QUERIES:
         block = num_blocks - 1 - block
         first = 0
-        num_tiles = (block + 1) * (KEYS // DEPTH)
+        num_steps = (block + 1) * (KEYS // DEPTH)
         has_before = block < 0  # never; Triton 3.6 fails on what is handed to other warps and not used there
     else:
         first = gl.maximum(block, first_block) * KEYS
-        num_tiles = gl.cdiv(end - first, DEPTH)
-        has_before = block < first_block
+        num_steps = gl.cdiv(end - first, DEPTH)
+        has_before = (block < first_block) | (adds > 0)
     ds_bufs = gl.allocate_shared_memory(ds_desc.dtype, [2 * STAGES] + ds_desc.block_type.shape, ds_desc.layout)
     x_bufs = gl.allocate_shared_memory(x_desc.dtype, [STAGES] + x_desc.block_type.shape, x_desc.layout)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -129,7 +117,7 @@ def _products_kernel(
     fence_async_shared()
     buffers = (ds_bufs, x_bufs)
     barriers = (ready, empty)
-    where = (block, head, first, num_tiles)
+    where = (block, head, first, num_steps)
     pointers = (sum_ptr, out_ptr)
     strides = (sum_row, sum_head, out_row, out_head)
     copied = (rows_blocks * KEYS, first_block, num_blocks - first_block, x_head)
@@ -137,8 +125,8 @@ def _products_kernel(
     # fmt: off
     gl.warp_specialize(
         [
-            (_multiply, (0, buffers, barriers, where, pointers, written, strides, scale, OF_QUERIES, GROUP)),
-            (_multiply, (1, buffers, barriers, where, pointers, written, strides, scale, OF_QUERIES, GROUP)),
+            (_multiply, (0, buffers, barriers, where, pointers, written, strides, scale, OF_QUERIES)),
+            (_multiply, (1, buffers, barriers, where, pointers, written, strides, scale, OF_QUERIES)),
             (_copy, ((ds_desc, x_desc), buffers, barriers, where, copied, OF_QUERIES, GROUP)),
         ],
         [4, 1],
@@ -148,12 +136,12 @@ def _products_kernel(
 
 
 def products(
-    part: Part, x_TXD: Tensor, sum_TYD: Tensor | None, out_TYD: Tensor, scale: float, *, of_queries: bool, group: int
+    part: Part, x_TXD: Tensor, sum_THD: Tensor | None, out_THD: Tensor, scale: float, *, of_queries: bool
 ) -> None:
     """As `attention.products`; rows of `x` begin at multiples of 16 bytes."""
     assert part.keys == KEYS
-    length, num_heads, _ = out_TYD.shape
-    total = out_TYD if sum_TYD is None else sum_TYD
+    length, num_heads, _ = out_THD.shape
+    total = out_THD if sum_THD is None else sum_THD
     num_blocks = part.num_blocks - (part.first // KEYS if of_queries else 0)
     half = KEYS // 2
     layout = gl.NVMMASharedLayout.get_default_for([half, _DEPTH], gl.bfloat16)
@@ -161,10 +149,10 @@ def products(
     launch(
         _products_kernel,
         (num_blocks * num_heads, 1, 1),
-        (part.ds, total, out_TYD),  # of the first, `launch` takes the descriptors' dtype
-        part.sizes(num_heads, num_heads * (1 if of_queries else group), length),
-        (x_TXD.stride(1), *total.stride()[:2], *out_TYD.stride()[:2], scale),
-        {"OF_QUERIES": of_queries, "GROUP": group, "STAGES": _STAGES},
+        (part.ds, total, out_THD),  # of the first, `launch` takes the descriptors' dtype
+        part.sizes(num_heads, length),
+        (x_TXD.stride(1), *total.stride()[:2], *out_THD.stride()[:2], scale),
+        {"OF_QUERIES": of_queries, "GROUP": num_heads // x_TXD.shape[1], "STAGES": _STAGES},
         descriptors=(ds_tiles, head_tiles(x_TXD, _DEPTH)),
         num_warps=4,
         maxnreg=168,
