@@ -85,7 +85,7 @@ def _sample(given: tuple[Tensor, ...], grads: tuple[Tensor, Tensor, Tensor], sca
             _part(kernels, part, heads, to_sum, last, dq[:, own], scale)
         if to_sum is not None and group > 1 and own.stop % group == 0:
             for summed, grad in ((to_sum[0], dk), (to_sum[1], dv)):
-                by_group = summed.unflatten(1, (shared.stop - shared.start, -1))
+                by_group = summed.view(length, shared.stop - shared.start, -1, width)
                 grad[:, shared] = by_group.sum(2)
 
 
