@@ -28,13 +28,14 @@ def test_a_kernel_is_no_worse_than_the_formula(
     case: str, width: int, dtype: torch.dtype, ran: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     window = None if case in ("full", "narrow values") else 40
+    length = 1700 if case == "full" and width == 256 else T  # enough blocks of keys for our own kernel
     if case == "tiles":
         monkeypatch.setattr(attending, "PREFERRED", attending.PREFERRED[-1:])
     tensors = inputs(
-        h=8, j=2, t=T, d=width, values=width // 2 if case == "narrow values" else width, dtype=dtype, device="cuda"
+        h=8, j=2, t=length, d=width, values=width // 2 if case == "narrow values" else width, dtype=dtype, device="cuda"
     )
     exact = [x.detach().double().requires_grad_() for x in tensors]
-    sequences, mask_BTS = None, causal(T, window, "cuda")
+    sequences, mask_BTS = None, causal(length, window, "cuda")
     if case == "packed":
         position_BT = torch.cat([torch.arange(n) for n in (100, 1, T - 101)]).cuda().expand(2, T)
         sequences = Sequences.of_positions(position_BT)

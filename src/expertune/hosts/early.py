@@ -81,7 +81,9 @@ def calls(model: PreTrainedModel) -> list[Call]:
 def _attentions(model: PreTrainedModel) -> Iterator[Call]:
     for decoder in decoders(model):
         num_heads = getattr(decoder.config, "num_attention_heads", None)
-        function = _ours if attention.is_ours(decoder) and attention.forms_scores(decoder) else _hosts
+        function = _hosts
+        if attention.is_ours(decoder):
+            function = _with_sinks if attention.forms_scores(decoder) else _whole
         for module in attention.attentions_of(decoder):
             width = getattr(module, "qk_head_dim", getattr(module, "head_dim", None))
             if not (isinstance(width, int) and isinstance(num_heads, int)):
@@ -97,7 +99,12 @@ def _hosts(q_BTHD: Tensor, k_BTJD: Tensor, v_BTJV: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
 
 
-def _ours(q_BTHD: Tensor, k_BTJD: Tensor, v_BTJV: Tensor) -> Tensor:
+def _whole(q_BTHD: Tensor, k_BTJD: Tensor, v_BTJV: Tensor) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (q_BTHD, k_BTJD, v_BTJV))
+    return attend(q, k, v, scale=1.0)
+
+
+def _with_sinks(q_BTHD: Tensor, k_BTJD: Tensor, v_BTJV: Tensor) -> Tensor:
     """With sinks, so that a kernel is called as one of sinks is."""
     q, k, v = (x.transpose(1, 2) for x in (q_BTHD, k_BTJD, v_BTJV))
     return attend(q, k, v, scale=1.0, sinks_H=q.new_zeros(q.shape[1]))
