@@ -26,12 +26,14 @@ test-thorough: .venv/.installed
 test-families: .venv/.installed
 	$(BIN)/pytest $(SIDE_BY_SIDE) tests/families
 
-# on the oldest Transformers, PEFT and TRL: all but what does not know them, what starts processes, and torch.compile
+# on the oldest Transformers, PEFT and TRL: all but what does not know them, what starts processes, what compiles, and
+# what each family's recorded layers replay
 LEFT_OUT := attention backends benchmarks cli examples families/test_real_sizes.py graphs hosts/test_compile.py \
 	hosts/test_ddp.py kernels loss memory/test_token_tiles.py optim test_accumulate.py test_activations.py test_experts.py \
-	test_gated_mlp.py test_import_orders.py test_routing.py test_saved_bytes.py test_size.py training/demo
+	test_gated_mlp.py test_import_orders.py test_routing.py test_saved_bytes.py test_size.py training/demo \
+	training/test_metrics.py training/test_out_of_memory.py
 test-oldest: .venv-oldest/.installed
-	$(OLDEST)/pytest $(SIDE_BY_SIDE) -m "not thorough" -k "not compiled" $(addprefix --ignore=tests/,$(LEFT_OUT))
+	$(OLDEST)/pytest $(SIDE_BY_SIDE) -m "not thorough" -k "not compiled and not replayed" $(addprefix --ignore=tests/,$(LEFT_OUT))
 
 models: .venv/.installed
 	$(BIN)/python -m tests.families.table

@@ -12,6 +12,7 @@ from curve_data import read_rows, train_tokenizer
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.thorough  # three processes
 def test_three_steps(tmp_path: Path) -> None:
     data = tmp_path / "rows.jsonl"
     rows = [{"prompt": f"{a} and {b} make", "completion": f" {a + b}"} for a in range(8) for b in range(8)]

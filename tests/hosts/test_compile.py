@@ -95,6 +95,7 @@ def test_our_attention_is_in_the_graph(checkpoint: Checkpoint) -> None:
     torch.testing.assert_close(compiled, _results(model, model), rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.thorough  # the compiler takes most of a minute
 def test_gradient_checkpointing_of_a_compiled_model(checkpoint: Checkpoint) -> None:
     # the host's own hook on the embeddings breaks the graph; its layers do not
     model = _model(checkpoint, "qwen3_moe", "native_torch", "auto")
@@ -102,6 +103,7 @@ def test_gradient_checkpointing_of_a_compiled_model(checkpoint: Checkpoint) -> N
     torch.testing.assert_close(compiled, _results(model, model), rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.thorough  # the compiler takes most of a minute
 def test_another_length_and_another_adapter(checkpoint: Checkpoint) -> None:
     model = _model(checkpoint, "qwen3_moe", "native_torch")
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)

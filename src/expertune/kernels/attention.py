@@ -76,7 +76,7 @@ def place(block, first_block, num_diagonal, KEYS: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["T"])
-def _row_sums_kernel(
+def _attention_row_sums_kernel(
     x_ptr, y_ptr, sums_ptr, T, x_row, x_head, y_row, y_head, sums_head, D, ROWS: tl.constexpr, BD: tl.constexpr
 ):
     """One program a block of rows of a head."""
@@ -113,7 +113,7 @@ def _write(
 
 
 @triton.jit(do_not_specialize=["first_block", "end", "num_heads", "T", "pitch_blocks", "rows_blocks", "adds"])
-def _values_kernel(
+def _attention_values_kernel(
     ds_ptr, q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, sum_ptr, dv_ptr,
     first_block, end, num_heads, T, pitch_blocks, rows_blocks, adds,
     q_row, q_head, k_row, k_head, v_row, v_head, dout_row, dout_head, lse_head, delta_head, sum_row, sum_head, dv_row,
@@ -147,7 +147,7 @@ def _values_kernel(
 
 
 @triton.jit(do_not_specialize=["first_block", "end", "num_heads", "T", "pitch_blocks", "rows_blocks", "adds"])
-def _products_kernel(
+def _attention_products_kernel(
     ds_ptr, x_ptr, sum_ptr, out_ptr,
     first_block, end, num_heads, T, pitch_blocks, rows_blocks, adds,
     x_row, x_head, sum_row, sum_head, out_row, out_head, scale,
@@ -190,7 +190,7 @@ def row_sums(x_THD: Tensor, y_THD: Tensor) -> Tensor:
     sums = torch.empty((num_heads, ceil_div(length, 4) * 4), dtype=torch.float32, device=x_THD.device)
     blocks = RowBlocks.of(length, width, _SUMMED)
     launch(
-        _row_sums_kernel,
+        _attention_row_sums_kernel,
         (blocks.grid[0], num_heads, 1),
         (x_THD, y_THD, sums),
         (length,),
@@ -229,7 +229,7 @@ def values(
     tensors = (part.ds, q_THD, k_TJD, v_TJD, dout_THD, lse_HT, delta_HT, total, dv_THD)
     strides = [stride for x in tensors[1:] for stride in x.stride()[: x.dim() - 1]]
     launch(
-        _values_kernel,
+        _attention_values_kernel,
         (part.num_blocks * num_heads, 1, 1),
         tensors,
         part.sizes(num_heads, length),
@@ -263,7 +263,7 @@ def products(
     tensors = (part.ds, x_TXD, total, out_THD)
     num_blocks = part.num_blocks - (part.first // part.keys if of_queries else 0)
     launch(
-        _products_kernel,
+        _attention_products_kernel,
         (num_blocks * num_heads, 1, 1),
         tensors,
         part.sizes(num_heads, length),

@@ -163,7 +163,7 @@ def _multiply(ME: gl.constexpr, buffers, barriers, where, pointers, sizes, strid
 
 
 @gluon.jit(do_not_specialize=["first_block", "end", "num_heads", "T", "pitch_blocks", "rows_blocks", "adds"])
-def _values_kernel(
+def _attention_values_kernel(
     q_desc, k_desc, v_desc, dout_desc, lse_desc, delta_desc,
     ds_ptr, sum_ptr, dv_ptr,
     first_block, end, num_heads, T, pitch_blocks, rows_blocks, adds,
@@ -242,7 +242,7 @@ def values(
     tiles = [head_tiles(x, rows) for x, rows in zip(operands, (_QUERIES, KEYS, KEYS, _QUERIES), strict=True)]
     constants: dict[str, Any] = {"GROUP": num_heads // k_TJD.shape[1], "SLOTS": _SLOTS}
     launch(
-        _values_kernel,
+        _attention_values_kernel,
         (part.num_blocks * num_heads, 1, 1),
         (part.ds, total, dv_THD),
         part.sizes(num_heads, length),

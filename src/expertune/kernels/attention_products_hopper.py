@@ -86,7 +86,7 @@ def _multiply(ME: gl.constexpr, buffers, barriers, where, pointers, sizes, strid
 
 
 @gluon.jit(do_not_specialize=["first_block", "end", "num_heads", "T", "_pitch_blocks", "rows_blocks", "adds"])
-def _products_kernel(
+def _attention_products_kernel(
     ds_desc, x_desc,
     _ds_ptr, sum_ptr, out_ptr,
     first_block, end, num_heads, T, _pitch_blocks, rows_blocks, adds,
@@ -147,7 +147,7 @@ def products(
     layout = gl.NVMMASharedLayout.get_default_for([half, _DEPTH], gl.bfloat16)
     ds_tiles = TensorDescriptor(part.ds, list(part.ds.shape), list(part.ds.stride()), [half, _DEPTH], layout)
     launch(
-        _products_kernel,
+        _attention_products_kernel,
         (num_blocks * num_heads, 1, 1),
         (part.ds, total, out_THD),  # of the first, `launch` takes the descriptors' dtype
         part.sizes(num_heads, length),
