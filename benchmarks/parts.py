@@ -7,8 +7,8 @@ THE_REST = "the rest"
 _KERNELS = {
     "optimizer": r"kOptimizer|multi_tensor|_adamw",
     "attention": r"sdpa|flash|fmha|attention",
-    "experts": r"^_(linear|shrink|outer|repack|combine|count|add_up|place|forward|backward|ping_pong|route|balance)"
-    r"\w*kernel|grouped|enable_3x_kernel|_moe_|gather",
+    "experts": r"^_(linear|shrink|outer|repack|combine|count|add_up|place|forward|backward|gate|plain|sum_parts|weigh"
+    r"|ping_pong|route|balance)\w*kernel|grouped|enable_3x_kernel|_moe_|gather",
     "dense products": r"nvjet|gemm|cutlass|cublas|splitK|_low_rank",
 }
 PARTS = (*_KERNELS, THE_REST)

@@ -1,8 +1,12 @@
 """Kernels are counted to the part of a step that runs them."""
 
+import re
+from pathlib import Path
+
 import pytest
 
-from parts import PARTS, part_of, sum_by_part
+import expertune
+from parts import PARTS, THE_REST, part_of, sum_by_part
 
 NAMES = {
     "void kOptimizerStatic8bit2StateBlockwise<float, 0, 256, 1>(f": "optimizer",
@@ -30,6 +34,21 @@ NAMES = {
 @pytest.mark.parametrize(("kernel", "part"), NAMES.items())
 def test_a_kernel_has_its_part(kernel: str, part: str) -> None:
     assert part_of(kernel) == part
+
+
+def test_the_rest_of_ours_is_norms_rotary_embeddings_heads_and_the_loss() -> None:
+    sources = Path(expertune.__file__).parent.rglob("*.py")
+    kernels = {
+        name for path in sources for name in re.findall(r"def (_\w+_kernel)\(", path.read_text(encoding="utf-8"))
+    }
+    assert {name for name in kernels if part_of(name) == THE_REST} == {
+        "_assemble_kernel",
+        "_log_probs_kernel",
+        "_norm_backward_kernel",
+        "_norm_kernel",
+        "_rotary_kernel",
+        "_take_apart_kernel",
+    }
 
 
 def test_milliseconds_are_added_up() -> None:
