@@ -153,7 +153,8 @@ def cut_into(length: int, num_heads: int, group: int, keys: int, num_programs: i
     return Cut(heads, whole)
 
 
-def _readable(x: Tensor) -> Tensor:
-    """As the tensor memory accelerator wants it: rows side by side, which begin at multiples of 16 bytes."""
-    strides = [stride * x.element_size() for stride in x.stride()[:-1]]
-    return x if x.stride(-1) == 1 and are_aligned([x.data_ptr(), *strides]) else x.contiguous()
+def _readable(x_BTHD: Tensor) -> Tensor:
+    """As the tensor memory accelerator wants it: rows that begin at multiples of 16 bytes, heads within 2³¹ of one."""
+    strides = [stride * x_BTHD.element_size() for stride in x_BTHD.stride()[:-1]]
+    is_aligned = x_BTHD.stride(-1) == 1 and are_aligned([x_BTHD.data_ptr(), *strides])
+    return x_BTHD if is_aligned and x_BTHD.stride(2) * x_BTHD.shape[2] < 2**31 else x_BTHD.contiguous()
