@@ -3,7 +3,7 @@
 A model that declares support for FlashAttention keeps its contract: attention is causal, with sliding windows and sinks
 as keywords, and a 2D mask says what is padding. Such a model is taken over: as a whole where the host has nothing in
 linear memory for it, because it does not support torch's SDPA (sinks) or has sliding windows, for which SDPA wants a
-mask of `T x T`; elsewhere for packed samples alone, and SDPA does the rest.
+mask of `T x T`; elsewhere for packed samples, and for whole ones where a kernel of ours is faster; SDPA does the rest.
 """
 
 from collections.abc import Iterator

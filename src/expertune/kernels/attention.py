@@ -80,12 +80,12 @@ def _attention_row_sums_kernel(
     x_ptr, y_ptr, sums_ptr, T, x_row, x_head, y_row, y_head, sums_head, D, ROWS: tl.constexpr, BD: tl.constexpr
 ):
     """One program a block of rows of a head."""
-    row, head = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.program_id(1)
+    row, head = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.program_id(1).to(tl.int64)
     column = tl.arange(0, BD)
     mask = (row < T)[:, None] & (column < D)[None, :]
     x = tl.load(x_ptr + head * x_head + row[:, None] * x_row + column[None, :], mask=mask, other=0.0)
     y = tl.load(y_ptr + head * y_head + row[:, None] * y_row + column[None, :], mask=mask, other=0.0)
-    tl.store(sums_ptr + head.to(tl.int64) * sums_head + row, tl.sum(x.to(tl.float32) * y.to(tl.float32), 1), row < T)
+    tl.store(sums_ptr + head * sums_head + row, tl.sum(x.to(tl.float32) * y.to(tl.float32), 1), row < T)
 
 
 @triton.jit
