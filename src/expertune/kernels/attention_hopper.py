@@ -14,7 +14,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_init,
     warpgroup_mma_wait,
@@ -22,6 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from expertune.kernels.attention import LOG2_E, Part, place
+from expertune.kernels.hopper_names import copy_tile
 from expertune.kernels.launch import launch
 
 KEYS = 128  # of a block
@@ -42,8 +42,8 @@ def _copy(descriptors, buffers, barriers, where, end, strides, GROUP: gl.constex
     SLOTS: gl.constexpr = slots.type.shape[0]
     QUERIES: gl.constexpr = slots.type.shape[1]
     mbarrier.expect(resident, k_desc.block_type.nbytes + v_desc.block_type.nbytes)
-    tma.async_copy_global_to_shared(k_desc, [key, head // GROUP * k_head], resident, k_buf)
-    tma.async_copy_global_to_shared(v_desc, [key, head // GROUP * v_head], resident, v_buf)
+    copy_tile(k_desc, [key, head // GROUP * k_head], resident, k_buf)
+    copy_tile(v_desc, [key, head // GROUP * v_head], resident, v_buf)
     slot = 0
     parity = 1
     odd = 0
@@ -53,11 +53,11 @@ def _copy(descriptors, buffers, barriers, where, end, strides, GROUP: gl.constex
             mbarrier.wait(empty.index(slot), parity)
             mbarrier.expect(bar, q_desc.block_type.nbytes + lse_desc.block_type.nbytes)
             if part == 0:
-                tma.async_copy_global_to_shared(lse_desc, [head, query], bar, row)
-                tma.async_copy_global_to_shared(q_desc, [query, head * q_head], bar, tile)
+                copy_tile(lse_desc, [head, query], bar, row)
+                copy_tile(q_desc, [query, head * q_head], bar, tile)
             else:
-                tma.async_copy_global_to_shared(delta_desc, [head, query], bar, row)
-                tma.async_copy_global_to_shared(dout_desc, [query, head * dout_head], bar, tile)
+                copy_tile(delta_desc, [head, query], bar, row)
+                copy_tile(dout_desc, [query, head * dout_head], bar, tile)
             slot += 1
             if slot == SLOTS:
                 slot = 0

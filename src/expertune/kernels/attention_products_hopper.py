@@ -10,7 +10,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_init,
     warpgroup_mma_wait,
@@ -19,6 +18,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from expertune.kernels.attention import Part, place
 from expertune.kernels.attention_hopper import KEYS, head_tiles, write
+from expertune.kernels.hopper_names import copy_tile
 from expertune.kernels.launch import launch
 
 _DEPTH = 64  # of a step
@@ -49,15 +49,15 @@ def _copy(descriptors, buffers, barriers, where, sizes, OF_QUERIES: gl.constexpr
             row += head * head_rows + key % KEYS
             for half in gl.static_range(2):
                 column = block * KEYS + half * HALF + shift
-                tma.async_copy_global_to_shared(ds_desc, [row, column], bar, ds_bufs.index(2 * stage + half))
-            tma.async_copy_global_to_shared(x_desc, [key, head // GROUP * x_head], bar, x_buf)
+                copy_tile(ds_desc, [row, column], bar, ds_bufs.index(2 * stage + half))
+            copy_tile(x_desc, [key, head // GROUP * x_head], bar, x_buf)
         else:
             query = first + step * DEPTH
             for half in gl.static_range(2):
                 row = head * head_rows + block_row + half * HALF
                 column = query + block_shift
-                tma.async_copy_global_to_shared(ds_desc, [row, column], bar, ds_bufs.index(2 * stage + half))
-            tma.async_copy_global_to_shared(x_desc, [query, head * x_head], bar, x_buf)
+                copy_tile(ds_desc, [row, column], bar, ds_bufs.index(2 * stage + half))
+            copy_tile(x_desc, [query, head * x_head], bar, x_buf)
 
 
 @gluon.jit

@@ -15,11 +15,12 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_init,
     warpgroup_mma_wait,
 )
+
+from expertune.kernels.hopper_names import copy_tile
 
 
 @gluon.jit
@@ -64,13 +65,13 @@ def _copy_weights(
     """One step of an expert's weights, or of its `B`, from row `first` and some column on."""
     if IS_SPLIT:
         HALF: gl.constexpr = w_buf.type.shape[0] // 2
-        tma.async_copy_global_to_shared(desc, [expert * O + column, first], bar, w_buf.slice(0, HALF))
+        copy_tile(desc, [expert * O + column, first], bar, w_buf.slice(0, HALF))
         up = expert * O + O // 2 + column
-        tma.async_copy_global_to_shared(desc, [up, first], bar, w_buf.slice(HALF, HALF))
+        copy_tile(desc, [up, first], bar, w_buf.slice(HALF, HALF))
     elif IS_K_CONTIGUOUS:
-        tma.async_copy_global_to_shared(desc, [expert * O + column, first], bar, w_buf)
+        copy_tile(desc, [expert * O + column, first], bar, w_buf)
     else:
-        tma.async_copy_global_to_shared(desc, [expert * I + first, column], bar, w_buf)
+        copy_tile(desc, [expert * I + first, column], bar, w_buf)
 
 
 @gluon.jit
@@ -109,11 +110,11 @@ def copy(
             mbarrier.expect(bar, x_desc.block_type.nbytes + NUM_COPIES * w_desc.block_type.nbytes)
             if k < num_base:
                 first = k * DEPTH
-                tma.async_copy_global_to_shared(x_desc, [row, first], bar, x_buf)
+                copy_tile(x_desc, [row, first], bar, x_buf)
                 _copy_weights(w_desc, expert, first, column, I, O, bar, w_buf, IS_K_CONTIGUOUS, IS_SPLIT)
             else:
                 first = (k - num_base) * DEPTH
-                tma.async_copy_global_to_shared(mid_desc, [row, first], bar, x_buf)
+                copy_tile(mid_desc, [row, first], bar, x_buf)
                 _copy_weights(b_desc, expert, first, column, R, O, bar, w_buf, IS_K_CONTIGUOUS, IS_SPLIT)
             step += 1
 

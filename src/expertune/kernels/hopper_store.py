@@ -10,6 +10,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from expertune.kernels.hopper_multiply import locate
+from expertune.kernels.hopper_names import as_matrix
 
 
 @gluon.jit
@@ -143,7 +144,7 @@ def hand_over(
     tile, full, taken = outputs
     group = nth & 1
     mbarrier.wait(taken.index(group), ((nth >> 1) & 1) ^ (1 - group))
-    tile._reinterpret(tile.dtype, acc.type.shape, tile.type.layout).store(acc.to(tile.dtype))
+    as_matrix(tile, acc.type.shape[0], acc.type.shape[1]).store(acc.to(tile.dtype))
     mbarrier.arrive(full.index(0), count=1)
 
 
