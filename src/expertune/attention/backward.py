@@ -14,7 +14,7 @@ from torch import Tensor
 
 from expertune.kernels import attention as plain
 from expertune.kernels import attention_hopper, attention_products_hopper
-from expertune.kernels.attention import Part, row_sums, scratch_shape
+from expertune.kernels.attention import Heads, Part, row_sums, scratch_shape
 from expertune.kernels.device import is_hopper, num_programs
 from expertune.kernels.launch import are_aligned, ceil_div
 
@@ -77,7 +77,7 @@ def _sample(given: tuple[Tensor, ...], grads: tuple[Tensor, Tensor, Tensor], sca
     for first in range(0, num_heads, cut.heads):
         own = slice(first, min(first + cut.heads, num_heads))
         shared = slice(first // group, ceil_div(own.stop, group))
-        heads = _Heads(q[:, own], k[:, shared], v[:, shared], dout[:, own], lse_HT[own], delta_HT[own])
+        heads = Heads(q[:, own], k[:, shared], v[:, shared], dout[:, own], lse_HT[own], delta_HT[own])
         to_sum = None if sums is None else sums[:, :, : own.stop - first]
         scratch = ds[: len(ds) // cut.heads * (own.stop - first)]
         last = None if group > 1 else (dk[:, own], dv[:, own])
@@ -89,21 +89,10 @@ def _sample(given: tuple[Tensor, ...], grads: tuple[Tensor, Tensor, Tensor], sca
                 grad[:, shared] = by_group.sum(2)
 
 
-class _Heads(NamedTuple):
-    """Some heads of queries of a sample, and the keys and values that they share."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    dout: Tensor
-    lse_HT: Tensor
-    delta_HT: Tensor
-
-
 def _part(
     kernels: _Kernels,
     part: Part,
-    heads: _Heads,
+    heads: Heads,
     sums: Tensor | None,
     last: tuple[Tensor, Tensor] | None,
     dq: Tensor,
@@ -112,9 +101,9 @@ def _part(
     """Both rounds for some queries. What they give keys and values is summed, or written if they are the last."""
     dk_sum, dv_sum = (None, None) if sums is None else (sums[0], sums[1])
     dk, dv = last if last is not None and part.end == len(dq) else (dk_sum, dv_sum)
-    kernels.values(part, *heads, dv_sum, dv, scale)
-    kernels.products(part, heads.q, dk_sum, dk, scale, of_queries=False)
-    kernels.products(part, heads.k, None, dq, scale, of_queries=True)
+    kernels.values(part, heads, dv_sum, dv, scale)
+    kernels.products(part, heads.q_THD, dk_sum, dk, scale, of_queries=False)
+    kernels.products(part, heads.k_TJD, None, dq, scale, of_queries=True)
 
 
 def _kernels(device: torch.device) -> _Kernels:

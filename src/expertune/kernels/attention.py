@@ -56,6 +56,24 @@ class Part(NamedTuple):
         return self.first // self.keys, self.end, num_heads, length, pitch, rows, int(self.adds)
 
 
+class Heads(NamedTuple):
+    """Some heads of queries of a sample, and the keys and values that they share. In any strides but the last.
+
+    Args:
+        q_THD, k_TJD, v_TJD: what attended.
+        dout_THD: the gradient of what came out.
+        lse_HT: the logarithm of the sum of the exponentials of scaled scores, natural, float32.
+        delta_HT: `⟨dout, out⟩`, float32.
+    """
+
+    q_THD: Tensor
+    k_TJD: Tensor
+    v_TJD: Tensor
+    dout_THD: Tensor
+    lse_HT: Tensor
+    delta_HT: Tensor
+
+
 def scratch_shape(num_heads: int, length: int, num_queries: int, keys: int) -> tuple[int, int]:
     """Of `Part.ds`, which is large enough for each part of a sample of so many rows, at so many queries a part."""
     last = (length - 1) // num_queries * num_queries
@@ -201,32 +219,19 @@ def row_sums(x_THD: Tensor, y_THD: Tensor) -> Tensor:
     return sums[:, :length]
 
 
-def values(
-    part: Part,
-    q_THD: Tensor,
-    k_TJD: Tensor,
-    v_TJD: Tensor,
-    dout_THD: Tensor,
-    lse_HT: Tensor,
-    delta_HT: Tensor,
-    sum_THD: Tensor | None,
-    dv_THD: Tensor,
-    scale: float,
-) -> None:
+def values(part: Part, heads: Heads, sum_THD: Tensor | None, dv_THD: Tensor, scale: float) -> None:
     """Write `part.ds`, and of each head of queries what it gives `dv`.
 
     Args:
         part: whose queries are walked.
-        q_THD, k_TJD, v_TJD, dout_THD: in any strides but the last.
-        lse_HT: of scaled scores, natural, float32.
-        delta_HT: `⟨dout, out⟩`, float32.
+        heads: all rows of theirs.
         sum_THD: what has been summed before, in float32; None if nothing has. `dv` may lie there.
         dv_THD: of keys before `part.end`, in its dtype; other rows stay.
         scale: of scores.
     """
-    length, num_heads, width = q_THD.shape
+    length, num_heads, width = heads.q_THD.shape
     total = dv_THD if sum_THD is None else sum_THD
-    tensors = (part.ds, q_THD, k_TJD, v_TJD, dout_THD, lse_HT, delta_HT, total, dv_THD)
+    tensors = (part.ds, *heads, total, dv_THD)
     strides = [stride for x in tensors[1:] for stride in x.stride()[: x.dim() - 1]]
     launch(
         _attention_values_kernel,
@@ -237,7 +242,7 @@ def values(
         {
             "D": width,
             "BD": max(16, next_power_of_2(width)),
-            "GROUP": num_heads // k_TJD.shape[1],
+            "GROUP": num_heads // heads.k_TJD.shape[1],
             "KEYS": part.keys,
             "QUERIES": part.keys // 2,
         },

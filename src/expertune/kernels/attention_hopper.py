@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from expertune.kernels.attention import LOG2_E, Part, place
+from expertune.kernels.attention import LOG2_E, Heads, Part, place
 from expertune.kernels.hopper_names import copy_tile
 from expertune.kernels.launch import launch
 
@@ -222,25 +222,14 @@ def _row_tiles(x_HT: Tensor) -> TensorDescriptor:
     return TensorDescriptor(x_HT, list(x_HT.shape), list(x_HT.stride()), [1, _QUERIES], layout)
 
 
-def values(
-    part: Part,
-    q_THD: Tensor,
-    k_TJD: Tensor,
-    v_TJD: Tensor,
-    dout_THD: Tensor,
-    lse_HT: Tensor,
-    delta_HT: Tensor,
-    sum_THD: Tensor | None,
-    dv_THD: Tensor,
-    scale: float,
-) -> None:
-    """As `attention.values`; rows of all but `dv` begin at multiples of 16 bytes, heads are `WIDTH` wide."""
-    assert part.keys == KEYS and k_TJD.shape[2] == WIDTH
-    length, num_heads, _ = q_THD.shape
+def values(part: Part, heads: Heads, sum_THD: Tensor | None, dv_THD: Tensor, scale: float) -> None:
+    """As `attention.values`; rows of what attended begin at multiples of 16 bytes, heads are `WIDTH` wide."""
+    length, num_heads, width = heads.q_THD.shape
+    assert part.keys == KEYS and width == WIDTH
     total = dv_THD if sum_THD is None else sum_THD
-    operands = (q_THD, k_TJD, v_TJD, dout_THD)
+    operands = (heads.q_THD, heads.k_TJD, heads.v_TJD, heads.dout_THD)
     tiles = [head_tiles(x, rows) for x, rows in zip(operands, (_QUERIES, KEYS, KEYS, _QUERIES), strict=True)]
-    constants: dict[str, Any] = {"GROUP": num_heads // k_TJD.shape[1], "SLOTS": _SLOTS}
+    constants: dict[str, Any] = {"GROUP": num_heads // heads.k_TJD.shape[1], "SLOTS": _SLOTS}
     launch(
         _attention_values_kernel,
         (part.num_blocks * num_heads, 1, 1),
@@ -248,7 +237,7 @@ def values(
         part.sizes(num_heads, length),
         (*[x.stride(1) for x in operands], *total.stride()[:2], *dv_THD.stride()[:2], scale * LOG2_E),
         constants,
-        descriptors=(*tiles, _row_tiles(lse_HT), _row_tiles(delta_HT)),
+        descriptors=(*tiles, _row_tiles(heads.lse_HT), _row_tiles(heads.delta_HT)),
         num_warps=4,
         maxnreg=168,
     )
