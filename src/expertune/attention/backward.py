@@ -18,10 +18,9 @@ from expertune.kernels.attention import Heads, Part, row_sums, scratch_shape
 from expertune.kernels.device import is_hopper, num_programs
 from expertune.kernels.launch import are_aligned, ceil_div
 
-_A_TOKEN = (
-    40 * 2**10
-)  # bytes that the gradient of scores may take: at 32,768 tokens one head of 20, measured on an H200
-_LEAST = 2**29  # bytes that it may take in any case
+# bytes that the gradient of scores may take: at 32,768 tokens one head of 20 (measured on an H200)
+_A_TOKEN = 40 * 2**10
+_LEAST = 2**29  # and in any case
 _WAVES = 3  # blocks of keys a multiprocessor: uneven as they are, all end at about the same time
 
 

@@ -242,28 +242,18 @@ def _attention(
 
 
 def _attention_beside_sdpa(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    **kwargs: Any,
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """Ours for packed samples of which the batch says where they start (`hosts/samples.py`), else the host's.
 
     And ours for whole samples, where there is a kernel for them beyond what torch's SDPA has.
     """
     if told(attention_mask, kwargs) is not None:
-        return _attention(module, query, key, value, attention_mask, scaling, **kwargs)
+        return _attention(module, query, key, value, attention_mask, **kwargs)
     is_whole = attention_mask is None and query.shape[2] == key.shape[2] and kwargs.get("is_causal") is not False
     if is_whole and not kwargs.get("dropout") and goes_beyond_sdpa(query, value):
-        query, key, value = _in_one_dtype(query, key, value)
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return attend(query, key, value, scale=scale), None
-    out: tuple[Tensor, None] = sdpa_attention_forward(
-        module, query, key, value, attention_mask, scaling=scaling, **kwargs
-    )
+        return _attention(module, query, key, value, None, scaling=kwargs.get("scaling"))
+    out: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     return out
 
 

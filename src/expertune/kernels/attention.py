@@ -23,7 +23,6 @@ from torch import Tensor
 
 from expertune.kernels.launch import RowBlocks, ceil_div, launch, next_power_of_2
 
-LOG2_E = 1.4426950408889634
 KEYS = 32  # of a block, in plain Triton
 _SUMMED = 4096  # numbers that a program multiplies and sums
 
@@ -43,12 +42,16 @@ class Part(NamedTuple):
     first: int
     end: int
     keys: int
-    adds: bool = False
+    adds: bool
 
     @property
     def num_blocks(self) -> int:
         """Of keys that these queries attend to."""
         return ceil_div(self.end, self.keys)
+
+    def num_programs(self, num_heads: int, *, of_queries: bool) -> int:
+        """Of a second round's product for so many heads: blocks of these queries, or of keys."""
+        return (self.num_blocks - (self.first // self.keys if of_queries else 0)) * num_heads
 
     def sizes(self, num_heads: int, length: int) -> tuple[int, ...]:
         """What kernels are told; the pitch of `ds` and its rows of a head are in blocks."""
@@ -153,7 +156,7 @@ def _attention_values_kernel(
         lse = tl.load(lse_ptr + head.to(tl.int64) * lse_head + query, mask=query < T, other=0.0)
         delta = tl.load(delta_ptr + head.to(tl.int64) * delta_head + query, mask=query < T, other=0.0)
         scores = tl.dot(k, tl.trans(q), input_precision="ieee")
-        p = tl.exp2(scores * scale - lse[None, :] * 1.4426950408889634)
+        p = tl.exp(scores * scale - lse[None, :])
         p = tl.where(key[:, None] <= query[None, :], p, 0.0)
         dp = tl.dot(v, tl.trans(dout), input_precision="ieee")
         dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
@@ -238,7 +241,7 @@ def values(part: Part, heads: Heads, sum_THD: Tensor | None, dv_THD: Tensor, sca
         (part.num_blocks * num_heads, 1, 1),
         tensors,
         part.sizes(num_heads, length),
-        (*strides, scale * LOG2_E),
+        (*strides, scale),
         {
             "D": width,
             "BD": max(16, next_power_of_2(width)),
@@ -266,10 +269,9 @@ def products(
     length, num_heads, width = out_THD.shape
     total = out_THD if sum_THD is None else sum_THD
     tensors = (part.ds, x_TXD, total, out_THD)
-    num_blocks = part.num_blocks - (part.first // part.keys if of_queries else 0)
     launch(
         _attention_products_kernel,
-        (num_blocks * num_heads, 1, 1),
+        (part.num_programs(num_heads, of_queries=of_queries), 1, 1),
         tensors,
         part.sizes(num_heads, length),
         (*[stride for x in tensors[1:] for stride in x.stride()[:2]], scale),

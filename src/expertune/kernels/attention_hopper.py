@@ -20,15 +20,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from expertune.kernels.attention import LOG2_E, Heads, Part, place
+from expertune.kernels.attention import Heads, Part, place
 from expertune.kernels.hopper_names import copy_tile
+from expertune.kernels.hopper_store import places
 from expertune.kernels.launch import launch
 
 KEYS = 128  # of a block
 WIDTH = 256  # of heads
 _QUERIES = 64  # of a tile
 _SLOTS = 3  # for tiles of queries and of gradients, in turn
-_LOG2_E = gl.constexpr(LOG2_E)
+_LOG2_E = gl.constexpr(1.4426950408889634)  # exponentials are powers of two
 
 
 @gluon.jit
@@ -84,8 +85,8 @@ def _store(dscores, ds_ptr, at):
     row, pitch, column = at
     i = row + gl.arange(0, SHAPE[0], layout=gl.SliceLayout(1, stored))
     j = column + gl.arange(0, SHAPE[1], layout=gl.SliceLayout(0, stored))
-    places = ds_ptr + (gl.expand_dims(i.to(gl.int64) * pitch, 1) + gl.expand_dims(j, 0))
-    gl.store(places, gl.convert_layout(gl.convert_layout(dscores, half_way), stored))
+    pointers = ds_ptr + (gl.expand_dims(i.to(gl.int64) * pitch, 1) + gl.expand_dims(j, 0))
+    gl.store(pointers, gl.convert_layout(gl.convert_layout(dscores, half_way), stored))
 
 
 @gluon.jit
@@ -93,14 +94,14 @@ def write(total, row, head, T, has_before, pointers, strides):
     """Some rows of a head, with what earlier parts summed."""
     sum_ptr, out_ptr = pointers
     sum_row, sum_head, out_row, out_head = strides
+    ROWS: gl.constexpr = total.type.shape[0]
+    COLUMNS: gl.constexpr = total.type.shape[1]
     layout: gl.constexpr = total.type.layout
-    i = row + gl.arange(0, total.type.shape[0], layout=gl.SliceLayout(1, layout))
-    j = gl.expand_dims(gl.arange(0, total.type.shape[1], layout=gl.SliceLayout(0, layout)), 0)
-    mask = gl.expand_dims(i < T, 1) & (j >= 0)
-    i = gl.expand_dims(i.to(gl.int64), 1)
+    at, mask = places(row, T, 0, COLUMNS, out_row, ROWS, COLUMNS, layout)
     if has_before:
-        total += gl.load(sum_ptr + (i * sum_row + head * sum_head + j), mask=mask, other=0.0)
-    gl.store(out_ptr + (i * out_row + head * out_head + j), total.to(out_ptr.dtype.element_ty), mask=mask)
+        sum_at, _mask = places(row, T, 0, COLUMNS, sum_row, ROWS, COLUMNS, layout)
+        total += gl.load(sum_ptr + head * sum_head + sum_at, mask=mask, other=0.0)
+    gl.store(out_ptr + head * out_head + at, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @gluon.jit
@@ -235,7 +236,7 @@ def values(part: Part, heads: Heads, sum_THD: Tensor | None, dv_THD: Tensor, sca
         (part.num_blocks * num_heads, 1, 1),
         (part.ds, total, dv_THD),
         part.sizes(num_heads, length),
-        (*[x.stride(1) for x in operands], *total.stride()[:2], *dv_THD.stride()[:2], scale * LOG2_E),
+        (*[x.stride(1) for x in operands], *total.stride()[:2], *dv_THD.stride()[:2], scale * _LOG2_E.value),
         constants,
         descriptors=(*tiles, _row_tiles(heads.lse_HT), _row_tiles(heads.delta_HT)),
         num_warps=4,

@@ -88,7 +88,7 @@ def _multiply(ME: gl.constexpr, buffers, barriers, where, pointers, sizes, strid
 @gluon.jit(do_not_specialize=["first_block", "end", "num_heads", "T", "_pitch_blocks", "rows_blocks", "adds"])
 def _attention_products_kernel(
     ds_desc, x_desc,
-    _ds_ptr, sum_ptr, out_ptr,
+    sum_ptr, out_ptr,
     first_block, end, num_heads, T, _pitch_blocks, rows_blocks, adds,
     x_head, sum_row, sum_head, out_row, out_head, scale,
     OF_QUERIES: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr,
@@ -142,14 +142,13 @@ def products(
     assert part.keys == KEYS
     length, num_heads, _ = out_THD.shape
     total = out_THD if sum_THD is None else sum_THD
-    num_blocks = part.num_blocks - (part.first // KEYS if of_queries else 0)
     half = KEYS // 2
     layout = gl.NVMMASharedLayout.get_default_for([half, _DEPTH], gl.bfloat16)
     ds_tiles = TensorDescriptor(part.ds, list(part.ds.shape), list(part.ds.stride()), [half, _DEPTH], layout)
     launch(
         _attention_products_kernel,
-        (num_blocks * num_heads, 1, 1),
-        (part.ds, total, out_THD),  # of the first, `launch` takes the descriptors' dtype
+        (part.num_programs(num_heads, of_queries=of_queries), 1, 1),
+        (total, out_THD),
         part.sizes(num_heads, length),
         (x_TXD.stride(1), *total.stride()[:2], *out_THD.stride()[:2], scale),
         {"OF_QUERIES": of_queries, "GROUP": num_heads // x_TXD.shape[1], "STAGES": _STAGES},

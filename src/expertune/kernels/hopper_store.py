@@ -22,7 +22,7 @@ def _halves(tile):
 
 
 @gluon.jit
-def _places(first_row, end, column, width, stride, ROWS: gl.constexpr, COLUMNS: gl.constexpr, layout: gl.constexpr):
+def places(first_row, end, column, width, stride, ROWS: gl.constexpr, COLUMNS: gl.constexpr, layout: gl.constexpr):
     """Where some rows and columns of a matrix lie, and which are before the end of the rows and the width."""
     i = first_row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
     j = column + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, layout))
@@ -33,7 +33,7 @@ def _places(first_row, end, column, width, stride, ROWS: gl.constexpr, COLUMNS: 
 @gluon.jit
 def _store_half(half, y_ptr, row, end, column, width, stride):
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    at, mask = _places(row, end, column, width, stride, half.type.shape[0], half.type.shape[1], layout)
+    at, mask = places(row, end, column, width, stride, half.type.shape[0], half.type.shape[1], layout)
     gl.store(y_ptr + at, gl.convert_layout(half, layout), mask=mask)
 
 
@@ -94,11 +94,11 @@ def _load_gate_up(
 ):
     """Both parts of some rows and columns of `h`."""
     if IS_CONCATENATED:
-        at, mask = _places(first_row, end, column, F, 2 * F, ROWS, COLUMNS, layout)
+        at, mask = places(first_row, end, column, F, 2 * F, ROWS, COLUMNS, layout)
         g, u = gl.load(h_ptr + at, mask=mask, other=0.0), gl.load(h_ptr + F + at, mask=mask, other=0.0)
     else:
         pairs: gl.constexpr = gl.BlockedLayout([1, 8], layout.threads_per_warp, layout.warps_per_cta, [1, 0])
-        at, mask = _places(first_row, end, 2 * column, 2 * F, 2 * F, ROWS, 2 * COLUMNS, pairs)
+        at, mask = places(first_row, end, 2 * column, 2 * F, 2 * F, ROWS, 2 * COLUMNS, pairs)
         g, u = gl.load(h_ptr + at, mask=mask, other=0.0).reshape([ROWS, COLUMNS, 2]).split()
         g, u = gl.convert_layout(g, layout), gl.convert_layout(u, layout)
     return g, u
@@ -111,12 +111,12 @@ def _store_gate_up(dh_ptr, dg, du, first_row, end, column, F, IS_CONCATENATED: g
     COLUMNS: gl.constexpr = dg.type.shape[1]
     layout: gl.constexpr = dg.type.layout
     if IS_CONCATENATED:
-        at, mask = _places(first_row, end, column, F, 2 * F, ROWS, COLUMNS, layout)
+        at, mask = places(first_row, end, column, F, 2 * F, ROWS, COLUMNS, layout)
         gl.store(dh_ptr + at, dg, mask=mask)
         gl.store(dh_ptr + F + at, du, mask=mask)
     else:
         pairs: gl.constexpr = gl.BlockedLayout([1, 8], layout.threads_per_warp, layout.warps_per_cta, [1, 0])
-        at, mask = _places(first_row, end, 2 * column, 2 * F, 2 * F, ROWS, 2 * COLUMNS, pairs)
+        at, mask = places(first_row, end, 2 * column, 2 * F, 2 * F, ROWS, 2 * COLUMNS, pairs)
         gl.store(dh_ptr + at, gl.convert_layout(gl.join(dg, du).reshape([ROWS, 2 * COLUMNS]), pairs), mask=mask)
 
 
@@ -198,7 +198,7 @@ def gate_backward(
             slot = gl.load(row_slot_ptr + i + PIECE, mask=i + PIECE < next_end, other=0)
             da = tile.index(n).load(layout).to(gl.float32)
             a, dg, du = GRAD(g.to(gl.float32), u.to(gl.float32), da, ALPHA, LIMIT)
-            at, mask = _places(first_row, end, column, F, F, PIECE, COLUMNS, layout)
+            at, mask = places(first_row, end, column, F, F, PIECE, COLUMNS, layout)
             gl.store(a_ptr + at, a.to(dtype), mask=mask)
             dg, du = (dg * gl.expand_dims(weight, 1)).to(dtype), (du * gl.expand_dims(weight, 1)).to(dtype)
             _store_gate_up(dh_ptr, dg, du, first_row, end, column, F, IS_CONCATENATED)

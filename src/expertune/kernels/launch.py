@@ -72,7 +72,7 @@ def launch(
         sizes: numbers that change from batch to batch; the kernel names them in `do_not_specialize`.
         numbers: what a layer keeps: widths, strides, scales.
         constants: the kernel's `constexpr` parameters, in their order.
-        descriptors: tensor-memory descriptors, all of the dtype of the first tensor.
+        descriptors: tensor-memory descriptors.
         options: `num_warps`, `num_stages`, `maxnreg`.
     """
     if _watcher.prepare is not None:
@@ -83,7 +83,8 @@ def launch(
     values = (*sizes, *numbers, *constants.values())
     found = None
     if device.type == "cuda" and are_aligned(pointers) and device.index == torch.cuda.current_device():
-        key = (id(kernel), device.index, *[t.dtype for t in tensors], *numbers, *constants.values(), *options.values())
+        dtypes = [*[d.base.dtype for d in descriptors], *[t.dtype for t in tensors]]
+        key = (id(kernel), device.index, *dtypes, *numbers, *constants.values(), *options.values())
         found = _compiled.get(key)
         if found is None:
             found = _compiled[key] = kernel[grid](*descriptors, *tensors, *sizes, *numbers, **constants, **options)
