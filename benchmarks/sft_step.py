@@ -2,7 +2,7 @@
 
     python benchmarks/sft_step.py [--shape tiny|qwen3|gptoss|glm] [--layers 12] [--contexts 1024,4096]
                                   [--peers transformers,expertune,unsloth] [--rank 64] [--memory auto] [--longest]
-                                  [--adapter-dtype float32|bfloat16] [--rows whole|packed|padded]
+                                  [--adapter-dtype float32|bfloat16] [--rows whole|packed|padded] [--sample 64,511]
 
 A random-weight model of the real shape is written once and read by every peer as its own documentation says. LoRA on
 the attention and on all experts, batch 1, bf16, the router frozen, checkpointing as a peer does it. 8-bit AdamW:
@@ -10,9 +10,9 @@ bitsandbytes', and for expertune its own unless `--adam bitsandbytes` says other
 `expertune:lean` its memory, `transformers:eager` its experts (Transformers' loop over them). On a GPU a context takes
 `--steps` and one more for each time that it goes into 32,768, at most 32, for short steps vary most. The median of the
 steps after the fourth counts; the last is profiled, and its GPU time split by part. With `--longest` the longest that
-trains is found by bisection. With `--rows packed` a context is samples of 64 to 511 tokens, as TRL packs them; with
-`--rows padded` it is a batch of such samples, one for each 512 of its tokens, as TRL pads them: for ours to a multiple
-of 128. Writes `runs/bench/sft_step.json` with its provenance and `sft_step.png`.
+trains is found by bisection. With `--rows packed` a context is samples of 64 to 511 tokens or as `--sample` says, as
+TRL packs them; with `--rows padded` it is a batch of such samples, one for each 512 of its tokens, as TRL pads them:
+for ours to a multiple of 128. Writes `runs/bench/sft_step.json` with its provenance and `sft_step.png`.
 """
 
 import argparse
@@ -37,7 +37,7 @@ from sft_worker import PEERS, ROWS, work
 from shapes import SHAPES, write_model
 
 _CHOICES = "expertune:MEMORY, transformers:EXPERTS"
-_SETTINGS = ("shape", "layers", "rank", "memory", "adapter_dtype", "adam", "steps", "rows")
+_SETTINGS = ("shape", "layers", "rank", "memory", "adapter_dtype", "adam", "steps", "rows", "sample")
 _PACKAGES = ("torch", "triton", "transformers", "peft", "trl", "bitsandbytes", "unsloth")
 
 
@@ -67,6 +67,11 @@ def write_tokenizer(folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=words, **names).save_pretrained(folder)
 
 
+def _from_and_to(words: str) -> tuple[int, int]:
+    shortest, longest = map(int, words.split(","))
+    return shortest, longest
+
+
 def show(report: dict[str, Any], console: Console) -> None:
     """Print the tables."""
     for table in step_report.tables(report):
@@ -89,6 +94,7 @@ def main() -> None:
     parser.add_argument("--adam", choices=("expertune", "bitsandbytes"), default="expertune", help="of expertune")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--rows", choices=ROWS, default="whole", help="what a batch is made of")
+    parser.add_argument("--sample", type=_from_and_to, default=(64, 511), help="tokens of packed and padded ones")
     parser.add_argument("--longest", action="store_true", help="find the longest context, too")
     parser.add_argument("--timeout", type=int, default=600, help="seconds that a peer has")
     parser.add_argument("--output", type=Path, default=Path("runs/bench"))

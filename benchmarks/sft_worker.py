@@ -16,7 +16,6 @@ from shapes import SHAPES, attention_targets, expert_targets, longest_context
 
 PEERS = ("transformers", "expertune", "unsloth")
 ROWS = ("whole", "packed", "padded")
-_SAMPLE = (64, 512)  # tokens of one that is packed or padded, from and below
 _PADDED_TO = 128  # tokens, whose multiples the lengths of our padded batches are, as README says
 # steps that do not count: ours records layers in the fourth of a kind, and padded batches are of several
 _NUM_WARM = {"whole": 4, "packed": 8, "padded": 16}
@@ -112,7 +111,7 @@ def train(peer: str, model: Any, args: argparse.Namespace, context: int, steps: 
     on_gpu = torch.cuda.is_available()
     data = _data(args, context, steps)
     clock = _clock(steps)
-    config = _config(peer, args.rows, context, steps)
+    config = _config(peer, args, context, steps)
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     tokenizer = AutoTokenizer.from_pretrained(args.folder)
@@ -158,32 +157,34 @@ def _data(args: argparse.Namespace, context: int, steps: int) -> Any:
     random = torch.Generator().manual_seed(context)
     vocab = SHAPES[args.shape][1]["vocab_size"]
     if args.rows == "padded":
-        lengths = torch.randint(*_SAMPLE, (steps * batch_size(args.rows, context),), generator=random).tolist()
+        shortest, longest = args.sample
+        num_rows = steps * batch_size(args.rows, context, longest)
+        lengths = torch.randint(shortest, longest + 1, (num_rows,), generator=random).tolist()
     else:
         lengths = [context] * steps
     ids = [torch.randint(4, vocab, (length,), generator=random).tolist() for length in lengths]
     beside = {}
     if args.rows == "packed":
-        beside["seq_lengths"] = [sample_lengths(context, random) for _ in ids]
+        beside["seq_lengths"] = [sample_lengths(context, args.sample, random) for _ in ids]
     return Dataset.from_dict({"input_ids": ids, "labels": ids, **beside})
 
 
-def batch_size(rows: str, context: int) -> int:
-    """Rows a step."""
-    return max(1, context // _SAMPLE[1]) if rows == "padded" else 1
+def batch_size(rows: str, context: int, longest: int) -> int:
+    """Rows a step, of samples of at most so many tokens."""
+    return max(1, context // (longest + 1)) if rows == "padded" else 1
 
 
-def sample_lengths(context: int, random: Any) -> list[int]:
-    """Of samples that fill a context; the last is what remains."""
+def sample_lengths(context: int, sample: tuple[int, int], random: Any) -> list[int]:
+    """Of samples that fill a context, of so many tokens from and to; the last is what remains."""
     import torch
 
     lengths: list[int] = []
     while (rest := context - sum(lengths)) > 0:
-        lengths.append(min(rest, int(torch.randint(*_SAMPLE, (), generator=random))))
+        lengths.append(min(rest, int(torch.randint(sample[0], sample[1] + 1, (), generator=random))))
     return lengths
 
 
-def _config(peer: str, rows: str, context: int, steps: int) -> Any:
+def _config(peer: str, args: argparse.Namespace, context: int, steps: int) -> Any:
     """The trainer's settings."""
     import torch
     from trl import SFTConfig
@@ -192,9 +193,9 @@ def _config(peer: str, rows: str, context: int, steps: int) -> Any:
     return SFTConfig(
         output_dir=tempfile.mkdtemp(),
         max_length=context,
-        packing=rows == "packed",
-        pad_to_multiple_of=_PADDED_TO if peer == "expertune" and rows == "padded" else None,
-        per_device_train_batch_size=batch_size(rows, context),
+        packing=args.rows == "packed",
+        pad_to_multiple_of=_PADDED_TO if peer == "expertune" and args.rows == "padded" else None,
+        per_device_train_batch_size=batch_size(args.rows, context, args.sample[1]),
         gradient_accumulation_steps=1,  # said, because Unsloth's own default is 2
         warmup_steps=0,
         max_steps=steps,

@@ -16,7 +16,7 @@ NAMES = {
     "void pytorch_flash::flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel": "attention",
     "_attention_values_kernel": "attention",
     "_attention_products_kernel": "attention",
-    "_attention_row_sums_kernel": "attention",
+    "_attention_rows_kernel": "attention",
     "_linear_kernel": "experts",
     "_forward_kernel": "experts",
     "_repack_kernel": "experts",

@@ -1,6 +1,7 @@
 """Attention's backward in two rounds against the formula written out: in the interpreter, and on Hopper in Gluon."""
 
 import math
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -21,30 +22,60 @@ def inputs(batch: int, length: int, num_heads: int, num_shared: int, width: int,
     return [x[..., -width:].transpose(1, 2) for x in made]
 
 
-def formula(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+class Case(NamedTuple):
+    """Samples that lie one after the other, None for one, and the keys that a query attends to at most."""
+
+    lengths: tuple[int, ...] | None = None
+    window: int | None = None
+
+    def hidden(self, length: int) -> Tensor:
+        """Which scores do not count, `(T, T)`."""
+        place = torch.arange(length)
+        behind = place[:, None] - place[None, :]
+        hidden = (behind < 0) | (behind >= (self.window or length))
+        if self.lengths is not None:
+            sample = torch.arange(len(self.lengths)).repeat_interleave(torch.tensor(self.lengths))
+            hidden |= sample[:, None] != sample[None, :]
+        return hidden.to(DEVICE)
+
+    def reach(self, length: int) -> Any:
+        """The same as the kernels take it, with the longest sample rounded up as a step does."""
+        from expertune.kernels.attention import Reach
+
+        most = min(self.window or length, length if self.lengths is None else max(self.lengths) + 3)
+        if self.lengths is None:
+            return Reach(most)
+        starts = torch.tensor([0, *self.lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        return Reach(most, starts.to(DEVICE))
+
+
+WHOLE = Case()
+
+
+def formula(q: Tensor, k: Tensor, v: Tensor, scale: float, case: Case) -> tuple[Tensor, Tensor]:
     """The output and the logarithm of the sum of each query's exponentials."""
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-    hidden = torch.ones(2 * (q.shape[2],), dtype=torch.bool, device=q.device).triu(1)
-    scores = (q @ k.mT * scale).masked_fill(hidden, -math.inf)
+    scores = (q @ k.mT * scale).masked_fill(case.hidden(q.shape[2]), -math.inf)
     return scores.softmax(-1) @ v, scores.logsumexp(-1)
 
 
-def gradients(tensors: list[Tensor], scale: float) -> list[Tensor]:
+def gradients(tensors: list[Tensor], scale: float, case: Case) -> list[Tensor]:
     q, k, v = (x.detach().requires_grad_() for x in tensors[:3])
-    return list(torch.autograd.grad(formula(q, k, v, scale)[0], (q, k, v), tensors[3]))
+    return list(torch.autograd.grad(formula(q, k, v, scale, case)[0], (q, k, v), tensors[3]))
 
 
-def ours(tensors: list[Tensor], scale: float) -> list[Tensor]:
+def ours(tensors: list[Tensor], scale: float, case: Case = WHOLE) -> list[Tensor]:
     from expertune.attention.backward import backward
 
     q, k, v, dout = tensors
-    out, lse = formula(q.double(), k.double(), v.double(), scale)
-    return list(backward(dout.transpose(1, 2), q, k, v, out.to(q).transpose(1, 2), lse.float(), scale))
+    out, lse = formula(q.double(), k.double(), v.double(), scale, case)
+    reach = case.reach(q.shape[2])
+    return list(backward(dout.transpose(1, 2), q, k, v, out.to(q).transpose(1, 2), lse.float(), scale, reach))
 
 
-def check(tensors: list[Tensor], scale: float) -> list[Tensor]:
-    mine, plain = ours(tensors, scale), gradients(tensors, scale)
-    truth = gradients([x.double() for x in tensors], scale)
+def check(tensors: list[Tensor], scale: float, case: Case = WHOLE) -> list[Tensor]:
+    mine, plain = ours(tensors, scale, case), gradients(tensors, scale, case)
+    truth = gradients([x.double() for x in tensors], scale, case)
     for name, got, other, exact in zip(NAMES, mine, plain, truth, strict=True):
         assert got.dtype == tensors[0].dtype
         assert got.shape == exact.shape
@@ -81,39 +112,60 @@ def test_it_is_no_worse_than_the_formula(
     check(inputs(batch, length, num_heads, num_shared, width, dtype), width**-0.5)
 
 
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+@pytest.mark.parametrize("bound", [2**30, 15_000], ids=["whole", "one head or some queries"], indirect=True)
+@pytest.mark.parametrize(
+    "case",
+    [Case(window=20), Case(window=90), Case((1, 62, 2, 40, 25, 0, 0)), Case((9, 121)), Case((100, 30), window=33)],
+    ids=["short window", "long window", "short samples", "long samples", "samples in a window"],
+)
+@pytest.mark.usefixtures("bound")
+def test_no_query_reaches_beyond_its_window_and_sample(
+    case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from expertune.attention import backward
+
+    monkeypatch.setattr(backward, "is_hopper", lambda _: False)
+    check(inputs(1, 130, 2, 1, 16, dtype), 0.25, case)
+
+
 def test_any_strides_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     from expertune.attention import backward as module
 
     monkeypatch.setattr(module, "is_hopper", lambda _: False)
     backward = module.backward
     q, k, v, dout = inputs(1, 40, 2, 2, 16, KERNEL_DTYPES[0])
-    out, lse = formula(q, k, v, 0.25)
-    expected = backward(dout.transpose(1, 2), q, k, v, out.transpose(1, 2), lse.float(), 0.25)
+    (out, lse), reach = formula(q, k, v, 0.25, WHOLE), WHOLE.reach(40)
+    expected = backward(dout.transpose(1, 2), q, k, v, out.transpose(1, 2), lse.float(), 0.25, reach)
     others = [x.mT.contiguous().mT for x in (q, k, v)]
     odd = torch.zeros(dout.numel() + 1, dtype=dout.dtype, device=DEVICE)[1:].view(1, 40, 2, 16)
     odd.copy_(dout.transpose(1, 2))
-    found = backward(odd, *others, out.transpose(1, 2), lse.float(), 0.25)
+    found = backward(odd, *others, out.transpose(1, 2), lse.float(), 0.25, reach)
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
-    ("length", "num_heads", "group", "heads", "queries"),
+    ("length", "num_heads", "group", "most", "cut"),
     [
-        (8192, 20, 1, 7, 8192),
-        (32768, 20, 1, 1, 32768),
-        (100_000, 20, 1, 1, 20224),
-        (4096, 16, 8, 16, 4096),
-        (16384, 16, 8, 2, 16384),
-        (20_000, 24, 3, 1, 20096),
-        (5000, 24, 3, 12, 5120),
+        (8192, 20, 1, 8192, (7, 8192, 0)),
+        (32768, 20, 1, 32768, (1, 32768, 0)),
+        (100_000, 20, 1, 100_000, (1, 20224, 0)),
+        (4096, 16, 8, 4096, (16, 4096, 0)),
+        (16384, 16, 8, 16384, (2, 16384, 0)),
+        (20_000, 24, 3, 20_000, (1, 20096, 0)),
+        (5000, 24, 3, 5000, (12, 5120, 0)),
+        (16384, 20, 1, 4096, (4, 16384, 4224)),
+        (100_000, 16, 2, 1024, (1, 100_096, 1152)),
+        (100_000, 20, 1, 16384, (1, 100_096, 16512)),
     ],
 )
-def test_what_is_held_is_bounded(length: int, num_heads: int, group: int, heads: int, queries: int) -> None:
+def test_what_is_held_is_bounded(length: int, num_heads: int, group: int, most: int, cut: tuple[int, int, int]) -> None:
     from expertune.attention.backward import cut_into
-    from expertune.kernels.attention import scratch_shape
+    from expertune.kernels.attention import Reach, scratch_shape
 
-    assert cut_into(length, num_heads, group, keys=128, num_programs=132) == (heads, queries)
-    rows, pitch = scratch_shape(heads, length, queries, 128)
+    assert cut_into(length, num_heads, group, keys=128, num_programs=132, band=Reach(most).band(128)) == cut
+    heads, queries, band = cut
+    rows, pitch = scratch_shape(heads, length, queries, 128, band)
     assert 2 * rows * pitch <= max(2**29, 40 * 2**10 * length)
 
 
@@ -145,6 +197,28 @@ def test_on_hopper(batch: int, length: int, num_heads: int, num_shared: int, dty
     tensors = inputs(batch, length, num_heads, num_shared, 256, dtype)
     first = check(tensors, 1 / 16)
     again = ours(tensors, 1 / 16)
+    assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
+
+
+@needs_hopper
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("bound", [2**30, 1], ids=["whole", "one block"], indirect=True)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(window=100),
+        Case(window=1000),
+        Case((1, 500, 128, 127, 64, 130, 250, 0, 0)),
+        Case((900, 300)),
+        Case((700, 500), window=256),
+    ],
+    ids=["short window", "long window", "short samples", "long samples", "samples in a window"],
+)
+@pytest.mark.usefixtures("bound")
+def test_on_hopper_no_query_reaches_beyond_its_window_and_sample(case: Case, dtype: torch.dtype) -> None:
+    tensors = inputs(1, 1200, 8, 4, 256, dtype)
+    first = check(tensors, 1 / 16, case)
+    again = ours(tensors, 1 / 16, case)
     assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
 
 

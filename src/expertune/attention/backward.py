@@ -6,6 +6,7 @@ time. What several runs, or several heads of queries, give the same keys and val
 """
 
 from collections.abc import Iterator
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from expertune.kernels import attention as plain
 from expertune.kernels import attention_hopper, attention_products_hopper
-from expertune.kernels.attention import Heads, Part, row_sums, scratch_shape
+from expertune.kernels.attention import Heads, Part, Reach, rows, scratch_shape
 from expertune.kernels.device import is_hopper, num_programs
 from expertune.kernels.launch import are_aligned, ceil_div
 
@@ -25,10 +26,11 @@ _WAVES = 3  # blocks of keys a multiprocessor: uneven as they are, all end at ab
 
 
 class Cut(NamedTuple):
-    """Heads of queries, and queries of each, whose scores are held at a time."""
+    """Heads of queries, and queries of each, whose scores are held at a time; columns of a band, 0 if folded."""
 
     heads: int
     queries: int
+    band: int = 0
 
 
 class _Kernels(NamedTuple):
@@ -40,9 +42,16 @@ class _Kernels(NamedTuple):
 
 
 def backward(
-    dout_BTHD: Tensor, q_BHTD: Tensor, k_BJTD: Tensor, v_BJTD: Tensor, out_BTHD: Tensor, lse_BHT: Tensor, scale: float
+    dout_BTHD: Tensor,
+    q_BHTD: Tensor,
+    k_BJTD: Tensor,
+    v_BJTD: Tensor,
+    out_BTHD: Tensor,
+    lse_BHT: Tensor,
+    scale: float,
+    reach: Reach,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of queries, keys and values of causal attention over whole samples, in their shapes and dtype.
+    """The gradients of queries, keys and values of causal attention, in their shapes and dtype.
 
     Two runs give the same bits.
 
@@ -51,6 +60,7 @@ def backward(
         q_BHTD, k_BJTD, v_BJTD: what attended; values are as wide as keys, and `H / J` heads of queries share a key.
         out_BTHD, lse_BHT: what came out, and the logarithm of the sum of a query's exponentials, float32.
         scale: of scores.
+        reach: of a key; packed samples are one row of a batch.
     """
     q, k, v = (x.transpose(1, 2) for x in (q_BHTD, k_BJTD, v_BJTD))
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
@@ -58,29 +68,30 @@ def backward(
     lse_BHT = F.pad(lse_BHT, (0, -lse_BHT.shape[-1] % 4))[..., : lse_BHT.shape[-1]]  # rows of whole 16 bytes
     for each in range(len(q)):
         given = tuple(x[each] for x in (*tensors, lse_BHT))
-        _sample(given, (dq[each], dk[each], dv[each]), scale)
+        _sample(given, (dq[each], dk[each], dv[each]), scale, reach)
     return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
 
-def _sample(given: tuple[Tensor, ...], grads: tuple[Tensor, Tensor, Tensor], scale: float) -> None:
-    """Of one sample, `(T, heads, D)`."""
+def _sample(given: tuple[Tensor, ...], grads: tuple[Tensor, Tensor, Tensor], scale: float, reach: Reach) -> None:
+    """Of one row of the batch, `(T, heads, D)`."""
     q, k, v, dout, out, lse_HT = given
     dq, dk, dv = grads
     kernels = _kernels(q.device)
     (length, num_heads, width), group = q.shape, q.shape[1] // k.shape[1]
-    delta_HT = row_sums(dout, out)
-    cut = cut_into(length, num_heads, group, kernels.keys, num_programs(q.device))
-    ds = q.new_empty(scratch_shape(cut.heads, length, cut.queries, kernels.keys))
+    known = rows(dout, out, reach)
+    cut = cut_into(length, num_heads, group, kernels.keys, num_programs(q.device), reach.band(kernels.keys))
+    ds = q.new_empty(scratch_shape(cut.heads, length, cut.queries, kernels.keys, cut.band))
     are_summed = cut.queries < length or group > 1
     sums = q.new_empty((2, length, cut.heads, width), dtype=torch.float32) if are_summed else None
     for first in range(0, num_heads, cut.heads):
         own = slice(first, min(first + cut.heads, num_heads))
         shared = slice(first // group, ceil_div(own.stop, group))
-        heads = Heads(q[:, own], k[:, shared], v[:, shared], dout[:, own], lse_HT[own], delta_HT[own])
+        own_rows = known._replace(delta_HT=known.delta_HT[own])
+        heads = Heads(q[:, own], k[:, shared], v[:, shared], dout[:, own], lse_HT[own], own_rows)
         to_sum = None if sums is None else sums[:, :, : own.stop - first]
         scratch = ds[: len(ds) // cut.heads * (own.stop - first)]
         last = None if group > 1 else (dk[:, own], dv[:, own])
-        for part in _parts(scratch, length, cut.queries, kernels.keys, adds=first % group > 0):
+        for part in _parts(scratch, length, cut, kernels.keys, adds=first % group > 0):
             _part(kernels, part, heads, to_sum, last, dq[:, own], scale)
         if to_sum is not None and group > 1 and own.stop % group == 0:
             for summed, grad in ((to_sum[0], dk), (to_sum[1], dv)):
@@ -101,8 +112,8 @@ def _part(
     dk_sum, dv_sum = (None, None) if sums is None else (sums[0], sums[1])
     dk, dv = last if last is not None and part.end == len(dq) else (dk_sum, dv_sum)
     kernels.values(part, heads, dv_sum, dv, scale)
-    kernels.products(part, heads.q_THD, dk_sum, dk, scale, of_queries=False)
-    kernels.products(part, heads.k_TJD, None, dq, scale, of_queries=True)
+    kernels.products(part, heads.q_THD, heads.rows, dk_sum, dk, scale, of_queries=False)
+    kernels.products(part, heads.k_TJD, heads.rows, None, dq, scale, of_queries=True)
 
 
 def _kernels(device: torch.device) -> _Kernels:
@@ -111,12 +122,12 @@ def _kernels(device: torch.device) -> _Kernels:
     return _Kernels(plain.values, plain.products, plain.KEYS)
 
 
-def _parts(ds: Tensor, length: int, num_queries: int, keys: int, *, adds: bool) -> Iterator[Part]:
-    for first in range(0, length, num_queries):
-        yield Part(ds, first, min(first + num_queries, length), keys, adds)
+def _parts(ds: Tensor, length: int, cut: Cut, keys: int, *, adds: bool) -> Iterator[Part]:
+    for first in range(0, length, cut.queries):
+        yield Part(ds, first, min(first + cut.queries, length), keys, cut.band > 0, adds)
 
 
-def cut_into(length: int, num_heads: int, group: int, keys: int, num_programs: int) -> Cut:
+def cut_into(length: int, num_heads: int, group: int, keys: int, num_programs: int, band: int) -> Cut:
     """How a sample is cut: into whole groups of heads that share keys, or a group into equal parts.
 
     Args:
@@ -125,20 +136,22 @@ def cut_into(length: int, num_heads: int, group: int, keys: int, num_programs: i
         group: of them that share one of keys.
         keys: of a block.
         num_programs: that run at the same time.
+        band: columns of one; it is taken where it is smaller than a folded square.
     """
     most = max(_A_TOKEN * length, _LEAST) // 2  # numbers in 16 bits
     whole = ceil_div(length, keys) * keys
-    rows, pitch = scratch_shape(1, length, whole, keys)
-    if rows * pitch > most:
+    folded, in_a_band = (prod(scratch_shape(1, length, whole, keys, columns)) for columns in (0, band))
+    numbers = min(folded, in_a_band)  # of a head
+    if numbers > most:
         queries = most // whole // keys - 1
         return Cut(1, max(queries, 1) * keys)
     wanted = ceil_div(_WAVES * num_programs, whole // keys)
     sizes = [n for n in range(1, group) if group % n == 0] + list(range(group, num_heads + 1, group))
-    fitting = [n for n in sizes if n * rows * pitch <= most]
+    fitting = [n for n in sizes if n * numbers <= most]
     heads = next((n for n in fitting if n >= wanted), fitting[-1])
     if heads >= group:  # as many at each time
         heads = ceil_div(num_heads // group, ceil_div(num_heads, heads)) * group
-    return Cut(heads, whole)
+    return Cut(heads, whole, band if in_a_band < folded else 0)
 
 
 def _readable(x_BTHD: Tensor) -> Tensor:

@@ -1,20 +1,21 @@
-"""Attention to whole samples with heads of 256 on Hopper: cuDNN's forward and our backward.
+"""Attention with heads of 256 on Hopper: a library's forward and our backward.
 
-cuDNN's backward of such heads reaches 390 TFLOP/s on an H200, where its forward reaches 640; ours (`backward.py`) is
-1.1 to 1.6 times as fast, the more the longer the context.
+Of whole samples cuDNN's forward, whose backward of such heads reaches 390 TFLOP/s on an H200 where its forward reaches
+640; of packed samples and windows FlashAttention-2's. Ours (`backward.py`) is faster than either's.
 """
 
 from torch import Tensor
 
 from expertune.attention.cudnn import Cudnn
-from expertune.attention.kernels import Attended, Pattern
+from expertune.attention.flash import Flash, why_not_fused
+from expertune.attention.kernels import Attended, Kernel, Pattern
 from expertune.kernels import has_triton
 
 _WIDTH = 256  # of heads, for which our kernels are made
 
 
-class Hopper(Cudnn):
-    """cuDNN's forward, and a backward in two rounds without atomics."""
+class Hopper:
+    """cuDNN's forward, or FlashAttention-2's where cuDNN has none, and a backward in two rounds without atomics."""
 
     name = "hopper"
 
@@ -22,7 +23,7 @@ class Hopper(Cudnn):
         """Why it cannot run here."""
         if q_BHTD.shape[-1] != _WIDTH or v_BJSV.shape[-1] != _WIDTH:
             return f"needs heads of {_WIDTH}, also of values"
-        if (reason := super().why_not(q_BHTD, v_BJSV, pattern)) is not None:
+        if (reason := why_not_fused(q_BHTD, v_BJSV, pattern, (9, 0))) is not None:
             return reason
         if not has_triton():
             return "needs Triton, which is not installed"
@@ -37,10 +38,21 @@ class Hopper(Cudnn):
             return f"keeps the card busy with more blocks of {KEYS} keys than {num_blocks}"
         return None
 
+    def forward(self, q_BHTD: Tensor, k_BJSD: Tensor, v_BJSV: Tensor, pattern: Pattern) -> Attended:
+        """Attend."""
+        kernel: Kernel = Cudnn() if pattern.window is None and pattern.sequences is None else Flash()
+        return kernel.forward(q_BHTD, k_BJSD, v_BJSV, pattern)
+
     def backward(
         self, dout_BTHV: Tensor, q_BHTD: Tensor, k_BJSD: Tensor, v_BJSV: Tensor, attended: Attended, pattern: Pattern
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The gradients of queries, keys and values."""
         from expertune.attention.backward import backward
+        from expertune.kernels.attention import Reach
 
-        return backward(dout_BTHV, q_BHTD, k_BJSD, v_BJSV, attended.out_BTHV, attended.lse_BHT, pattern.scale)
+        most, start_C = q_BHTD.shape[2], None
+        if pattern.sequences is not None:
+            most, start_C = min(most, pattern.sequences.longest), pattern.sequences.start_C
+        reach = Reach(most if pattern.window is None else min(most, pattern.window), start_C)
+        out_BTHV, lse_BHT, _ = attended
+        return backward(dout_BTHV, q_BHTD, k_BJSD, v_BJSV, out_BTHV, lse_BHT, pattern.scale, reach)

@@ -10,8 +10,11 @@ long, for some queries; see `attention/backward.py`.
 These are the kernels in plain Triton: any target, and the tested twins of the ones in Gluon (`attention_hopper.py`,
 `attention_products_hopper.py`). Source of the equations: FlashAttention-2 (arXiv 2307.08691), section 3.1.2.
 
-Shape letters: `T` rows of a sample · `H` heads of queries, of some of the heads only · `J` of keys, each shared by
-`H/J` of those · `D` width of a head.
+A key is attended to by a run of queries: itself and those behind it, as far as its sample and a window reach. So each
+block of keys has a last query, and each block of queries a first key; between them each round walks whole blocks.
+
+Shape letters: `T` rows of a sample, or of packed ones · `H` heads of queries, of some of the heads only · `J` of keys,
+each shared by `H/J` of those · `D` width of a head.
 """
 
 from typing import NamedTuple
@@ -27,14 +30,31 @@ KEYS = 32  # of a block, in plain Triton
 _SUMMED = 4096  # numbers that a program multiplies and sums
 
 
+class Reach(NamedTuple):
+    """How far a key is attended to.
+
+    Args:
+        most: queries that attend to a key at most, itself among them: a window, or the longest sample.
+        start_C: int32 `(C + 1,)`; packed sample `c` is the rows from `start_C[c]` to `start_C[c + 1]`. None for one.
+    """
+
+    most: int
+    start_C: Tensor | None = None
+
+    def band(self, keys: int) -> int:
+        """Columns of a band: for all queries that reach a block of keys, in whole blocks."""
+        return ceil_div(self.most + keys - 1, keys) * keys
+
+
 class Part(NamedTuple):
     """Queries of some heads, and the gradient of their scores.
 
     Args:
-        ds: `(heads · rows, pitch)` by key and query; of each head. What lies above the diagonal is folded under it, see
-            `place`. In the dtype of the queries, its contents of no matter.
+        ds: `(heads · rows, pitch)` by key and query; of each head. See `place`. In the dtype of the queries, its
+            contents of no matter.
         first, end: queries; the first is a multiple of `keys`.
         keys: of a block.
+        is_band: whether `ds` has a row a key, and columns for the queries that reach it; else it is folded.
         adds: whether what these queries give is added to every key's sum, and not just to those of keys before them.
     """
 
@@ -42,6 +62,7 @@ class Part(NamedTuple):
     first: int
     end: int
     keys: int
+    is_band: bool
     adds: bool
 
     @property
@@ -59,6 +80,20 @@ class Part(NamedTuple):
         return self.first // self.keys, self.end, num_heads, length, pitch, rows, int(self.adds)
 
 
+class Rows(NamedTuple):
+    """What both rounds ask of each row.
+
+    Args:
+        delta_HT: `⟨dout, out⟩`, float32.
+        first_T: the first key that a query attends to, int32.
+        reach_T: how many queries attend to a key, itself and those behind it, int32.
+    """
+
+    delta_HT: Tensor
+    first_T: Tensor
+    reach_T: Tensor
+
+
 class Heads(NamedTuple):
     """Some heads of queries of a sample, and the keys and values that they share. In any strides but the last.
 
@@ -66,7 +101,7 @@ class Heads(NamedTuple):
         q_THD, k_TJD, v_TJD: what attended.
         dout_THD: the gradient of what came out.
         lse_HT: the logarithm of the sum of the exponentials of scaled scores, natural, float32.
-        delta_HT: `⟨dout, out⟩`, float32.
+        rows: what is known of each row.
     """
 
     q_THD: Tensor
@@ -74,34 +109,80 @@ class Heads(NamedTuple):
     v_TJD: Tensor
     dout_THD: Tensor
     lse_HT: Tensor
-    delta_HT: Tensor
+    rows: Rows
 
 
-def scratch_shape(num_heads: int, length: int, num_queries: int, keys: int) -> tuple[int, int]:
-    """Of `Part.ds`, which is large enough for each part of a sample of so many rows, at so many queries a part."""
+def scratch_shape(num_heads: int, length: int, num_queries: int, keys: int, band: int) -> tuple[int, int]:
+    """Of `Part.ds`.
+
+    Args:
+        num_heads: whose scores it holds.
+        length: rows of a sample, or of packed ones.
+        num_queries: of a part at most.
+        keys: of a block.
+        band: columns of a band, which holds all queries; 0 for one that is folded.
+    """
+    if band:
+        return num_heads * ceil_div(length, keys) * keys, band
     last = (length - 1) // num_queries * num_queries
     rows = last + ceil_div(ceil_div(length - last, keys), 2) * keys
     return num_heads * rows, num_queries + keys
 
 
 @triton.jit
-def place(block, first_block, num_diagonal, KEYS: tl.constexpr):
+def place(block, first_block, num_diagonal, IS_BAND: tl.constexpr, KEYS: tl.constexpr):
     """Where `ds` holds a block of keys: its row, and what added to a query is its column.
 
-    Of blocks on the diagonal the later half, whose rows are short, lies where rows of the earlier half do not begin.
+    In a band a block's columns begin with its first key. Folded, columns are those of a square whose upper triangle
+    alone is filled: of blocks on the diagonal the later half, whose rows are short, lies where rows of the earlier half
+    do not begin.
     """
     mirrored = first_block + num_diagonal - 1 - (block - first_block)
     is_folded = block > mirrored
     row = (mirrored if is_folded else block) * KEYS
-    return row, (-block if is_folded else 1 - first_block) * KEYS
+    shift = (-block if is_folded else 1 - first_block) * KEYS
+    if IS_BAND:
+        row = block * KEYS
+        shift = -row
+    return row, shift
 
 
-@triton.jit(do_not_specialize=["T"])
-def _attention_row_sums_kernel(
-    x_ptr, y_ptr, sums_ptr, T, x_row, x_head, y_row, y_head, sums_head, D, ROWS: tl.constexpr, BD: tl.constexpr
-):
-    """One program a block of rows of a head."""
+@triton.jit
+def last_query(reach_ptr, block, end, T, KEYS: tl.constexpr):
+    """Where the queries of a block of keys end: in whole blocks, so that no round reads what the other has not written.
+
+    Keys behind one that a query attends to, up to itself, are attended to by it, or by a query behind it.
+    """
+    key = tl.minimum((block + 1) * KEYS, T) - 1
+    return tl.minimum(tl.cdiv(key + tl.load(reach_ptr + key), KEYS) * KEYS, end)
+
+
+@triton.jit
+def first_key(first_ptr, block, KEYS: tl.constexpr):
+    """Where the keys of a block of queries begin, in whole blocks."""
+    return tl.load(first_ptr + block * KEYS) // KEYS * KEYS
+
+
+@triton.jit(do_not_specialize=["T", "num_samples", "most"])
+def _attention_rows_kernel(
+    x_ptr, y_ptr, start_ptr, sums_ptr, first_ptr, reach_ptr, T, num_samples, most,
+    x_row, x_head, y_row, y_head, sums_head, D, ROWS: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """One program a block of rows of a head; those of the first head find the samples of theirs, by bisection."""
     row, head = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.program_id(1).to(tl.int64)
+    if head == 0:
+        first, end = row * 0, row * 0 + T
+        low, high = row * 0, row * 0 + num_samples
+        remaining = num_samples
+        while remaining > 1:
+            middle = (low + high) // 2
+            is_right = tl.load(start_ptr + middle) <= row
+            low, high = tl.where(is_right, middle, low), tl.where(is_right, high, middle)
+            remaining = (remaining + 1) // 2
+        if num_samples > 0:
+            first, end = tl.load(start_ptr + low).to(tl.int64), tl.load(start_ptr + high).to(tl.int64)
+        tl.store(first_ptr + row, tl.maximum(first, row - most + 1).to(tl.int32), row < T)
+        tl.store(reach_ptr + row, tl.minimum(end - row, most).to(tl.int32), row < T)
     column = tl.arange(0, BD)
     mask = (row < T)[:, None] & (column < D)[None, :]
     x = tl.load(x_ptr + head * x_head + row[:, None] * x_row + column[None, :], mask=mask, other=0.0)
@@ -135,21 +216,23 @@ def _write(
 
 @triton.jit(do_not_specialize=["first_block", "end", "num_heads", "T", "pitch_blocks", "rows_blocks", "adds"])
 def _attention_values_kernel(
-    ds_ptr, q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, sum_ptr, dv_ptr,
+    ds_ptr, q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, reach_ptr, sum_ptr, dv_ptr,
     first_block, end, num_heads, T, pitch_blocks, rows_blocks, adds,
     q_row, q_head, k_row, k_head, v_row, v_head, dout_row, dout_head, lse_head, delta_head, sum_row, sum_head, dv_row,
     dv_head, scale,
-    D: tl.constexpr, BD: tl.constexpr, GROUP: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, GROUP: tl.constexpr, IS_BAND: tl.constexpr, KEYS: tl.constexpr,
+    QUERIES: tl.constexpr,
 ):  # fmt: skip
-    """One program a block of keys of a head; those with most queries first."""
+    """One program a block of keys of a head; those of whole samples with most queries first."""
     block, head = tl.program_id(0) // num_heads, tl.program_id(0) % num_heads
-    ds_row, ds_shift = place(block, first_block, tl.cdiv(end, KEYS) - first_block, KEYS)
+    ds_row, ds_shift = place(block, first_block, tl.cdiv(end, KEYS) - first_block, IS_BAND, KEYS)
     key = block * KEYS + tl.arange(0, KEYS)
     k = _rows(k_ptr, key, head // GROUP, T, k_row, k_head, D, BD)
     v = _rows(v_ptr, key, head // GROUP, T, v_row, v_head, D, BD)
     dv = tl.zeros((KEYS, BD), dtype=tl.float32)
     first = tl.maximum(block, first_block) * KEYS
-    for start in range(first, end, QUERIES):
+    reach = tl.load(reach_ptr + key, mask=key < T, other=0)
+    for start in range(first, last_query(reach_ptr, block, end, T, KEYS), QUERIES):
         query = start + tl.arange(0, QUERIES)
         q = _rows(q_ptr, query, head, T, q_row, q_head, D, BD)
         dout = _rows(dout_ptr, query, head, T, dout_row, dout_head, D, BD)
@@ -157,7 +240,8 @@ def _attention_values_kernel(
         delta = tl.load(delta_ptr + head.to(tl.int64) * delta_head + query, mask=query < T, other=0.0)
         scores = tl.dot(k, tl.trans(q), input_precision="ieee")
         p = tl.exp(scores * scale - lse[None, :])
-        p = tl.where(key[:, None] <= query[None, :], p, 0.0)
+        behind = query[None, :] - key[:, None]
+        p = tl.where((behind >= 0) & (behind < reach[:, None]), p, 0.0)
         dp = tl.dot(v, tl.trans(dout), input_precision="ieee")
         dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
         ds = (p * (dp - delta[None, :])).to(ds_ptr.dtype.element_ty)
@@ -169,21 +253,21 @@ def _attention_values_kernel(
 
 @triton.jit(do_not_specialize=["first_block", "end", "num_heads", "T", "pitch_blocks", "rows_blocks", "adds"])
 def _attention_products_kernel(
-    ds_ptr, x_ptr, sum_ptr, out_ptr,
+    ds_ptr, x_ptr, row_ptr, sum_ptr, out_ptr,
     first_block, end, num_heads, T, pitch_blocks, rows_blocks, adds,
     x_row, x_head, sum_row, sum_head, out_row, out_head, scale,
-    D: tl.constexpr, BD: tl.constexpr, OF_QUERIES: tl.constexpr, GROUP: tl.constexpr, KEYS: tl.constexpr,
-    DEPTH: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, OF_QUERIES: tl.constexpr, GROUP: tl.constexpr, IS_BAND: tl.constexpr,
+    KEYS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """One program a block of rows of a head; those with most to sum first."""
+    """One program a block of rows of a head; those of whole samples with most to sum first."""
     num_blocks = tl.cdiv(end, KEYS)
     block, head = tl.program_id(0) // num_heads, tl.program_id(0) % num_heads
     if OF_QUERIES:
         block = num_blocks - 1 - block
-        first, last = 0, (block + 1) * KEYS
+        first, last = first_key(row_ptr, block, KEYS), (block + 1) * KEYS
         x_head_at, has_before = head // GROUP, False
     else:
-        first, last = tl.maximum(block, first_block) * KEYS, end
+        first, last = tl.maximum(block, first_block) * KEYS, last_query(row_ptr, block, end, T, KEYS)
         x_head_at, has_before = head, (block < first_block) | (adds > 0)
     row = block * KEYS + tl.arange(0, KEYS)
     total = tl.zeros((KEYS, BD), dtype=tl.float32)
@@ -193,7 +277,7 @@ def _attention_products_kernel(
             key, query, key_block = at, row, start // KEYS
         else:
             key, query, key_block = row, at, block
-        ds_row, ds_shift = place(key_block, first_block, num_blocks - first_block, KEYS)
+        ds_row, ds_shift = place(key_block, first_block, num_blocks - first_block, IS_BAND, KEYS)
         ds_row = head.to(tl.int64) * rows_blocks * KEYS + ds_row + key - key_block * KEYS
         places = ds_row * (pitch_blocks * KEYS)
         if OF_QUERIES:
@@ -205,21 +289,27 @@ def _attention_products_kernel(
     _write(sum_ptr, out_ptr, total * scale, row, head, T, has_before, sum_row, sum_head, out_row, out_head, D, BD)
 
 
-def row_sums(x_THD: Tensor, y_THD: Tensor) -> Tensor:
-    """`⟨x, y⟩` of each row, `(H, T)` in float32; rows begin at multiples of 16 bytes. In any strides but the last."""
-    length, num_heads, width = x_THD.shape
-    sums = torch.empty((num_heads, ceil_div(length, 4) * 4), dtype=torch.float32, device=x_THD.device)
+def rows(dout_THD: Tensor, out_THD: Tensor, reach: Reach) -> Rows:
+    """What both rounds ask of each row; every row of these begins at multiples of 16 bytes.
+
+    Args:
+        dout_THD, out_THD: in any strides but the last.
+        reach: of the keys.
+    """
+    length, num_heads, width = out_THD.shape
+    delta = torch.empty((num_heads, ceil_div(length, 4) * 4), dtype=torch.float32, device=out_THD.device)
+    first, each = torch.empty((2, delta.shape[1]), dtype=torch.int32, device=out_THD.device)[:, :length]
     blocks = RowBlocks.of(length, width, _SUMMED)
     launch(
-        _attention_row_sums_kernel,
+        _attention_rows_kernel,
         (blocks.grid[0], num_heads, 1),
-        (x_THD, y_THD, sums),
-        (length,),
-        (*x_THD.stride()[:2], *y_THD.stride()[:2], sums.stride(0), width),
+        (dout_THD, out_THD, each if reach.start_C is None else reach.start_C, delta, first, each),
+        (length, 0 if reach.start_C is None else reach.start_C.numel() - 1, reach.most),
+        (*dout_THD.stride()[:2], *out_THD.stride()[:2], delta.stride(0), width),
         {"ROWS": blocks.rows, "BD": blocks.columns},
         num_warps=4,
     )
-    return sums[:, :length]
+    return Rows(delta[:, :length], first, each)
 
 
 def values(part: Part, heads: Heads, sum_THD: Tensor | None, dv_THD: Tensor, scale: float) -> None:
@@ -234,7 +324,8 @@ def values(part: Part, heads: Heads, sum_THD: Tensor | None, dv_THD: Tensor, sca
     """
     length, num_heads, width = heads.q_THD.shape
     total = dv_THD if sum_THD is None else sum_THD
-    tensors = (part.ds, *heads, total, dv_THD)
+    rows = heads.rows
+    tensors = (part.ds, *heads[:-1], rows.delta_HT, rows.reach_T, total, dv_THD)
     strides = [stride for x in tensors[1:] for stride in x.stride()[: x.dim() - 1]]
     launch(
         _attention_values_kernel,
@@ -246,6 +337,7 @@ def values(part: Part, heads: Heads, sum_THD: Tensor | None, dv_THD: Tensor, sca
             "D": width,
             "BD": max(16, next_power_of_2(width)),
             "GROUP": num_heads // heads.k_TJD.shape[1],
+            "IS_BAND": part.is_band,
             "KEYS": part.keys,
             "QUERIES": part.keys // 2,
         },
@@ -254,13 +346,14 @@ def values(part: Part, heads: Heads, sum_THD: Tensor | None, dv_THD: Tensor, sca
 
 
 def products(
-    part: Part, x_TXD: Tensor, sum_THD: Tensor | None, out_THD: Tensor, scale: float, *, of_queries: bool
+    part: Part, x_TXD: Tensor, rows: Rows, sum_THD: Tensor | None, out_THD: Tensor, scale: float, *, of_queries: bool
 ) -> None:
     """Write `scale · dS x`, for queries, or of each head of queries `scale · dSᵀ x`, for keys.
 
     Args:
         part: with the gradient of the scores written.
         x_TXD: keys for queries and queries for keys, in any strides but the last.
+        rows: as in the round before.
         sum_THD: as for `values`; None for queries.
         out_THD: of queries of the part, or of keys before its end; other rows stay.
         scale: of scores.
@@ -268,18 +361,19 @@ def products(
     """
     length, num_heads, width = out_THD.shape
     total = out_THD if sum_THD is None else sum_THD
-    tensors = (part.ds, x_TXD, total, out_THD)
+    strides = [stride for x in (x_TXD, total, out_THD) for stride in x.stride()[:2]]
     launch(
         _attention_products_kernel,
         (part.num_programs(num_heads, of_queries=of_queries), 1, 1),
-        tensors,
+        (part.ds, x_TXD, rows.first_T if of_queries else rows.reach_T, total, out_THD),
         part.sizes(num_heads, length),
-        (*[stride for x in tensors[1:] for stride in x.stride()[:2]], scale),
+        (*strides, scale),
         {
             "D": width,
             "BD": max(16, next_power_of_2(width)),
             "OF_QUERIES": of_queries,
             "GROUP": num_heads // x_TXD.shape[1],
+            "IS_BAND": part.is_band,
             "KEYS": part.keys,
             "DEPTH": part.keys // 2,
         },

@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from expertune.kernels.attention import Heads, Part, place
+from expertune.kernels.attention import Heads, Part, last_query, place
 from expertune.kernels.hopper_names import copy_tile
 from expertune.kernels.hopper_store import places
 from expertune.kernels.launch import launch
@@ -35,14 +35,15 @@ _LOG2_E = gl.constexpr(1.4426950408889634)  # exponentials are powers of two
 @gluon.jit
 def _copy(descriptors, buffers, barriers, where, end, strides, GROUP: gl.constexpr):
     """The copying warp: the block's keys and values, then a tile of queries and one of gradients for each step."""
-    q_desc, k_desc, v_desc, dout_desc, lse_desc, delta_desc = descriptors
-    k_buf, v_buf, slots, rows = buffers
+    q_desc, k_desc, v_desc, dout_desc, lse_desc, delta_desc, reach_desc = descriptors
+    k_buf, v_buf, slots, rows, reaches = buffers
     resident, full, empty = barriers
     key, first, head = where
     q_head, k_head, v_head, dout_head = strides
     SLOTS: gl.constexpr = slots.type.shape[0]
     QUERIES: gl.constexpr = slots.type.shape[1]
-    mbarrier.expect(resident, k_desc.block_type.nbytes + v_desc.block_type.nbytes)
+    mbarrier.expect(resident, k_desc.block_type.nbytes + v_desc.block_type.nbytes + reach_desc.block_type.nbytes)
+    copy_tile(reach_desc, [0, key], resident, reaches)
     copy_tile(k_desc, [key, head // GROUP * k_head], resident, k_buf)
     copy_tile(v_desc, [key, head // GROUP * v_head], resident, v_buf)
     slot = 0
@@ -105,9 +106,9 @@ def write(total, row, head, T, has_before, pointers, strides):
 
 
 @gluon.jit
-def _multiply(ME: gl.constexpr, buffers, barriers, where, pointers, sizes, strides, scale):
+def _multiply(ME: gl.constexpr, reach, buffers, barriers, where, pointers, sizes, strides, scale):
     """One of the two groups that multiply: half of the block's keys."""
-    k_buf, v_buf, slots, rows = buffers
+    k_buf, v_buf, slots, rows, reaches = buffers
     resident, full, empty = barriers
     key, first, head = where
     ds_ptr, sum_ptr, dv_ptr = pointers
@@ -122,17 +123,20 @@ def _multiply(ME: gl.constexpr, buffers, barriers, where, pointers, sizes, strid
     left: gl.constexpr = gl.DotOperandLayout(0, by_width, 2)
     key += ME * KEYS
     ds_row += ME * KEYS
+    ds_column = key + ds_shift
     k_buf = k_buf.slice(ME * KEYS, KEYS)
     v_buf = v_buf.slice(ME * KEYS, KEYS)
-    i = gl.expand_dims(key + gl.arange(0, KEYS, layout=gl.SliceLayout(1, by_query)), 1)
+    reaches = reaches.slice(ME * KEYS, KEYS, 1).permute((1, 0))
+    i = gl.expand_dims(gl.arange(0, KEYS, layout=gl.SliceLayout(1, by_query)), 1)
     j = gl.expand_dims(gl.arange(0, QUERIES, layout=gl.SliceLayout(0, by_query)), 0)
     nothing = gl.zeros((KEYS, QUERIES), gl.float32, by_query)
     dv = warpgroup_mma_init(gl.zeros((KEYS, WIDTH), gl.float32, by_width))
+    reached_by_all = reach - QUERIES  # a tile that begins so far behind the first key, or less, but not on the diagonal
     mbarrier.wait(resident, 0)
     slot = 0
     parity = 0
     odd = 0
-    for query in range(first, end, QUERIES):
+    for behind in range(first - key, end - key, QUERIES):  # of a tile's first query to the first key
         mbarrier.wait(full.index(slot), parity)
         scores = warpgroup_mma(k_buf, slots.index(slot).permute((1, 0)), nothing, use_acc=False, is_async=True)
         q_slot = slot
@@ -146,12 +150,13 @@ def _multiply(ME: gl.constexpr, buffers, barriers, where, pointers, sizes, strid
         scores = warpgroup_mma_wait(num_outstanding=1, deps=(scores,))
         mbarrier.arrive(empty.index(q_slot), count=1)
         p = gl.exp2(scores * scale - rows.index(2 * odd).load(by_query) * _LOG2_E)
-        if query < key + KEYS:
-            p = gl.where(i <= query + j, p, 0.0)
+        if (behind < KEYS) | (behind > reached_by_all):
+            distance = (behind + j - i).to(gl.uint32, bitcast=True)  # large for a query before the key
+            p = gl.where(distance < reaches.load(by_query).to(gl.uint32, bitcast=True), p, 0.0)
         dv = warpgroup_mma(gl.convert_layout(p.to(dtype), left), dout, dv, is_async=True)
         dp = warpgroup_mma_wait(num_outstanding=1, deps=(dp,))
         dscores = p * (dp - rows.index(2 * odd + 1).load(by_query))
-        _store(dscores.to(dtype), ds_ptr, (ds_row, pitch, query + ds_shift))
+        _store(dscores.to(dtype), ds_ptr, (ds_row, pitch, behind + ds_column))
         dv = warpgroup_mma_init(warpgroup_mma_wait(num_outstanding=0, deps=(dv,)))
         mbarrier.arrive(empty.index(slot), count=1)
         slot += 1
@@ -165,21 +170,23 @@ def _multiply(ME: gl.constexpr, buffers, barriers, where, pointers, sizes, strid
 
 @gluon.jit(do_not_specialize=["first_block", "end", "num_heads", "T", "pitch_blocks", "rows_blocks", "adds"])
 def _attention_values_kernel(
-    q_desc, k_desc, v_desc, dout_desc, lse_desc, delta_desc,
-    ds_ptr, sum_ptr, dv_ptr,
+    q_desc, k_desc, v_desc, dout_desc, lse_desc, delta_desc, reach_desc,
+    reach_ptr, ds_ptr, sum_ptr, dv_ptr,
     first_block, end, num_heads, T, pitch_blocks, rows_blocks, adds,
     q_head, k_head, v_head, dout_head, sum_row, sum_head, dv_row, dv_head, scale,
-    GROUP: gl.constexpr, SLOTS: gl.constexpr,
+    GROUP: gl.constexpr, IS_BAND: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
-    """One program a block of keys of a head; those with most queries first."""
+    """One program a block of keys of a head; those of whole samples with most queries first."""
     KEYS: gl.constexpr = k_desc.block_type.shape[0]
     block, head = gl.program_id(0) // num_heads, gl.program_id(0) % num_heads
     first = gl.maximum(block, first_block) * KEYS
-    ds_row, ds_shift = place(block, first_block, gl.cdiv(end, KEYS) - first_block, KEYS)
+    ds_row, ds_shift = place(block, first_block, gl.cdiv(end, KEYS) - first_block, IS_BAND, KEYS)
+    end = last_query(reach_ptr, block, end, T, KEYS)
     k_buf = gl.allocate_shared_memory(k_desc.dtype, k_desc.block_type.shape, k_desc.layout)
     v_buf = gl.allocate_shared_memory(v_desc.dtype, v_desc.block_type.shape, v_desc.layout)
     slots = gl.allocate_shared_memory(q_desc.dtype, [SLOTS] + q_desc.block_type.shape, q_desc.layout)
     rows = gl.allocate_shared_memory(gl.float32, [4] + lse_desc.block_type.shape, lse_desc.layout)
+    reaches = gl.allocate_shared_memory(gl.int32, reach_desc.block_type.shape, reach_desc.layout)
     resident = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
@@ -188,18 +195,21 @@ def _attention_values_kernel(
         mbarrier.init(full.index(slot), count=1)
         mbarrier.init(empty.index(slot), count=2)
     fence_async_shared()
-    descriptors = (q_desc, k_desc, v_desc, dout_desc, lse_desc, delta_desc)
-    buffers = (k_buf, v_buf, slots, rows)
+    descriptors = (q_desc, k_desc, v_desc, dout_desc, lse_desc, delta_desc, reach_desc)
+    buffers = (k_buf, v_buf, slots, rows, reaches)
     barriers = (resident, full, empty)
     where = (block * KEYS, first, head)
     pitch = pitch_blocks * KEYS
     pointers = (ds_ptr + head.to(gl.int64) * (rows_blocks * KEYS) * pitch, sum_ptr, dv_ptr)
     sizes = (end, T, pitch, ds_row, ds_shift, (block < first_block) | (adds > 0))
     strides = (sum_row, sum_head, dv_row, dv_head)
+    # of each group's first key, which is the first to end
+    reach_0 = gl.load(reach_ptr + block * KEYS)
+    reach_1 = gl.load(reach_ptr + gl.minimum(block * KEYS + KEYS // 2, T - 1))
     gl.warp_specialize(
         [
-            (_multiply, (0, buffers, barriers, where, pointers, sizes, strides, scale)),
-            (_multiply, (1, buffers, barriers, where, pointers, sizes, strides, scale)),
+            (_multiply, (0, reach_0, buffers, barriers, where, pointers, sizes, strides, scale)),
+            (_multiply, (1, reach_1, buffers, barriers, where, pointers, sizes, strides, scale)),
             (_copy, (descriptors, buffers, barriers, where, end, (q_head, k_head, v_head, dout_head), GROUP)),
         ],
         [4, 1],
@@ -218,9 +228,9 @@ def head_tiles(x_THD: Tensor, rows: int) -> TensorDescriptor:
     return TensorDescriptor(x_THD, [length, (num_heads - 1) * head + width], [row, 1], [rows, width], layout)
 
 
-def _row_tiles(x_HT: Tensor) -> TensorDescriptor:
+def _row_tiles(x_HT: Tensor, columns: int) -> TensorDescriptor:
     layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
-    return TensorDescriptor(x_HT, list(x_HT.shape), list(x_HT.stride()), [1, _QUERIES], layout)
+    return TensorDescriptor(x_HT, list(x_HT.shape), list(x_HT.stride()), [1, columns], layout)
 
 
 def values(part: Part, heads: Heads, sum_THD: Tensor | None, dv_THD: Tensor, scale: float) -> None:
@@ -230,15 +240,17 @@ def values(part: Part, heads: Heads, sum_THD: Tensor | None, dv_THD: Tensor, sca
     total = dv_THD if sum_THD is None else sum_THD
     operands = (heads.q_THD, heads.k_TJD, heads.v_TJD, heads.dout_THD)
     tiles = [head_tiles(x, rows) for x, rows in zip(operands, (_QUERIES, KEYS, KEYS, _QUERIES), strict=True)]
-    constants: dict[str, Any] = {"GROUP": num_heads // heads.k_TJD.shape[1], "SLOTS": _SLOTS}
+    constants: dict[str, Any] = {"GROUP": num_heads // heads.k_TJD.shape[1], "IS_BAND": part.is_band}
+    delta, reach = heads.rows.delta_HT, heads.rows.reach_T
+    of_rows = [(heads.lse_HT, _QUERIES), (delta, _QUERIES), (reach.as_strided((1, length), delta.stride()), KEYS)]
     launch(
         _attention_values_kernel,
         (part.num_blocks * num_heads, 1, 1),
-        (part.ds, total, dv_THD),
+        (reach, part.ds, total, dv_THD),
         part.sizes(num_heads, length),
         (*[x.stride(1) for x in operands], *total.stride()[:2], *dv_THD.stride()[:2], scale * _LOG2_E.value),
-        constants,
-        descriptors=(*tiles, _row_tiles(heads.lse_HT), _row_tiles(heads.delta_HT)),
+        constants | {"SLOTS": _SLOTS},
+        descriptors=(*tiles, *[_row_tiles(x, columns) for x, columns in of_rows]),
         num_warps=4,
         maxnreg=168,
     )

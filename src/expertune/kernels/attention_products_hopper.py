@@ -16,7 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from expertune.kernels.attention import Part, place
+from expertune.kernels.attention import Part, Rows, first_key, last_query, place
 from expertune.kernels.attention_hopper import KEYS, head_tiles, write
 from expertune.kernels.hopper_names import copy_tile
 from expertune.kernels.launch import launch
@@ -26,7 +26,9 @@ _STAGES = 4
 
 
 @gluon.jit
-def _copy(descriptors, buffers, barriers, where, sizes, OF_QUERIES: gl.constexpr, GROUP: gl.constexpr):
+def _copy(
+    descriptors, buffers, barriers, where, sizes, OF_QUERIES: gl.constexpr, GROUP: gl.constexpr, IS_BAND: gl.constexpr
+):
     """The copying warp: for each step both groups' tiles of `dS`, and one of keys or queries."""
     ds_desc, x_desc = descriptors
     ds_bufs, x_bufs = buffers
@@ -37,15 +39,15 @@ def _copy(descriptors, buffers, barriers, where, sizes, OF_QUERIES: gl.constexpr
     DEPTH: gl.constexpr = x_bufs.type.shape[1]
     HALF: gl.constexpr = ds_desc.block_type.shape[0]
     KEYS: gl.constexpr = 2 * HALF
-    block_row, block_shift = place(block, first_block, num_diagonal, KEYS)
+    block_row, block_shift = place(block, first_block, num_diagonal, IS_BAND, KEYS)
     for step in range(num_steps):
         stage = step % STAGES
         mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
         bar, x_buf = ready.index(stage), x_bufs.index(stage)
         mbarrier.expect(bar, 2 * ds_desc.block_type.nbytes + x_desc.block_type.nbytes)
         if OF_QUERIES:
-            key = step * DEPTH
-            row, shift = place(key // KEYS, first_block, num_diagonal, KEYS)
+            key = first + step * DEPTH
+            row, shift = place(key // KEYS, first_block, num_diagonal, IS_BAND, KEYS)
             row += head * head_rows + key % KEYS
             for half in gl.static_range(2):
                 column = block * KEYS + half * HALF + shift
@@ -88,24 +90,24 @@ def _multiply(ME: gl.constexpr, buffers, barriers, where, pointers, sizes, strid
 @gluon.jit(do_not_specialize=["first_block", "end", "num_heads", "T", "_pitch_blocks", "rows_blocks", "adds"])
 def _attention_products_kernel(
     ds_desc, x_desc,
-    sum_ptr, out_ptr,
+    row_ptr, sum_ptr, out_ptr,
     first_block, end, num_heads, T, _pitch_blocks, rows_blocks, adds,
     x_head, sum_row, sum_head, out_row, out_head, scale,
-    OF_QUERIES: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr,
+    OF_QUERIES: gl.constexpr, GROUP: gl.constexpr, IS_BAND: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """One program a block of rows of a head; those with most to sum first."""
+    """One program a block of rows of a head; those of whole samples with most to sum first."""
     DEPTH: gl.constexpr = x_desc.block_type.shape[0]
     KEYS: gl.constexpr = 2 * ds_desc.block_type.shape[0]
     num_blocks = gl.cdiv(end, KEYS)
     block, head = gl.program_id(0) // num_heads, gl.program_id(0) % num_heads
     if OF_QUERIES:
         block = num_blocks - 1 - block
-        first = 0
-        num_steps = (block + 1) * (KEYS // DEPTH)
+        first = first_key(row_ptr, block, KEYS)
+        num_steps = ((block + 1) * KEYS - first) // DEPTH
         has_before = block < 0  # never; Triton 3.6 fails on what is handed to other warps and not used there
     else:
         first = gl.maximum(block, first_block) * KEYS
-        num_steps = gl.cdiv(end - first, DEPTH)
+        num_steps = gl.cdiv(last_query(row_ptr, block, end, T, KEYS) - first, DEPTH)
         has_before = (block < first_block) | (adds > 0)
     ds_bufs = gl.allocate_shared_memory(ds_desc.dtype, [2 * STAGES] + ds_desc.block_type.shape, ds_desc.layout)
     x_bufs = gl.allocate_shared_memory(x_desc.dtype, [STAGES] + x_desc.block_type.shape, x_desc.layout)
@@ -127,7 +129,7 @@ def _attention_products_kernel(
         [
             (_multiply, (0, buffers, barriers, where, pointers, written, strides, scale, OF_QUERIES)),
             (_multiply, (1, buffers, barriers, where, pointers, written, strides, scale, OF_QUERIES)),
-            (_copy, ((ds_desc, x_desc), buffers, barriers, where, copied, OF_QUERIES, GROUP)),
+            (_copy, ((ds_desc, x_desc), buffers, barriers, where, copied, OF_QUERIES, GROUP, IS_BAND)),
         ],
         [4, 1],
         [232, 40],
@@ -136,7 +138,7 @@ def _attention_products_kernel(
 
 
 def products(
-    part: Part, x_TXD: Tensor, sum_THD: Tensor | None, out_THD: Tensor, scale: float, *, of_queries: bool
+    part: Part, x_TXD: Tensor, rows: Rows, sum_THD: Tensor | None, out_THD: Tensor, scale: float, *, of_queries: bool
 ) -> None:
     """As `attention.products`; rows of `x` begin at multiples of 16 bytes."""
     assert part.keys == KEYS
@@ -148,10 +150,15 @@ def products(
     launch(
         _attention_products_kernel,
         (part.num_programs(num_heads, of_queries=of_queries), 1, 1),
-        (total, out_THD),
+        (rows.first_T if of_queries else rows.reach_T, total, out_THD),
         part.sizes(num_heads, length),
         (x_TXD.stride(1), *total.stride()[:2], *out_THD.stride()[:2], scale),
-        {"OF_QUERIES": of_queries, "GROUP": num_heads // x_TXD.shape[1], "STAGES": _STAGES},
+        {
+            "OF_QUERIES": of_queries,
+            "GROUP": num_heads // x_TXD.shape[1],
+            "IS_BAND": part.is_band,
+            "STAGES": _STAGES,
+        },
         descriptors=(ds_tiles, head_tiles(x_TXD, _DEPTH)),
         num_warps=4,
         maxnreg=168,
