@@ -47,6 +47,7 @@ def test_all_peers_take_the_same_steps(folder: str, tmp_path: Path) -> None:
 def test_several_samples_do_not_see_each_other(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
     settings = {"shape": "tiny", "folder": folder, "contexts": "512", "rank": 4, "steps": 2, "longest": False}
     settings |= {"memory": "auto", "adapter_dtype": "float32", "adam": "expertune", "experts": "grouped_mm"}
+    settings["sample"] = (64, 511)
 
     def losses(peer: str, rows: str) -> Any:
         work(peer, Namespace(**settings, rows=rows))

@@ -38,15 +38,15 @@ class Case(NamedTuple):
             hidden |= sample[:, None] != sample[None, :]
         return hidden.to(DEVICE)
 
-    def reach(self, length: int) -> Any:
+    def spans(self, length: int) -> Any:
         """The same as the kernels take it, with the longest sample rounded up as a step does."""
-        from expertune.kernels.attention import Reach
+        from expertune.kernels.attention_spans import spans
 
         most = min(self.window or length, length if self.lengths is None else max(self.lengths) + 3)
-        if self.lengths is None:
-            return Reach(most)
-        starts = torch.tensor([0, *self.lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        return Reach(most, starts.to(DEVICE))
+        starts = None
+        if self.lengths is not None:
+            starts = torch.tensor([0, *self.lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(DEVICE)
+        return spans(length, most, starts, DEVICE)
 
 
 WHOLE = Case()
@@ -69,8 +69,8 @@ def ours(tensors: list[Tensor], scale: float, case: Case = WHOLE) -> list[Tensor
 
     q, k, v, dout = tensors
     out, lse = formula(q.double(), k.double(), v.double(), scale, case)
-    reach = case.reach(q.shape[2])
-    return list(backward(dout.transpose(1, 2), q, k, v, out.to(q).transpose(1, 2), lse.float(), scale, reach))
+    spans = case.spans(q.shape[2])
+    return list(backward(dout.transpose(1, 2), q, k, v, out.to(q).transpose(1, 2), lse.float(), scale, spans))
 
 
 def check(tensors: list[Tensor], scale: float, case: Case = WHOLE) -> list[Tensor]:
@@ -113,11 +113,17 @@ def test_it_is_no_worse_than_the_formula(
 
 
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
-@pytest.mark.parametrize("bound", [2**30, 15_000], ids=["whole", "one head or some queries"], indirect=True)
 @pytest.mark.parametrize(
-    "case",
-    [Case(window=20), Case(window=90), Case((1, 62, 2, 40, 25, 0, 0)), Case((9, 121)), Case((100, 30), window=33)],
-    ids=["short window", "long window", "short samples", "long samples", "samples in a window"],
+    ("case", "bound"),
+    [
+        (Case(window=20), 2**30),
+        (Case(window=90), 2**30),
+        (Case((1, 62, 2, 40, 25, 0, 0)), 2**30),
+        (Case((100, 30), window=33), 15_000),
+        (Case((9, 121)), 15_000),
+    ],
+    ids=["short window", "long window", "short samples", "samples in a window, head by head", "queries in parts"],
+    indirect=["bound"],
 )
 @pytest.mark.usefixtures("bound")
 def test_no_query_reaches_beyond_its_window_and_sample(
@@ -135,12 +141,12 @@ def test_any_strides_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "is_hopper", lambda _: False)
     backward = module.backward
     q, k, v, dout = inputs(1, 40, 2, 2, 16, KERNEL_DTYPES[0])
-    (out, lse), reach = formula(q, k, v, 0.25, WHOLE), WHOLE.reach(40)
-    expected = backward(dout.transpose(1, 2), q, k, v, out.transpose(1, 2), lse.float(), 0.25, reach)
+    (out, lse), spans = formula(q, k, v, 0.25, WHOLE), WHOLE.spans(40)
+    expected = backward(dout.transpose(1, 2), q, k, v, out.transpose(1, 2), lse.float(), 0.25, spans)
     others = [x.mT.contiguous().mT for x in (q, k, v)]
     odd = torch.zeros(dout.numel() + 1, dtype=dout.dtype, device=DEVICE)[1:].view(1, 40, 2, 16)
     odd.copy_(dout.transpose(1, 2))
-    found = backward(odd, *others, out.transpose(1, 2), lse.float(), 0.25, reach)
+    found = backward(odd, *others, out.transpose(1, 2), lse.float(), 0.25, spans)
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
@@ -155,15 +161,17 @@ def test_any_strides_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
         (20_000, 24, 3, 20_000, (1, 20096, 0)),
         (5000, 24, 3, 5000, (12, 5120, 0)),
         (16384, 20, 1, 4096, (4, 16384, 4224)),
-        (100_000, 16, 2, 1024, (1, 100_096, 1152)),
+        (100_000, 16, 2, 1024, (4, 100_096, 1152)),
         (100_000, 20, 1, 16384, (1, 100_096, 16512)),
     ],
 )
 def test_what_is_held_is_bounded(length: int, num_heads: int, group: int, most: int, cut: tuple[int, int, int]) -> None:
     from expertune.attention.backward import cut_into
-    from expertune.kernels.attention import Reach, scratch_shape
+    from expertune.kernels.attention import scratch_shape
+    from expertune.kernels.attention_spans import Spans
 
-    assert cut_into(length, num_heads, group, keys=128, num_programs=132, band=Reach(most).band(128)) == cut
+    columns = Spans(most, *torch.empty(2, 0)).band(128)
+    assert cut_into(length, num_heads, group, keys=128, num_programs=132, band=columns) == cut
     heads, queries, band = cut
     rows, pitch = scratch_shape(heads, length, queries, 128, band)
     assert 2 * rows * pitch <= max(2**29, 40 * 2**10 * length)

@@ -66,13 +66,14 @@ def check(run: Callable[[], object], number: int) -> None:
 
 def test_attention_s_backward(monkeypatch: pytest.MonkeyPatch) -> None:
     from expertune.attention import backward
-    from expertune.kernels.attention import Reach
+    from expertune.kernels.attention_spans import Spans
 
     monkeypatch.setattr(backward, "is_hopper", lambda _: True)
     q, k, v, dout, out = (torch.zeros(1, heads, 200, 256, dtype=torch.bfloat16) for heads in (4, 2, 2, 4, 4))
     # two heads share keys; both rounds, the second for keys and for queries
     given = (dout.transpose(1, 2), q, k, v, out.transpose(1, 2), q[..., 0].float(), 1.0)
-    check(lambda: backward.backward(*given, Reach(200)), 3)
+    spans = Spans(200, *torch.zeros(2, 200, dtype=torch.int32))
+    check(lambda: backward.backward(*given, spans), 3)
 
 
 @pytest.mark.parametrize("is_cooperative", [False, True], ids=["ping-pong", "cooperative"])

@@ -15,14 +15,16 @@ from torch import Tensor
 
 from expertune.kernels import attention as plain
 from expertune.kernels import attention_hopper, attention_products_hopper
-from expertune.kernels.attention import Heads, Part, Reach, rows, scratch_shape
+from expertune.kernels.attention import Heads, Part, row_sums, scratch_shape
+from expertune.kernels.attention_spans import Spans
 from expertune.kernels.device import is_hopper, num_programs
 from expertune.kernels.launch import are_aligned, ceil_div
 
 # bytes that the gradient of scores may take: at 32,768 tokens one head of 20 (measured on an H200)
 _A_TOKEN = 40 * 2**10
 _LEAST = 2**29  # and in any case
-_WAVES = 3  # blocks of keys a multiprocessor: uneven as they are, all end at about the same time
+# blocks of keys a multiprocessor, so that all end at about the same time: uneven ones, and those that fill a band
+_WAVES, _WAVES_OF_A_BAND = 5, 16
 
 
 class Cut(NamedTuple):
@@ -49,7 +51,7 @@ def backward(
     out_BTHD: Tensor,
     lse_BHT: Tensor,
     scale: float,
-    reach: Reach,
+    spans: Spans,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of queries, keys and values of causal attention, in their shapes and dtype.
 
@@ -60,7 +62,7 @@ def backward(
         q_BHTD, k_BJTD, v_BJTD: what attended; values are as wide as keys, and `H / J` heads of queries share a key.
         out_BTHD, lse_BHT: what came out, and the logarithm of the sum of a query's exponentials, float32.
         scale: of scores.
-        reach: of a key; packed samples are one row of a batch.
+        spans: of the rows of each; packed samples are one row of a batch.
     """
     q, k, v = (x.transpose(1, 2) for x in (q_BHTD, k_BJTD, v_BJTD))
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
@@ -68,31 +70,30 @@ def backward(
     lse_BHT = F.pad(lse_BHT, (0, -lse_BHT.shape[-1] % 4))[..., : lse_BHT.shape[-1]]  # rows of whole 16 bytes
     for each in range(len(q)):
         given = tuple(x[each] for x in (*tensors, lse_BHT))
-        _sample(given, (dq[each], dk[each], dv[each]), scale, reach)
+        _sample(given, (dq[each], dk[each], dv[each]), scale, spans)
     return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
 
-def _sample(given: tuple[Tensor, ...], grads: tuple[Tensor, Tensor, Tensor], scale: float, reach: Reach) -> None:
+def _sample(given: tuple[Tensor, ...], grads: tuple[Tensor, Tensor, Tensor], scale: float, spans: Spans) -> None:
     """Of one row of the batch, `(T, heads, D)`."""
     q, k, v, dout, out, lse_HT = given
     dq, dk, dv = grads
     kernels = _kernels(q.device)
     (length, num_heads, width), group = q.shape, q.shape[1] // k.shape[1]
-    known = rows(dout, out, reach)
-    cut = cut_into(length, num_heads, group, kernels.keys, num_programs(q.device), reach.band(kernels.keys))
+    delta_HT = row_sums(dout, out)
+    cut = cut_into(length, num_heads, group, kernels.keys, num_programs(q.device), spans.band(kernels.keys))
     ds = q.new_empty(scratch_shape(cut.heads, length, cut.queries, kernels.keys, cut.band))
     are_summed = cut.queries < length or group > 1
     sums = q.new_empty((2, length, cut.heads, width), dtype=torch.float32) if are_summed else None
     for first in range(0, num_heads, cut.heads):
         own = slice(first, min(first + cut.heads, num_heads))
         shared = slice(first // group, ceil_div(own.stop, group))
-        own_rows = known._replace(delta_HT=known.delta_HT[own])
-        heads = Heads(q[:, own], k[:, shared], v[:, shared], dout[:, own], lse_HT[own], own_rows)
+        heads = Heads(q[:, own], k[:, shared], v[:, shared], dout[:, own], lse_HT[own], delta_HT[own])
         to_sum = None if sums is None else sums[:, :, : own.stop - first]
         scratch = ds[: len(ds) // cut.heads * (own.stop - first)]
         last = None if group > 1 else (dk[:, own], dv[:, own])
         for part in _parts(scratch, length, cut, kernels.keys, adds=first % group > 0):
-            _part(kernels, part, heads, to_sum, last, dq[:, own], scale)
+            _part(kernels, part, heads, spans, to_sum, last, dq[:, own], scale)
         if to_sum is not None and group > 1 and own.stop % group == 0:
             for summed, grad in ((to_sum[0], dk), (to_sum[1], dv)):
                 by_group = summed.view(length, shared.stop - shared.start, -1, width)
@@ -103,6 +104,7 @@ def _part(
     kernels: _Kernels,
     part: Part,
     heads: Heads,
+    spans: Spans,
     sums: Tensor | None,
     last: tuple[Tensor, Tensor] | None,
     dq: Tensor,
@@ -111,9 +113,9 @@ def _part(
     """Both rounds for some queries. What they give keys and values is summed, or written if they are the last."""
     dk_sum, dv_sum = (None, None) if sums is None else (sums[0], sums[1])
     dk, dv = last if last is not None and part.end == len(dq) else (dk_sum, dv_sum)
-    kernels.values(part, heads, dv_sum, dv, scale)
-    kernels.products(part, heads.q_THD, heads.rows, dk_sum, dk, scale, of_queries=False)
-    kernels.products(part, heads.k_TJD, heads.rows, None, dq, scale, of_queries=True)
+    kernels.values(part, heads, spans, dv_sum, dv, scale)
+    kernels.products(part, heads.q_THD, spans, dk_sum, dk, scale, of_queries=False)
+    kernels.products(part, heads.k_TJD, spans, None, dq, scale, of_queries=True)
 
 
 def _kernels(device: torch.device) -> _Kernels:
@@ -145,7 +147,8 @@ def cut_into(length: int, num_heads: int, group: int, keys: int, num_programs: i
     if numbers > most:
         queries = most // whole // keys - 1
         return Cut(1, max(queries, 1) * keys)
-    wanted = ceil_div(_WAVES * num_programs, whole // keys)
+    waves = _WAVES_OF_A_BAND if in_a_band < folded else _WAVES
+    wanted = ceil_div(waves * num_programs, whole // keys)
     sizes = [n for n in range(1, group) if group % n == 0] + list(range(group, num_heads + 1, group))
     fitting = [n for n in sizes if n * numbers <= most]
     heads = next((n for n in fitting if n >= wanted), fitting[-1])

@@ -40,19 +40,27 @@ class Hopper:
 
     def forward(self, q_BHTD: Tensor, k_BJSD: Tensor, v_BJSV: Tensor, pattern: Pattern) -> Attended:
         """Attend."""
+        from expertune.kernels.attention_spans import spans
+
         kernel: Kernel = Cudnn() if pattern.window is None and pattern.sequences is None else Flash()
-        return kernel.forward(q_BHTD, k_BJSD, v_BJSV, pattern)
+        out_BTHV, lse_BHT, _ = kernel.forward(q_BHTD, k_BJSD, v_BJSV, pattern)
+        start_C = None if pattern.sequences is None else pattern.sequences.start_C
+        _, *found = spans(q_BHTD.shape[2], _most(q_BHTD, pattern), start_C, q_BHTD.device)
+        return Attended(out_BTHV, lse_BHT, tuple(found))
 
     def backward(
         self, dout_BTHV: Tensor, q_BHTD: Tensor, k_BJSD: Tensor, v_BJSV: Tensor, attended: Attended, pattern: Pattern
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The gradients of queries, keys and values."""
         from expertune.attention.backward import backward
-        from expertune.kernels.attention import Reach
+        from expertune.kernels.attention_spans import Spans
 
-        most, start_C = q_BHTD.shape[2], None
-        if pattern.sequences is not None:
-            most, start_C = min(most, pattern.sequences.longest), pattern.sequences.start_C
-        reach = Reach(most if pattern.window is None else min(most, pattern.window), start_C)
-        out_BTHV, lse_BHT, _ = attended
-        return backward(dout_BTHV, q_BHTD, k_BJSD, v_BJSV, out_BTHV, lse_BHT, pattern.scale, reach)
+        out_BTHV, lse_BHT, found = attended
+        of_rows = Spans(_most(q_BHTD, pattern), *found)
+        return backward(dout_BTHV, q_BHTD, k_BJSD, v_BJSV, out_BTHV, lse_BHT, pattern.scale, of_rows)
+
+
+def _most(q_BHTD: Tensor, pattern: Pattern) -> int:
+    """Keys that a query attends to at most."""
+    longest = q_BHTD.shape[2] if pattern.sequences is None else pattern.sequences.longest
+    return min(q_BHTD.shape[2], longest, pattern.window or longest)

@@ -24,26 +24,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from expertune.kernels.attention_spans import Spans
 from expertune.kernels.launch import RowBlocks, ceil_div, launch, next_power_of_2
 
 KEYS = 32  # of a block, in plain Triton
 _SUMMED = 4096  # numbers that a program multiplies and sums
-
-
-class Reach(NamedTuple):
-    """How far a key is attended to.
-
-    Args:
-        most: queries that attend to a key at most, itself among them: a window, or the longest sample.
-        start_C: int32 `(C + 1,)`; packed sample `c` is the rows from `start_C[c]` to `start_C[c + 1]`. None for one.
-    """
-
-    most: int
-    start_C: Tensor | None = None
-
-    def band(self, keys: int) -> int:
-        """Columns of a band: for all queries that reach a block of keys, in whole blocks."""
-        return ceil_div(self.most + keys - 1, keys) * keys
 
 
 class Part(NamedTuple):
@@ -80,20 +65,6 @@ class Part(NamedTuple):
         return self.first // self.keys, self.end, num_heads, length, pitch, rows, int(self.adds)
 
 
-class Rows(NamedTuple):
-    """What both rounds ask of each row.
-
-    Args:
-        delta_HT: `⟨dout, out⟩`, float32.
-        first_T: the first key that a query attends to, int32.
-        reach_T: how many queries attend to a key, itself and those behind it, int32.
-    """
-
-    delta_HT: Tensor
-    first_T: Tensor
-    reach_T: Tensor
-
-
 class Heads(NamedTuple):
     """Some heads of queries of a sample, and the keys and values that they share. In any strides but the last.
 
@@ -101,7 +72,7 @@ class Heads(NamedTuple):
         q_THD, k_TJD, v_TJD: what attended.
         dout_THD: the gradient of what came out.
         lse_HT: the logarithm of the sum of the exponentials of scaled scores, natural, float32.
-        rows: what is known of each row.
+        delta_HT: `⟨dout, out⟩`, float32.
     """
 
     q_THD: Tensor
@@ -109,7 +80,7 @@ class Heads(NamedTuple):
     v_TJD: Tensor
     dout_THD: Tensor
     lse_HT: Tensor
-    rows: Rows
+    delta_HT: Tensor
 
 
 def scratch_shape(num_heads: int, length: int, num_queries: int, keys: int, band: int) -> tuple[int, int]:
@@ -163,26 +134,12 @@ def first_key(first_ptr, block, KEYS: tl.constexpr):
     return tl.load(first_ptr + block * KEYS) // KEYS * KEYS
 
 
-@triton.jit(do_not_specialize=["T", "num_samples", "most"])
-def _attention_rows_kernel(
-    x_ptr, y_ptr, start_ptr, sums_ptr, first_ptr, reach_ptr, T, num_samples, most,
-    x_row, x_head, y_row, y_head, sums_head, D, ROWS: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
-    """One program a block of rows of a head; those of the first head find the samples of theirs, by bisection."""
+@triton.jit(do_not_specialize=["T"])
+def _attention_row_sums_kernel(
+    x_ptr, y_ptr, sums_ptr, T, x_row, x_head, y_row, y_head, sums_head, D, ROWS: tl.constexpr, BD: tl.constexpr
+):
+    """One program a block of rows of a head."""
     row, head = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.program_id(1).to(tl.int64)
-    if head == 0:
-        first, end = row * 0, row * 0 + T
-        low, high = row * 0, row * 0 + num_samples
-        remaining = num_samples
-        while remaining > 1:
-            middle = (low + high) // 2
-            is_right = tl.load(start_ptr + middle) <= row
-            low, high = tl.where(is_right, middle, low), tl.where(is_right, high, middle)
-            remaining = (remaining + 1) // 2
-        if num_samples > 0:
-            first, end = tl.load(start_ptr + low).to(tl.int64), tl.load(start_ptr + high).to(tl.int64)
-        tl.store(first_ptr + row, tl.maximum(first, row - most + 1).to(tl.int32), row < T)
-        tl.store(reach_ptr + row, tl.minimum(end - row, most).to(tl.int32), row < T)
     column = tl.arange(0, BD)
     mask = (row < T)[:, None] & (column < D)[None, :]
     x = tl.load(x_ptr + head * x_head + row[:, None] * x_row + column[None, :], mask=mask, other=0.0)
@@ -289,43 +246,37 @@ def _attention_products_kernel(
     _write(sum_ptr, out_ptr, total * scale, row, head, T, has_before, sum_row, sum_head, out_row, out_head, D, BD)
 
 
-def rows(dout_THD: Tensor, out_THD: Tensor, reach: Reach) -> Rows:
-    """What both rounds ask of each row; every row of these begins at multiples of 16 bytes.
-
-    Args:
-        dout_THD, out_THD: in any strides but the last.
-        reach: of the keys.
-    """
-    length, num_heads, width = out_THD.shape
-    delta = torch.empty((num_heads, ceil_div(length, 4) * 4), dtype=torch.float32, device=out_THD.device)
-    first, each = torch.empty((2, delta.shape[1]), dtype=torch.int32, device=out_THD.device)[:, :length]
+def row_sums(x_THD: Tensor, y_THD: Tensor) -> Tensor:
+    """`⟨x, y⟩` of each row, `(H, T)` in float32; rows begin at multiples of 16 bytes. In any strides but the last."""
+    length, num_heads, width = x_THD.shape
+    sums = torch.empty((num_heads, ceil_div(length, 4) * 4), dtype=torch.float32, device=x_THD.device)
     blocks = RowBlocks.of(length, width, _SUMMED)
     launch(
-        _attention_rows_kernel,
+        _attention_row_sums_kernel,
         (blocks.grid[0], num_heads, 1),
-        (dout_THD, out_THD, each if reach.start_C is None else reach.start_C, delta, first, each),
-        (length, 0 if reach.start_C is None else reach.start_C.numel() - 1, reach.most),
-        (*dout_THD.stride()[:2], *out_THD.stride()[:2], delta.stride(0), width),
+        (x_THD, y_THD, sums),
+        (length,),
+        (*x_THD.stride()[:2], *y_THD.stride()[:2], sums.stride(0), width),
         {"ROWS": blocks.rows, "BD": blocks.columns},
         num_warps=4,
     )
-    return Rows(delta[:, :length], first, each)
+    return sums[:, :length]
 
 
-def values(part: Part, heads: Heads, sum_THD: Tensor | None, dv_THD: Tensor, scale: float) -> None:
+def values(part: Part, heads: Heads, spans: Spans, sum_THD: Tensor | None, dv_THD: Tensor, scale: float) -> None:
     """Write `part.ds`, and of each head of queries what it gives `dv`.
 
     Args:
         part: whose queries are walked.
         heads: all rows of theirs.
+        spans: of these rows.
         sum_THD: what has been summed before, in float32; None if nothing has. `dv` may lie there.
         dv_THD: of keys before `part.end`, in its dtype; other rows stay.
         scale: of scores.
     """
     length, num_heads, width = heads.q_THD.shape
     total = dv_THD if sum_THD is None else sum_THD
-    rows = heads.rows
-    tensors = (part.ds, *heads[:-1], rows.delta_HT, rows.reach_T, total, dv_THD)
+    tensors = (part.ds, *heads, spans.reach_T, total, dv_THD)
     strides = [stride for x in tensors[1:] for stride in x.stride()[: x.dim() - 1]]
     launch(
         _attention_values_kernel,
@@ -346,14 +297,14 @@ def values(part: Part, heads: Heads, sum_THD: Tensor | None, dv_THD: Tensor, sca
 
 
 def products(
-    part: Part, x_TXD: Tensor, rows: Rows, sum_THD: Tensor | None, out_THD: Tensor, scale: float, *, of_queries: bool
+    part: Part, x_TXD: Tensor, spans: Spans, sum_THD: Tensor | None, out_THD: Tensor, scale: float, *, of_queries: bool
 ) -> None:
     """Write `scale · dS x`, for queries, or of each head of queries `scale · dSᵀ x`, for keys.
 
     Args:
         part: with the gradient of the scores written.
         x_TXD: keys for queries and queries for keys, in any strides but the last.
-        rows: as in the round before.
+        spans: as in the round before.
         sum_THD: as for `values`; None for queries.
         out_THD: of queries of the part, or of keys before its end; other rows stay.
         scale: of scores.
@@ -365,7 +316,7 @@ def products(
     launch(
         _attention_products_kernel,
         (part.num_programs(num_heads, of_queries=of_queries), 1, 1),
-        (part.ds, x_TXD, rows.first_T if of_queries else rows.reach_T, total, out_THD),
+        (part.ds, x_TXD, spans.first_T if of_queries else spans.reach_T, total, out_THD),
         part.sizes(num_heads, length),
         (*strides, scale),
         {

@@ -21,6 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from expertune.kernels.attention import Heads, Part, last_query, place
+from expertune.kernels.attention_spans import Spans
 from expertune.kernels.hopper_names import copy_tile
 from expertune.kernels.hopper_store import places
 from expertune.kernels.launch import launch
@@ -233,7 +234,7 @@ def _row_tiles(x_HT: Tensor, columns: int) -> TensorDescriptor:
     return TensorDescriptor(x_HT, list(x_HT.shape), list(x_HT.stride()), [1, columns], layout)
 
 
-def values(part: Part, heads: Heads, sum_THD: Tensor | None, dv_THD: Tensor, scale: float) -> None:
+def values(part: Part, heads: Heads, spans: Spans, sum_THD: Tensor | None, dv_THD: Tensor, scale: float) -> None:
     """As `attention.values`; rows of what attended begin at multiples of 16 bytes, heads are `WIDTH` wide."""
     length, num_heads, width = heads.q_THD.shape
     assert part.keys == KEYS and width == WIDTH
@@ -241,7 +242,7 @@ def values(part: Part, heads: Heads, sum_THD: Tensor | None, dv_THD: Tensor, sca
     operands = (heads.q_THD, heads.k_TJD, heads.v_TJD, heads.dout_THD)
     tiles = [head_tiles(x, rows) for x, rows in zip(operands, (_QUERIES, KEYS, KEYS, _QUERIES), strict=True)]
     constants: dict[str, Any] = {"GROUP": num_heads // heads.k_TJD.shape[1], "IS_BAND": part.is_band}
-    delta, reach = heads.rows.delta_HT, heads.rows.reach_T
+    delta, reach = heads.delta_HT, spans.reach_T
     of_rows = [(heads.lse_HT, _QUERIES), (delta, _QUERIES), (reach.as_strided((1, length), delta.stride()), KEYS)]
     launch(
         _attention_values_kernel,

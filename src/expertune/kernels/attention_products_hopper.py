@@ -16,8 +16,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from expertune.kernels.attention import Part, Rows, first_key, last_query, place
+from expertune.kernels.attention import Part, first_key, last_query, place
 from expertune.kernels.attention_hopper import KEYS, head_tiles, write
+from expertune.kernels.attention_spans import Spans
 from expertune.kernels.hopper_names import copy_tile
 from expertune.kernels.launch import launch
 
@@ -138,7 +139,7 @@ def _attention_products_kernel(
 
 
 def products(
-    part: Part, x_TXD: Tensor, rows: Rows, sum_THD: Tensor | None, out_THD: Tensor, scale: float, *, of_queries: bool
+    part: Part, x_TXD: Tensor, spans: Spans, sum_THD: Tensor | None, out_THD: Tensor, scale: float, *, of_queries: bool
 ) -> None:
     """As `attention.products`; rows of `x` begin at multiples of 16 bytes."""
     assert part.keys == KEYS
@@ -150,7 +151,7 @@ def products(
     launch(
         _attention_products_kernel,
         (part.num_programs(num_heads, of_queries=of_queries), 1, 1),
-        (rows.first_T if of_queries else rows.reach_T, total, out_THD),
+        (spans.first_T if of_queries else spans.reach_T, total, out_THD),
         part.sizes(num_heads, length),
         (x_TXD.stride(1), *total.stride()[:2], *out_THD.stride()[:2], scale),
         {
