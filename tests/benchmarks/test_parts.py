@@ -18,6 +18,7 @@ NAMES = {
     "_attention_products_kernel": "attention",
     "_attention_row_sums_kernel": "attention",
     "_attention_spans_kernel": "attention",
+    "_attention_forward_kernel": "attention",
     "_linear_kernel": "experts",
     "_forward_kernel": "experts",
     "_repack_kernel": "experts",

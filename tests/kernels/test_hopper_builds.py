@@ -76,6 +76,16 @@ def test_attention_s_backward(monkeypatch: pytest.MonkeyPatch) -> None:
     check(lambda: backward.backward(*given, spans), 3)
 
 
+def test_attention_s_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    from expertune.attention import forward
+    from expertune.kernels.attention_spans import Spans
+
+    monkeypatch.setattr(forward, "is_hopper", lambda _: True)
+    q, k, v = (torch.zeros(1, heads, 200, 256, dtype=torch.bfloat16) for heads in (4, 2, 2))
+    spans = Spans(200, *torch.zeros(2, 200, dtype=torch.int32))
+    check(lambda: forward.forward(q, k, v, 1.0, spans), 1)
+
+
 @pytest.mark.parametrize("is_cooperative", [False, True], ids=["ping-pong", "cooperative"])
 def test_linear(is_cooperative: bool) -> None:
     from expertune.kernels import gates, linear_hopper

@@ -66,7 +66,7 @@ def backward(
     """
     q, k, v = (x.transpose(1, 2) for x in (q_BHTD, k_BJTD, v_BJTD))
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    tensors = [_readable(x) for x in (q, k, v, dout_BTHD, out_BTHD)]
+    tensors = [readable(x) for x in (q, k, v, dout_BTHD, out_BTHD)]
     lse_BHT = F.pad(lse_BHT, (0, -lse_BHT.shape[-1] % 4))[..., : lse_BHT.shape[-1]]  # rows of whole 16 bytes
     for each in range(len(q)):
         given = tuple(x[each] for x in (*tensors, lse_BHT))
@@ -157,7 +157,7 @@ def cut_into(length: int, num_heads: int, group: int, keys: int, num_programs: i
     return Cut(heads, whole, band if in_a_band < folded else 0)
 
 
-def _readable(x_BTHD: Tensor) -> Tensor:
+def readable(x_BTHD: Tensor) -> Tensor:
     """As the tensor memory accelerator wants it: rows that begin at multiples of 16 bytes, heads within 2³¹ of one."""
     strides = [stride * x_BTHD.element_size() for stride in x_BTHD.stride()[:-1]]
     is_aligned = x_BTHD.stride(-1) == 1 and are_aligned([x_BTHD.data_ptr(), *strides])

@@ -1,23 +1,24 @@
-"""Attention with heads of 256 on Hopper: a library's forward and our backward.
+"""Attention with heads of 256 on Hopper: our kernels, but for the forward of whole samples, which is cuDNN's.
 
-Of whole samples cuDNN's forward, whose backward of such heads reaches 390 TFLOP/s on an H200 where its forward reaches
-640; of packed samples and windows FlashAttention-2's. Ours (`backward.py`) is faster than either's.
+cuDNN's backward of such heads reaches 390 TFLOP/s on an H200, where its forward reaches 640. Of packed samples and
+windows torch has FlashAttention-2 alone, with 290 forward and 230 backward.
 """
 
 from torch import Tensor
 
 from expertune.attention.cudnn import Cudnn
-from expertune.attention.flash import Flash, why_not_fused
-from expertune.attention.kernels import Attended, Kernel, Pattern
+from expertune.attention.flash import why_not_fused
+from expertune.attention.kernels import Attended, Pattern
 from expertune.kernels import has_triton
 
 _WIDTH = 256  # of heads, for which our kernels are made
 
 
 class Hopper:
-    """cuDNN's forward, or FlashAttention-2's where cuDNN has none, and a backward in two rounds without atomics."""
+    """cuDNN's forward, or ours where cuDNN has none, and a backward in two rounds without atomics."""
 
     name = "hopper"
+    _cudnn = Cudnn()
 
     def why_not(self, q_BHTD: Tensor, v_BJSV: Tensor, pattern: Pattern) -> str | None:
         """Why it cannot run here."""
@@ -40,13 +41,16 @@ class Hopper:
 
     def forward(self, q_BHTD: Tensor, k_BJSD: Tensor, v_BJSV: Tensor, pattern: Pattern) -> Attended:
         """Attend."""
+        from expertune.attention.forward import forward
         from expertune.kernels.attention_spans import spans
 
-        kernel: Kernel = Cudnn() if pattern.window is None and pattern.sequences is None else Flash()
-        out_BTHV, lse_BHT, _ = kernel.forward(q_BHTD, k_BJSD, v_BJSV, pattern)
         start_C = None if pattern.sequences is None else pattern.sequences.start_C
-        _, *found = spans(q_BHTD.shape[2], _most(q_BHTD, pattern), start_C, q_BHTD.device)
-        return Attended(out_BTHV, lse_BHT, tuple(found))
+        of_rows = spans(q_BHTD.shape[2], _most(q_BHTD, pattern), start_C, q_BHTD.device)
+        if pattern.window is None and pattern.sequences is None:
+            out_BTHV, lse_BHT, _ = self._cudnn.forward(q_BHTD, k_BJSD, v_BJSV, pattern)
+        else:
+            out_BTHV, lse_BHT = forward(q_BHTD, k_BJSD, v_BJSV, pattern.scale, of_rows)
+        return Attended(out_BTHV, lse_BHT, of_rows[1:])
 
     def backward(
         self, dout_BTHV: Tensor, q_BHTD: Tensor, k_BJSD: Tensor, v_BJSV: Tensor, attended: Attended, pattern: Pattern

@@ -91,7 +91,10 @@ def _attentions(model: PreTrainedModel) -> Iterator[Call]:
             value_width = getattr(module, "v_head_dim", width)
             num_shared = num_heads // getattr(module, "num_key_value_groups", 1)
             sizes = ((num_heads, width), (num_shared, width), (num_shared, value_width))
-            yield Call(function, tuple((1, _NUM_TOKENS, *size) for size in sizes), decoder.dtype)
+            shapes = tuple((1, _NUM_TOKENS, *size) for size in sizes)
+            yield Call(function, shapes, decoder.dtype)
+            if attention.is_ours(decoder):
+                yield Call(_in_a_window, shapes, decoder.dtype)
 
 
 def _hosts(q_BTHD: Tensor, k_BTJD: Tensor, v_BTJV: Tensor) -> Tensor:
@@ -102,6 +105,12 @@ def _hosts(q_BTHD: Tensor, k_BTJD: Tensor, v_BTJV: Tensor) -> Tensor:
 def _whole(q_BTHD: Tensor, k_BTJD: Tensor, v_BTJV: Tensor) -> Tensor:
     q, k, v = (x.transpose(1, 2) for x in (q_BTHD, k_BTJD, v_BTJV))
     return attend(q, k, v, scale=1.0)
+
+
+def _in_a_window(q_BTHD: Tensor, k_BTJD: Tensor, v_BTJV: Tensor) -> Tensor:
+    """By the kernels of packed samples, too."""
+    q, k, v = (x.transpose(1, 2) for x in (q_BTHD, k_BTJD, v_BTJV))
+    return attend(q, k, v, scale=1.0, window=_NUM_TOKENS // 2)
 
 
 def _with_sinks(q_BTHD: Tensor, k_BTJD: Tensor, v_BTJV: Tensor) -> Tensor:

@@ -62,7 +62,7 @@ class Part(NamedTuple):
     def sizes(self, num_heads: int, length: int) -> tuple[int, ...]:
         """What kernels are told; the pitch of `ds` and its rows of a head are in blocks."""
         pitch, rows = self.ds.shape[1] // self.keys, len(self.ds) // num_heads // self.keys
-        return self.first // self.keys, self.end, num_heads, length, pitch, rows, int(self.adds)
+        return self.first // self.keys, self.end, num_heads, length, pitch, rows, int(self.is_band), int(self.adds)
 
 
 class Heads(NamedTuple):
@@ -101,7 +101,7 @@ def scratch_shape(num_heads: int, length: int, num_queries: int, keys: int, band
 
 
 @triton.jit
-def place(block, first_block, num_diagonal, IS_BAND: tl.constexpr, KEYS: tl.constexpr):
+def place(block, first_block, num_diagonal, is_band, KEYS: tl.constexpr):
     """Where `ds` holds a block of keys: its row, and what added to a query is its column.
 
     In a band a block's columns begin with its first key. Folded, columns are those of a square whose upper triangle
@@ -109,13 +109,10 @@ def place(block, first_block, num_diagonal, IS_BAND: tl.constexpr, KEYS: tl.cons
     do not begin.
     """
     mirrored = first_block + num_diagonal - 1 - (block - first_block)
-    is_folded = block > mirrored
+    is_folded = (block > mirrored) & (is_band == 0)
     row = (mirrored if is_folded else block) * KEYS
-    shift = (-block if is_folded else 1 - first_block) * KEYS
-    if IS_BAND:
-        row = block * KEYS
-        shift = -row
-    return row, shift
+    begins_with_itself = is_folded | (is_band != 0)
+    return row, (-block if begins_with_itself else 1 - first_block) * KEYS
 
 
 @triton.jit
@@ -129,9 +126,9 @@ def last_query(reach_ptr, block, end, T, KEYS: tl.constexpr):
 
 
 @triton.jit
-def first_key(first_ptr, block, KEYS: tl.constexpr):
-    """Where the keys of a block of queries begin, in whole blocks."""
-    return tl.load(first_ptr + block * KEYS) // KEYS * KEYS
+def first_key(first_ptr, block, QUERIES: tl.constexpr, KEYS: tl.constexpr):
+    """Where the keys of a block of queries begin, in whole blocks of theirs."""
+    return tl.load(first_ptr + block * QUERIES) // KEYS * KEYS
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -148,7 +145,7 @@ def _attention_row_sums_kernel(
 
 
 @triton.jit
-def _rows(ptr, row, head, T, row_stride, head_stride, D: tl.constexpr, BD: tl.constexpr):
+def load_rows(ptr, row, head, T, row_stride, head_stride, D: tl.constexpr, BD: tl.constexpr):
     """Some rows of a head."""
     column = tl.arange(0, BD)
     mask = (row < T)[:, None] & (column < D)[None, :]
@@ -171,28 +168,29 @@ def _write(
     tl.store(at, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["first_block", "end", "num_heads", "T", "pitch_blocks", "rows_blocks", "adds"])
+@triton.jit(
+    do_not_specialize=["first_block", "end", "num_heads", "T", "pitch_blocks", "rows_blocks", "is_band", "adds"]
+)
 def _attention_values_kernel(
     ds_ptr, q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, reach_ptr, sum_ptr, dv_ptr,
-    first_block, end, num_heads, T, pitch_blocks, rows_blocks, adds,
+    first_block, end, num_heads, T, pitch_blocks, rows_blocks, is_band, adds,
     q_row, q_head, k_row, k_head, v_row, v_head, dout_row, dout_head, lse_head, delta_head, sum_row, sum_head, dv_row,
     dv_head, scale,
-    D: tl.constexpr, BD: tl.constexpr, GROUP: tl.constexpr, IS_BAND: tl.constexpr, KEYS: tl.constexpr,
-    QUERIES: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, GROUP: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr,
 ):  # fmt: skip
     """One program a block of keys of a head; those of whole samples with most queries first."""
     block, head = tl.program_id(0) // num_heads, tl.program_id(0) % num_heads
-    ds_row, ds_shift = place(block, first_block, tl.cdiv(end, KEYS) - first_block, IS_BAND, KEYS)
+    ds_row, ds_shift = place(block, first_block, tl.cdiv(end, KEYS) - first_block, is_band, KEYS)
     key = block * KEYS + tl.arange(0, KEYS)
-    k = _rows(k_ptr, key, head // GROUP, T, k_row, k_head, D, BD)
-    v = _rows(v_ptr, key, head // GROUP, T, v_row, v_head, D, BD)
+    k = load_rows(k_ptr, key, head // GROUP, T, k_row, k_head, D, BD)
+    v = load_rows(v_ptr, key, head // GROUP, T, v_row, v_head, D, BD)
     dv = tl.zeros((KEYS, BD), dtype=tl.float32)
     first = tl.maximum(block, first_block) * KEYS
     reach = tl.load(reach_ptr + key, mask=key < T, other=0)
     for start in range(first, last_query(reach_ptr, block, end, T, KEYS), QUERIES):
         query = start + tl.arange(0, QUERIES)
-        q = _rows(q_ptr, query, head, T, q_row, q_head, D, BD)
-        dout = _rows(dout_ptr, query, head, T, dout_row, dout_head, D, BD)
+        q = load_rows(q_ptr, query, head, T, q_row, q_head, D, BD)
+        dout = load_rows(dout_ptr, query, head, T, dout_row, dout_head, D, BD)
         lse = tl.load(lse_ptr + head.to(tl.int64) * lse_head + query, mask=query < T, other=0.0)
         delta = tl.load(delta_ptr + head.to(tl.int64) * delta_head + query, mask=query < T, other=0.0)
         scores = tl.dot(k, tl.trans(q), input_precision="ieee")
@@ -208,20 +206,22 @@ def _attention_values_kernel(
     _write(sum_ptr, dv_ptr, dv, key, head, T, has_before, sum_row, sum_head, dv_row, dv_head, D, BD)
 
 
-@triton.jit(do_not_specialize=["first_block", "end", "num_heads", "T", "pitch_blocks", "rows_blocks", "adds"])
+@triton.jit(
+    do_not_specialize=["first_block", "end", "num_heads", "T", "pitch_blocks", "rows_blocks", "is_band", "adds"]
+)
 def _attention_products_kernel(
     ds_ptr, x_ptr, row_ptr, sum_ptr, out_ptr,
-    first_block, end, num_heads, T, pitch_blocks, rows_blocks, adds,
+    first_block, end, num_heads, T, pitch_blocks, rows_blocks, is_band, adds,
     x_row, x_head, sum_row, sum_head, out_row, out_head, scale,
-    D: tl.constexpr, BD: tl.constexpr, OF_QUERIES: tl.constexpr, GROUP: tl.constexpr, IS_BAND: tl.constexpr,
-    KEYS: tl.constexpr, DEPTH: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, OF_QUERIES: tl.constexpr, GROUP: tl.constexpr, KEYS: tl.constexpr,
+    DEPTH: tl.constexpr,
 ):  # fmt: skip
     """One program a block of rows of a head; those of whole samples with most to sum first."""
     num_blocks = tl.cdiv(end, KEYS)
     block, head = tl.program_id(0) // num_heads, tl.program_id(0) % num_heads
     if OF_QUERIES:
         block = num_blocks - 1 - block
-        first, last = first_key(row_ptr, block, KEYS), (block + 1) * KEYS
+        first, last = first_key(row_ptr, block, KEYS, KEYS), (block + 1) * KEYS
         x_head_at, has_before = head // GROUP, False
     else:
         first, last = tl.maximum(block, first_block) * KEYS, last_query(row_ptr, block, end, T, KEYS)
@@ -234,14 +234,14 @@ def _attention_products_kernel(
             key, query, key_block = at, row, start // KEYS
         else:
             key, query, key_block = row, at, block
-        ds_row, ds_shift = place(key_block, first_block, num_blocks - first_block, IS_BAND, KEYS)
+        ds_row, ds_shift = place(key_block, first_block, num_blocks - first_block, is_band, KEYS)
         ds_row = head.to(tl.int64) * rows_blocks * KEYS + ds_row + key - key_block * KEYS
         places = ds_row * (pitch_blocks * KEYS)
         if OF_QUERIES:
             ds = tl.load(ds_ptr + places[None, :] + (query + ds_shift)[:, None], mask=(query < end)[:, None], other=0.0)
         else:
             ds = tl.load(ds_ptr + places[:, None] + (query + ds_shift)[None, :])
-        x = _rows(x_ptr, at, x_head_at, T, x_row, x_head, D, BD)
+        x = load_rows(x_ptr, at, x_head_at, T, x_row, x_head, D, BD)
         total = tl.dot(ds, x, total, input_precision="ieee")
     _write(sum_ptr, out_ptr, total * scale, row, head, T, has_before, sum_row, sum_head, out_row, out_head, D, BD)
 
@@ -288,7 +288,6 @@ def values(part: Part, heads: Heads, spans: Spans, sum_THD: Tensor | None, dv_TH
             "D": width,
             "BD": max(16, next_power_of_2(width)),
             "GROUP": num_heads // heads.k_TJD.shape[1],
-            "IS_BAND": part.is_band,
             "KEYS": part.keys,
             "QUERIES": part.keys // 2,
         },
@@ -324,7 +323,6 @@ def products(
             "BD": max(16, next_power_of_2(width)),
             "OF_QUERIES": of_queries,
             "GROUP": num_heads // x_TXD.shape[1],
-            "IS_BAND": part.is_band,
             "KEYS": part.keys,
             "DEPTH": part.keys // 2,
         },

@@ -1,0 +1,29 @@
+"""Attention's forward over spans of keys: packed samples, and windows."""
+
+import torch
+from torch import Tensor
+
+from expertune.attention.backward import readable
+from expertune.kernels import attention_forward as plain
+from expertune.kernels import attention_forward_hopper
+from expertune.kernels.attention_spans import Spans
+from expertune.kernels.device import is_hopper
+from expertune.kernels.launch import ceil_div
+
+
+def forward(q_BHTD: Tensor, k_BJTD: Tensor, v_BJTD: Tensor, scale: float, spans: Spans) -> tuple[Tensor, Tensor]:
+    """What attention gives, `(B, T, H, D)`, and the logarithm of the sum of each query's exponentials, `(B, H, T)`.
+
+    Args:
+        q_BHTD, k_BJTD, v_BJTD: what attends; values are as wide as keys, and `H / J` heads of queries share a key.
+        scale: of scores.
+        spans: of the rows of each sample; packed ones are one row of a batch.
+    """
+    batch, num_heads, length, _ = q_BHTD.shape
+    out_BTHD = torch.empty_like(q_BHTD.transpose(1, 2), memory_format=torch.contiguous_format)
+    lse_BHT = q_BHTD.new_empty((batch, num_heads, ceil_div(length, 4) * 4), dtype=torch.float32)[..., :length]
+    attend = attention_forward_hopper.forward if is_hopper(q_BHTD.device) else plain.forward
+    q, k, v = (readable(x.transpose(1, 2)) for x in (q_BHTD, k_BJTD, v_BJTD))
+    for each in range(batch):
+        attend(q[each], k[each], v[each], spans, out_BTHD[each], lse_BHT[each], scale)
+    return out_BTHD, lse_BHT

@@ -1,0 +1,82 @@
+"""Attention's forward over spans of keys: an online softmax, one pass over the keys that a block of queries attends to.
+
+In plain Triton: any target, and the tested twin of the one in Gluon (`attention_forward_hopper.py`). Source of the
+equations: FlashAttention-2 (arXiv 2307.08691), section 3.1.1. Shape letters as in `attention.py`.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from expertune.kernels.attention import first_key, load_rows
+from expertune.kernels.attention_spans import Spans
+from expertune.kernels.launch import ceil_div, launch, next_power_of_2
+
+_QUERIES = 32  # of a block
+_KEYS = 16  # of a tile
+_LOWEST = tl.constexpr(-1e30)  # of a score before the first, so that no difference is of two infinities
+
+
+@triton.jit(do_not_specialize=["num_heads", "T"])
+def _attention_forward_kernel(
+    q_ptr, k_ptr, v_ptr, first_ptr, out_ptr, lse_ptr,
+    num_heads, T,
+    q_row, q_head, k_row, k_head, v_row, v_head, out_row, out_head, lse_head, scale,
+    D: tl.constexpr, BD: tl.constexpr, GROUP: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """One program a block of queries of a head."""
+    block, head = tl.program_id(0) // num_heads, tl.program_id(0) % num_heads
+    query = block * QUERIES + tl.arange(0, QUERIES)
+    first = tl.load(first_ptr + query, mask=query < T, other=0)
+    q = load_rows(q_ptr, query, head, T, q_row, q_head, D, BD)
+    highest = tl.full((QUERIES,), _LOWEST, tl.float32)
+    total = tl.zeros((QUERIES,), tl.float32)
+    out = tl.zeros((QUERIES, BD), tl.float32)
+    for start in range(first_key(first_ptr, block, QUERIES, KEYS), (block + 1) * QUERIES, KEYS):
+        key = start + tl.arange(0, KEYS)
+        k = load_rows(k_ptr, key, head // GROUP, T, k_row, k_head, D, BD)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        is_seen = (key[None, :] <= query[:, None]) & (key[None, :] >= first[:, None])
+        scores = tl.where(is_seen, scores, float("-inf"))
+        before = highest
+        highest = tl.maximum(highest, tl.max(scores, 1))
+        p = tl.exp(scores - highest[:, None])
+        fading = tl.exp(before - highest)
+        total = total * fading + tl.sum(p, 1)
+        v = load_rows(v_ptr, key, head // GROUP, T, v_row, v_head, D, BD)
+        out = tl.dot(p.to(v.dtype), v, out * fading[:, None], input_precision="ieee")
+    tl.store(lse_ptr + head.to(tl.int64) * lse_head + query, highest + tl.log(total), mask=query < T)
+    column = tl.arange(0, BD)
+    at = head.to(tl.int64) * out_head + query.to(tl.int64)[:, None] * out_row + column[None, :]
+    mask = (query < T)[:, None] & (column < D)[None, :]
+    tl.store(out_ptr + at, (out / total[:, None]).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def forward(
+    q_THD: Tensor, k_TJD: Tensor, v_TJD: Tensor, spans: Spans, out_THD: Tensor, lse_HT: Tensor, scale: float
+) -> None:
+    """Write what attention gives, and the logarithm of the sum of each query's exponentials.
+
+    Args:
+        q_THD, k_TJD, v_TJD: what attends; values are as wide as keys. In any strides but the last.
+        spans: of their rows.
+        out_THD: in the dtype of the queries.
+        lse_HT: natural, float32.
+        scale: of scores.
+    """
+    length, num_heads, width = q_THD.shape
+    launch(
+        _attention_forward_kernel,
+        (ceil_div(length, _QUERIES) * num_heads, 1, 1),
+        (q_THD, k_TJD, v_TJD, spans.first_T, out_THD, lse_HT),
+        (num_heads, length),
+        (*[stride for x in (q_THD, k_TJD, v_TJD, out_THD) for stride in x.stride()[:2]], lse_HT.stride(0), scale),
+        {
+            "D": width,
+            "BD": max(16, next_power_of_2(width)),
+            "GROUP": num_heads // k_TJD.shape[1],
+            "QUERIES": _QUERIES,
+            "KEYS": _KEYS,
+        },
+        num_warps=4,
+    )

@@ -1,0 +1,192 @@
+"""Attention's forward for Hopper (compute capability 9.0, bf16, fp16, heads of 256), in Gluon.
+
+The same equations as `attention_forward.py`, its tested twin. One warp copies; two groups of four warps have 64 of a
+block's 128 queries each, and the sums of their output in half of their registers. While one group computes
+exponentials, the other multiplies. (The division of work is FlashAttention-3's, arXiv 2407.08608.)
+"""
+
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from expertune.kernels.attention_hopper import WIDTH, head_tiles
+from expertune.kernels.attention_spans import Spans
+from expertune.kernels.hopper_names import copy_tile
+from expertune.kernels.hopper_store import places
+from expertune.kernels.launch import ceil_div, launch
+
+_QUERIES = 128  # of a block
+_KEYS = 64  # of a tile
+_SLOTS = 5  # for tiles of keys and of values, in turn
+_LOG2_E = gl.constexpr(1.4426950408889634)  # exponentials are powers of two
+_LOWEST = gl.constexpr(-1e30)  # of a score before the first, so that no difference is of two infinities
+
+
+@gluon.jit
+def _copy(descriptors, buffers, barriers, where, strides, GROUP: gl.constexpr):
+    """The copying warp: the block's queries, then a tile of keys and one of values for each step."""
+    q_desc, k_desc, v_desc = descriptors
+    q_buf, slots = buffers
+    resident, full, empty = barriers
+    query, first, end, head = where
+    q_head, k_head, v_head = strides
+    SLOTS: gl.constexpr = slots.type.shape[0]
+    KEYS: gl.constexpr = slots.type.shape[1]
+    mbarrier.expect(resident, q_desc.block_type.nbytes)
+    copy_tile(q_desc, [query, head * q_head], resident, q_buf)
+    slot = 0
+    parity = 1
+    for key in range(first, end, KEYS):
+        for part in gl.static_range(2):
+            bar, tile = full.index(slot), slots.index(slot)
+            mbarrier.wait(empty.index(slot), parity)
+            mbarrier.expect(bar, k_desc.block_type.nbytes)
+            if part == 0:
+                copy_tile(k_desc, [key, head // GROUP * k_head], bar, tile)
+            else:
+                copy_tile(v_desc, [key, head // GROUP * v_head], bar, tile)
+            slot += 1
+            if slot == SLOTS:
+                slot = 0
+                parity ^= 1
+
+
+@gluon.jit
+def _multiply(ME: gl.constexpr, buffers, barriers, where, pointers, sizes, scale):
+    """One of the two groups that multiply: half of the block's queries."""
+    q_buf, slots = buffers
+    resident, full, empty = barriers
+    query, first, end, head = where
+    first_ptr, out_ptr, lse_ptr = pointers
+    T, out_row, out_head, lse_head = sizes
+    SLOTS: gl.constexpr = slots.type.shape[0]
+    KEYS: gl.constexpr = slots.type.shape[1]
+    WIDTH: gl.constexpr = slots.type.shape[2]
+    QUERIES: gl.constexpr = q_buf.type.shape[0] // 2
+    dtype: gl.constexpr = slots.dtype
+    by_key: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
+    by_width: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
+    left: gl.constexpr = gl.DotOperandLayout(0, by_width, 2)
+    rows: gl.constexpr = gl.SliceLayout(1, by_key)
+    wide_rows: gl.constexpr = gl.SliceLayout(1, by_width)
+    query += ME * QUERIES
+    q_buf = q_buf.slice(ME * QUERIES, QUERIES)
+    i = gl.arange(0, QUERIES, layout=rows)
+    # keys before a query that it attends to
+    back = query + i - gl.load(first_ptr + gl.minimum(query + i, T - 1))
+    seen_by_all = gl.load(first_ptr + gl.minimum(query + QUERIES, T) - 1)  # the first key that is; later ones up to it
+    j = gl.expand_dims(gl.arange(0, KEYS, layout=gl.SliceLayout(0, by_key)), 0)
+    nothing = gl.zeros((QUERIES, KEYS), gl.float32, by_key)
+    highest = gl.full((QUERIES,), _LOWEST, gl.float32, rows)
+    total = gl.zeros((QUERIES,), gl.float32, rows)
+    out = gl.zeros((QUERIES, WIDTH), gl.float32, by_width)
+    mbarrier.wait(resident, 0)
+    slot = 0
+    parity = 0
+    for key in range(first, query + QUERIES, KEYS):
+        mbarrier.wait(full.index(slot), parity)
+        keys = slots.index(slot).permute((1, 0))
+        scores = warpgroup_mma(q_buf, keys, nothing, use_acc=False, is_async=True)
+        scores = warpgroup_mma_wait(num_outstanding=0, deps=(scores,))
+        mbarrier.arrive(empty.index(slot), count=1)
+        slot += 1
+        if slot == SLOTS:
+            slot = 0
+            parity ^= 1
+        if (key + KEYS > query + 1) | (key < seen_by_all):
+            distance = gl.expand_dims(query - key + i, 1) - j
+            is_seen = distance.to(gl.uint32, bitcast=True) <= gl.expand_dims(back, 1).to(gl.uint32, bitcast=True)
+            scores = gl.where(is_seen, scores, float("-inf"))
+        before = highest
+        highest = gl.maximum(highest, gl.max(scores, 1) * scale)
+        p = gl.exp2(scores * scale - gl.expand_dims(highest, 1))
+        fading = gl.exp2(before - highest)
+        total = total * fading + gl.sum(p, 1)
+        out = out * gl.expand_dims(gl.convert_layout(fading, wide_rows), 1)
+        mbarrier.wait(full.index(slot), parity)
+        out = warpgroup_mma(gl.convert_layout(p.to(dtype), left), slots.index(slot), out, is_async=True)
+        out = warpgroup_mma_wait(num_outstanding=0, deps=(out,))
+        mbarrier.arrive(empty.index(slot), count=1)
+        slot += 1
+        if slot == SLOTS:
+            slot = 0
+            parity ^= 1
+    for _ in range(query + QUERIES, end, KEYS):  # what the other group alone attends to
+        for _part in gl.static_range(2):
+            mbarrier.wait(full.index(slot), parity)
+            mbarrier.arrive(empty.index(slot), count=1)
+            slot += 1
+            if slot == SLOTS:
+                slot = 0
+                parity ^= 1
+    gl.store(lse_ptr + head * lse_head + query + i, (highest + gl.log2(total)) / _LOG2_E, mask=query + i < T)
+    out = out * gl.expand_dims(gl.convert_layout(1 / total, wide_rows), 1)
+    at, mask = places(query, T, 0, WIDTH, out_row, QUERIES, WIDTH, by_width)
+    gl.store(out_ptr + head * out_head + at, out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@gluon.jit(do_not_specialize=["num_heads", "T"])
+def _attention_forward_kernel(
+    q_desc, k_desc, v_desc,
+    first_ptr, out_ptr, lse_ptr,
+    num_heads, T,
+    q_head, k_head, v_head, out_row, out_head, lse_head, scale,
+    GROUP: gl.constexpr, SLOTS: gl.constexpr,
+):  # fmt: skip
+    """One program a block of queries of a head; those of whole samples with most keys first."""
+    QUERIES: gl.constexpr = q_desc.block_type.shape[0]
+    KEYS: gl.constexpr = k_desc.block_type.shape[0]
+    head = gl.program_id(0) % num_heads
+    query = (gl.cdiv(T, QUERIES) - 1 - gl.program_id(0) // num_heads) * QUERIES
+    first = gl.load(first_ptr + query) // KEYS * KEYS
+    q_buf = gl.allocate_shared_memory(q_desc.dtype, q_desc.block_type.shape, q_desc.layout)
+    slots = gl.allocate_shared_memory(k_desc.dtype, [SLOTS] + k_desc.block_type.shape, k_desc.layout)
+    resident = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(resident, count=1)
+    for slot in gl.static_range(SLOTS):
+        mbarrier.init(full.index(slot), count=1)
+        mbarrier.init(empty.index(slot), count=2)
+    fence_async_shared()
+    buffers = (q_buf, slots)
+    barriers = (resident, full, empty)
+    where = (query, first, query + QUERIES, head)
+    pointers = (first_ptr, out_ptr, lse_ptr)
+    sizes = (T, out_row, out_head, lse_head)
+    gl.warp_specialize(
+        [
+            (_multiply, (0, buffers, barriers, where, pointers, sizes, scale)),
+            (_multiply, (1, buffers, barriers, where, pointers, sizes, scale)),
+            (_copy, ((q_desc, k_desc, v_desc), buffers, barriers, where, (q_head, k_head, v_head), GROUP)),
+        ],
+        [4, 1],
+        [240, 24],  # registers a thread; what the launch has beyond them, the first group gets
+    )
+
+
+def forward(
+    q_THD: Tensor, k_TJD: Tensor, v_TJD: Tensor, spans: Spans, out_THD: Tensor, lse_HT: Tensor, scale: float
+) -> None:
+    """As `attention_forward.forward`; rows of what attends begin at multiples of 16 bytes, heads are `WIDTH` wide."""
+    length, num_heads, width = q_THD.shape
+    assert width == WIDTH
+    operands = (q_THD, k_TJD, v_TJD)
+    tiles = [head_tiles(x, rows) for x, rows in zip(operands, (_QUERIES, _KEYS, _KEYS), strict=True)]
+    launch(
+        _attention_forward_kernel,
+        (ceil_div(length, _QUERIES) * num_heads, 1, 1),
+        (spans.first_T, out_THD, lse_HT),
+        (num_heads, length),
+        (*[x.stride(1) for x in operands], *out_THD.stride()[:2], lse_HT.stride(0), scale * _LOG2_E.value),
+        {"GROUP": num_heads // k_TJD.shape[1], "SLOTS": _SLOTS},
+        descriptors=tuple(tiles),
+        num_warps=4,
+        maxnreg=168,
+    )

@@ -1,0 +1,65 @@
+"""Attention's forward over spans against the formula written out: in the interpreter, and on Hopper in Gluon."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.cases import KERNEL_DTYPES, needs_kernels
+from tests.kernels.test_attention import WHOLE, Case, formula, inputs, needs_hopper
+from tests.numerics import assert_no_worse
+
+pytestmark = needs_kernels
+
+
+def check(tensors: list[Tensor], scale: float, case: Case) -> list[Tensor]:
+    from expertune.attention.forward import forward
+
+    q, k, v, _ = tensors
+    out, lse = forward(q, k, v, scale, case.spans(q.shape[2]))
+    plain, truth = formula(q, k, v, scale, case), formula(q.double(), k.double(), v.double(), scale, case)
+    assert (out.dtype, lse.dtype) == (q.dtype, torch.float32)
+    assert_no_worse(out.transpose(1, 2), plain[0], truth[0], "out")
+    torch.testing.assert_close(lse, truth[1].float(), rtol=1e-5, atol=1e-5)
+    return [out, lse]
+
+
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("batch", "length", "num_heads", "num_shared", "width", "case"),
+    [
+        (2, 41, 4, 2, 24, WHOLE),
+        (1, 100, 1, 1, 16, Case(window=20)),
+        (1, 100, 2, 1, 16, Case((1, 32, 2, 40, 25, 0, 0))),
+        (1, 70, 1, 1, 8, Case((60, 10), window=33)),
+    ],
+    ids=["whole", "window", "samples", "samples in a window"],
+)
+def test_it_is_no_worse_than_the_formula(
+    batch: int, length: int, num_heads: int, num_shared: int, width: int, case: Case, dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    from expertune.attention import forward
+
+    monkeypatch.setattr(forward, "is_hopper", lambda _: False)  # the kernel in plain Triton, there too
+    check(inputs(batch, length, num_heads, num_shared, width, dtype), width**-0.5, case)
+
+
+@needs_hopper
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("batch", "length", "num_heads", "num_shared", "case"),
+    [
+        (2, 1000, 4, 2, WHOLE),
+        (1, 63, 3, 1, WHOLE),
+        (1, 1200, 8, 4, Case(window=100)),
+        (1, 1201, 2, 2, Case(window=1000)),
+        (1, 1200, 8, 4, Case((1, 500, 128, 127, 64, 130, 250, 0, 0))),
+        (1, 1200, 8, 1, Case((700, 500), window=256)),
+    ],
+    ids=["whole", "a tile", "short window", "long window", "samples", "samples in a window"],
+)
+def test_on_hopper(batch: int, length: int, num_heads: int, num_shared: int, case: Case, dtype: torch.dtype) -> None:
+    tensors = inputs(batch, length, num_heads, num_shared, 256, dtype)
+    first = check(tensors, 1 / 16, case)
+    for _ in range(30):  # what a group or the copying warp took too early would be other numbers now and then
+        assert all(torch.equal(x, y) for x, y in zip(check(tensors, 1 / 16, case), first, strict=True))
