@@ -110,7 +110,7 @@ def _whole(q_BTHD: Tensor, k_BTJD: Tensor, v_BTJV: Tensor) -> Tensor:
 def _in_a_window(q_BTHD: Tensor, k_BTJD: Tensor, v_BTJV: Tensor) -> Tensor:
     """By the kernels of packed samples, too."""
     q, k, v = (x.transpose(1, 2) for x in (q_BTHD, k_BTJD, v_BTJV))
-    return attend(q, k, v, scale=1.0, window=_NUM_TOKENS // 2)
+    return attend(q, k, v, scale=1.0, window=_NUM_TOKENS // 8)
 
 
 def _with_sinks(q_BTHD: Tensor, k_BTJD: Tensor, v_BTJV: Tensor) -> Tensor:

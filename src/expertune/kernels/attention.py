@@ -62,7 +62,7 @@ class Part(NamedTuple):
     def sizes(self, num_heads: int, length: int) -> tuple[int, ...]:
         """What kernels are told; the pitch of `ds` and its rows of a head are in blocks."""
         pitch, rows = self.ds.shape[1] // self.keys, len(self.ds) // num_heads // self.keys
-        return self.first // self.keys, self.end, num_heads, length, pitch, rows, int(self.is_band), int(self.adds)
+        return self.first // self.keys, self.end, num_heads, length, pitch, rows, int(self.adds)
 
 
 class Heads(NamedTuple):
@@ -101,7 +101,7 @@ def scratch_shape(num_heads: int, length: int, num_queries: int, keys: int, band
 
 
 @triton.jit
-def place(block, first_block, num_diagonal, is_band, KEYS: tl.constexpr):
+def place(block, first_block, num_diagonal, IS_BAND: tl.constexpr, KEYS: tl.constexpr):
     """Where `ds` holds a block of keys: its row, and what added to a query is its column.
 
     In a band a block's columns begin with its first key. Folded, columns are those of a square whose upper triangle
@@ -109,10 +109,13 @@ def place(block, first_block, num_diagonal, is_band, KEYS: tl.constexpr):
     do not begin.
     """
     mirrored = first_block + num_diagonal - 1 - (block - first_block)
-    is_folded = (block > mirrored) & (is_band == 0)
+    is_folded = block > mirrored
     row = (mirrored if is_folded else block) * KEYS
-    begins_with_itself = is_folded | (is_band != 0)
-    return row, (-block if begins_with_itself else 1 - first_block) * KEYS
+    shift = (-block if is_folded else 1 - first_block) * KEYS
+    if IS_BAND:
+        row = block * KEYS
+        shift = -row
+    return row, shift
 
 
 @triton.jit
@@ -168,19 +171,18 @@ def _write(
     tl.store(at, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(
-    do_not_specialize=["first_block", "end", "num_heads", "T", "pitch_blocks", "rows_blocks", "is_band", "adds"]
-)
+@triton.jit(do_not_specialize=["first_block", "end", "num_heads", "T", "pitch_blocks", "rows_blocks", "adds"])
 def _attention_values_kernel(
     ds_ptr, q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, reach_ptr, sum_ptr, dv_ptr,
-    first_block, end, num_heads, T, pitch_blocks, rows_blocks, is_band, adds,
+    first_block, end, num_heads, T, pitch_blocks, rows_blocks, adds,
     q_row, q_head, k_row, k_head, v_row, v_head, dout_row, dout_head, lse_head, delta_head, sum_row, sum_head, dv_row,
     dv_head, scale,
-    D: tl.constexpr, BD: tl.constexpr, GROUP: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, GROUP: tl.constexpr, IS_BAND: tl.constexpr, KEYS: tl.constexpr,
+    QUERIES: tl.constexpr,
 ):  # fmt: skip
     """One program a block of keys of a head; those of whole samples with most queries first."""
     block, head = tl.program_id(0) // num_heads, tl.program_id(0) % num_heads
-    ds_row, ds_shift = place(block, first_block, tl.cdiv(end, KEYS) - first_block, is_band, KEYS)
+    ds_row, ds_shift = place(block, first_block, tl.cdiv(end, KEYS) - first_block, IS_BAND, KEYS)
     key = block * KEYS + tl.arange(0, KEYS)
     k = load_rows(k_ptr, key, head // GROUP, T, k_row, k_head, D, BD)
     v = load_rows(v_ptr, key, head // GROUP, T, v_row, v_head, D, BD)
@@ -206,15 +208,13 @@ def _attention_values_kernel(
     _write(sum_ptr, dv_ptr, dv, key, head, T, has_before, sum_row, sum_head, dv_row, dv_head, D, BD)
 
 
-@triton.jit(
-    do_not_specialize=["first_block", "end", "num_heads", "T", "pitch_blocks", "rows_blocks", "is_band", "adds"]
-)
+@triton.jit(do_not_specialize=["first_block", "end", "num_heads", "T", "pitch_blocks", "rows_blocks", "adds"])
 def _attention_products_kernel(
     ds_ptr, x_ptr, row_ptr, sum_ptr, out_ptr,
-    first_block, end, num_heads, T, pitch_blocks, rows_blocks, is_band, adds,
+    first_block, end, num_heads, T, pitch_blocks, rows_blocks, adds,
     x_row, x_head, sum_row, sum_head, out_row, out_head, scale,
-    D: tl.constexpr, BD: tl.constexpr, OF_QUERIES: tl.constexpr, GROUP: tl.constexpr, KEYS: tl.constexpr,
-    DEPTH: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, OF_QUERIES: tl.constexpr, GROUP: tl.constexpr, IS_BAND: tl.constexpr,
+    KEYS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """One program a block of rows of a head; those of whole samples with most to sum first."""
     num_blocks = tl.cdiv(end, KEYS)
@@ -234,7 +234,7 @@ def _attention_products_kernel(
             key, query, key_block = at, row, start // KEYS
         else:
             key, query, key_block = row, at, block
-        ds_row, ds_shift = place(key_block, first_block, num_blocks - first_block, is_band, KEYS)
+        ds_row, ds_shift = place(key_block, first_block, num_blocks - first_block, IS_BAND, KEYS)
         ds_row = head.to(tl.int64) * rows_blocks * KEYS + ds_row + key - key_block * KEYS
         places = ds_row * (pitch_blocks * KEYS)
         if OF_QUERIES:
@@ -288,6 +288,7 @@ def values(part: Part, heads: Heads, spans: Spans, sum_THD: Tensor | None, dv_TH
             "D": width,
             "BD": max(16, next_power_of_2(width)),
             "GROUP": num_heads // heads.k_TJD.shape[1],
+            "IS_BAND": part.is_band,
             "KEYS": part.keys,
             "QUERIES": part.keys // 2,
         },
@@ -323,6 +324,7 @@ def products(
             "BD": max(16, next_power_of_2(width)),
             "OF_QUERIES": of_queries,
             "GROUP": num_heads // x_TXD.shape[1],
+            "IS_BAND": part.is_band,
             "KEYS": part.keys,
             "DEPTH": part.keys // 2,
         },

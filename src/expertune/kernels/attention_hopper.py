@@ -169,19 +169,19 @@ def _multiply(ME: gl.constexpr, reach, buffers, barriers, where, pointers, sizes
     write(dv, key, head, T, has_before, (sum_ptr, dv_ptr), strides)
 
 
-@gluon.jit(do_not_specialize=["first_block", "end", "num_heads", "T", "pitch_blocks", "rows_blocks", "is_band", "adds"])
+@gluon.jit(do_not_specialize=["first_block", "end", "num_heads", "T", "pitch_blocks", "rows_blocks", "adds"])
 def _attention_values_kernel(
     q_desc, k_desc, v_desc, dout_desc, lse_desc, delta_desc, reach_desc,
     reach_ptr, ds_ptr, sum_ptr, dv_ptr,
-    first_block, end, num_heads, T, pitch_blocks, rows_blocks, is_band, adds,
+    first_block, end, num_heads, T, pitch_blocks, rows_blocks, adds,
     q_head, k_head, v_head, dout_head, sum_row, sum_head, dv_row, dv_head, scale,
-    GROUP: gl.constexpr, SLOTS: gl.constexpr,
+    GROUP: gl.constexpr, IS_BAND: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
     """One program a block of keys of a head; those of whole samples with most queries first."""
     KEYS: gl.constexpr = k_desc.block_type.shape[0]
     block, head = gl.program_id(0) // num_heads, gl.program_id(0) % num_heads
     first = gl.maximum(block, first_block) * KEYS
-    ds_row, ds_shift = place(block, first_block, gl.cdiv(end, KEYS) - first_block, is_band, KEYS)
+    ds_row, ds_shift = place(block, first_block, gl.cdiv(end, KEYS) - first_block, IS_BAND, KEYS)
     end = last_query(reach_ptr, block, end, T, KEYS)
     k_buf = gl.allocate_shared_memory(k_desc.dtype, k_desc.block_type.shape, k_desc.layout)
     v_buf = gl.allocate_shared_memory(v_desc.dtype, v_desc.block_type.shape, v_desc.layout)
@@ -241,7 +241,7 @@ def values(part: Part, heads: Heads, spans: Spans, sum_THD: Tensor | None, dv_TH
     total = dv_THD if sum_THD is None else sum_THD
     operands = (heads.q_THD, heads.k_TJD, heads.v_TJD, heads.dout_THD)
     tiles = [head_tiles(x, rows) for x, rows in zip(operands, (_QUERIES, KEYS, KEYS, _QUERIES), strict=True)]
-    constants: dict[str, Any] = {"GROUP": num_heads // heads.k_TJD.shape[1], "SLOTS": _SLOTS}
+    constants: dict[str, Any] = {"GROUP": num_heads // heads.k_TJD.shape[1], "IS_BAND": part.is_band}
     delta, reach = heads.delta_HT, spans.reach_T
     of_rows = [(heads.lse_HT, _QUERIES), (delta, _QUERIES), (reach.as_strided((1, length), delta.stride()), KEYS)]
     launch(
@@ -250,7 +250,7 @@ def values(part: Part, heads: Heads, spans: Spans, sum_THD: Tensor | None, dv_TH
         (reach, part.ds, total, dv_THD),
         part.sizes(num_heads, length),
         (*[x.stride(1) for x in operands], *total.stride()[:2], *dv_THD.stride()[:2], scale * _LOG2_E.value),
-        constants,
+        constants | {"SLOTS": _SLOTS},
         descriptors=(*tiles, *[_row_tiles(x, columns) for x, columns in of_rows]),
         num_warps=4,
         maxnreg=168,

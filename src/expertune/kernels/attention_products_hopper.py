@@ -27,18 +27,20 @@ _STAGES = 4
 
 
 @gluon.jit
-def _copy(descriptors, buffers, barriers, where, sizes, OF_QUERIES: gl.constexpr, GROUP: gl.constexpr):
+def _copy(
+    descriptors, buffers, barriers, where, sizes, OF_QUERIES: gl.constexpr, GROUP: gl.constexpr, IS_BAND: gl.constexpr
+):
     """The copying warp: for each step both groups' tiles of `dS`, and one of keys or queries."""
     ds_desc, x_desc = descriptors
     ds_bufs, x_bufs = buffers
     ready, empty = barriers
     block, head, first, num_steps = where
-    head_rows, first_block, num_diagonal, is_band, x_head = sizes
+    head_rows, first_block, num_diagonal, x_head = sizes
     STAGES: gl.constexpr = x_bufs.type.shape[0]
     DEPTH: gl.constexpr = x_bufs.type.shape[1]
     HALF: gl.constexpr = ds_desc.block_type.shape[0]
     KEYS: gl.constexpr = 2 * HALF
-    block_row, block_shift = place(block, first_block, num_diagonal, is_band, KEYS)
+    block_row, block_shift = place(block, first_block, num_diagonal, IS_BAND, KEYS)
     for step in range(num_steps):
         stage = step % STAGES
         mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
@@ -46,7 +48,7 @@ def _copy(descriptors, buffers, barriers, where, sizes, OF_QUERIES: gl.constexpr
         mbarrier.expect(bar, 2 * ds_desc.block_type.nbytes + x_desc.block_type.nbytes)
         if OF_QUERIES:
             key = first + step * DEPTH
-            row, shift = place(key // KEYS, first_block, num_diagonal, is_band, KEYS)
+            row, shift = place(key // KEYS, first_block, num_diagonal, IS_BAND, KEYS)
             row += head * head_rows + key % KEYS
             for half in gl.static_range(2):
                 column = block * KEYS + half * HALF + shift
@@ -86,15 +88,13 @@ def _multiply(ME: gl.constexpr, buffers, barriers, where, pointers, sizes, strid
     write(total, block * 2 * ROWS + ME * ROWS, head, T, has_before, pointers, strides)
 
 
-@gluon.jit(
-    do_not_specialize=["first_block", "end", "num_heads", "T", "_pitch_blocks", "rows_blocks", "is_band", "adds"]
-)
+@gluon.jit(do_not_specialize=["first_block", "end", "num_heads", "T", "_pitch_blocks", "rows_blocks", "adds"])
 def _attention_products_kernel(
     ds_desc, x_desc,
     row_ptr, sum_ptr, out_ptr,
-    first_block, end, num_heads, T, _pitch_blocks, rows_blocks, is_band, adds,
+    first_block, end, num_heads, T, _pitch_blocks, rows_blocks, adds,
     x_head, sum_row, sum_head, out_row, out_head, scale,
-    OF_QUERIES: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr,
+    OF_QUERIES: gl.constexpr, GROUP: gl.constexpr, IS_BAND: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """One program a block of rows of a head; those of whole samples with most to sum first."""
     DEPTH: gl.constexpr = x_desc.block_type.shape[0]
@@ -123,14 +123,14 @@ def _attention_products_kernel(
     where = (block, head, first, num_steps)
     pointers = (sum_ptr, out_ptr)
     strides = (sum_row, sum_head, out_row, out_head)
-    copied = (rows_blocks * KEYS, first_block, num_blocks - first_block, is_band, x_head)
+    copied = (rows_blocks * KEYS, first_block, num_blocks - first_block, x_head)
     written = (T, has_before)
     # fmt: off
     gl.warp_specialize(
         [
             (_multiply, (0, buffers, barriers, where, pointers, written, strides, scale, OF_QUERIES)),
             (_multiply, (1, buffers, barriers, where, pointers, written, strides, scale, OF_QUERIES)),
-            (_copy, ((ds_desc, x_desc), buffers, barriers, where, copied, OF_QUERIES, GROUP)),
+            (_copy, ((ds_desc, x_desc), buffers, barriers, where, copied, OF_QUERIES, GROUP, IS_BAND)),
         ],
         [4, 1],
         [232, 40],
@@ -154,7 +154,12 @@ def products(
         (spans.first_T if of_queries else spans.reach_T, total, out_THD),
         part.sizes(num_heads, length),
         (x_TXD.stride(1), *total.stride()[:2], *out_THD.stride()[:2], scale),
-        {"OF_QUERIES": of_queries, "GROUP": num_heads // x_TXD.shape[1], "STAGES": _STAGES},
+        {
+            "OF_QUERIES": of_queries,
+            "GROUP": num_heads // x_TXD.shape[1],
+            "IS_BAND": part.is_band,
+            "STAGES": _STAGES,
+        },
         descriptors=(ds_tiles, head_tiles(x_TXD, _DEPTH)),
         num_warps=4,
         maxnreg=168,
