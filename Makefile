@@ -21,7 +21,7 @@ test: .venv/.installed
 # the many alike that `make test` leaves out, before a release
 test-thorough: .venv/.installed
 	$(BIN)/pytest $(SIDE_BY_SIDE) -m thorough
-	TRITON_INTERPRET=1 $(BIN)/pytest $(SIDE_BY_SIDE) -m thorough -k triton tests/test_experts.py
+	TRITON_INTERPRET=1 $(BIN)/pytest $(SIDE_BY_SIDE) -m thorough -k "kernels or triton" tests/kernels tests/test_experts.py tests/backends
 
 test-families: .venv/.installed
 	$(BIN)/pytest $(SIDE_BY_SIDE) tests/families

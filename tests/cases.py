@@ -3,6 +3,9 @@
 Triton's kernels run on a GPU, or on a CPU in its interpreter: `TRITON_INTERPRET=1 pytest`.
 """
 
+from collections.abc import Iterable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -67,6 +70,24 @@ needs_kernels = pytest.mark.skipif(
 def is_interpreted(backend: Backend) -> bool:
     """Whether it runs in Triton's interpreter, where a pass takes seconds."""
     return backend.name == "triton" and DEVICE.type == "cpu"
+
+
+def crossed(values: Iterable[Any], usual: Any, routings: tuple[str, ...] = ("one hot expert",)) -> list[Any]:
+    """Every value with every routing; in the interpreter first every value with these, every routing with the usual.
+
+    For values that change what a program does with rows, and no row's place.
+    """
+    slow = DEVICE.type == "cpu" and bool(KERNEL_DTYPES)
+    return [
+        pytest.param(
+            routing,
+            value,
+            marks=pytest.mark.thorough if slow and value != usual and name not in routings else (),
+            id=f"{name}-{value}",
+        )
+        for name, routing in ROUTINGS.items()
+        for value in values
+    ]
 
 
 def pair_id(value: object) -> str:

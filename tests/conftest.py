@@ -1,4 +1,7 @@
-"""Checkpoints of tiny models, each written once a test process."""
+"""Checkpoints of tiny models, each written once a test process.
+
+What imports a host is imported where it is used: pytest reads this file before it starts its workers.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,18 +9,14 @@ from typing import Any
 
 import pytest
 
-from expertune.experts import experts
-from expertune.hosts import transformers
-from expertune.memory import token_tiles
-from expertune.walk import ExpertsStep
-from tests.hosts.models import save_tiny
-
 Checkpoint = Callable[..., Path]
 
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     """`checkpoint("qwen3_moe", num_experts_per_tok=3)` is the folder of such a model."""
+    from tests.hosts.models import save_tiny
+
     folders: dict[str, Path] = {}
 
     def make(model_type: str, **overrides: Any) -> Path:
@@ -37,10 +36,14 @@ def _no_backend_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def walks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The backend of each pass through the walk, so that a test knows that it did not compare stock with stock."""
+    from expertune.experts import experts
+    from expertune.hosts import transformers
+    from expertune.memory import token_tiles
+
     seen: list[str] = []
 
     def spy(walk: Callable[..., Any]) -> Callable[..., Any]:
-        def watched(x: Any, routing: Any, weight: Any, projections: Any, step: ExpertsStep, **keywords: Any) -> Any:
+        def watched(x: Any, routing: Any, weight: Any, projections: Any, step: Any, **keywords: Any) -> Any:
             seen.append(step.backend.name)
             return walk(x, routing, weight, projections, step, **keywords)
 

@@ -6,10 +6,11 @@ import torch
 from expertune.backends import PREFERRED, choose, triton
 from expertune.backends.protocol import Backend
 from expertune.shapes import Problem
-from tests.cases import DEVICE, NUM_EXPERTS, ROUTINGS, pair_id, runnable
+from tests.cases import DEVICE, NUM_EXPERTS, ROUTINGS, crossed, pair_id, runnable
 from tests.numerics import assert_no_worse
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+WIDTHS = [(24, 16), (136, 304), (304, 136)]
 
 
 def problem(dtype: torch.dtype = torch.float32, device: str = "cpu", widths: tuple[int, ...] = (32,), **kw) -> Problem:  # type: ignore[no-untyped-def]
@@ -47,8 +48,7 @@ def define_outer(u_NO: torch.Tensor, v_NI: torch.Tensor, experts: torch.Tensor) 
 
 
 @pytest.mark.parametrize("adds", [False, True])
-@pytest.mark.parametrize("widths", [(24, 16), (136, 304), (304, 136)], ids=str)
-@pytest.mark.parametrize("expert_TK", ROUTINGS.values(), ids=ROUTINGS)
+@pytest.mark.parametrize(("expert_TK", "widths"), crossed(WIDTHS, WIDTHS[0], ("empty experts", "one hot expert")))
 @pytest.mark.parametrize(("backend", "dtype"), runnable(*DTYPES), ids=pair_id)
 def test_gradients_of_weights(
     backend: Backend, dtype: torch.dtype, expert_TK: torch.Tensor, widths: tuple[int, int], adds: bool

@@ -105,10 +105,10 @@ def test_batches_anew_and_added(
     times: int,
 ) -> None:
     modules = pair(backend, dtype, ranks, times=times)
-    for seed in range(7):
+    for seed in range(6):
         inputs = []
         for module in modules:
-            if seed < 4:
+            if seed < 3:
                 module.zero_grad()
             loss, x_TD, weight_TK = _loss(module, seed, dtype)
             loss.backward()
@@ -117,7 +117,7 @@ def test_batches_anew_and_added(
             assert all(torch.equal(ours, theirs) for ours, theirs in zip(*inputs, strict=True))
         else:  # two walks' gradients add up in another order
             torch.testing.assert_close(*inputs)
-    assert capture.replays == 2 * 5
+    assert capture.replays == 2 * 4
     (made,) = modules[0].forward._recordings.values()  # type: ignore[attr-defined]
     assert len(made._postponed) == times
     assert made._numbers_of_large == [0, 1], "of inputs: no factor's gradient is copied"

@@ -15,7 +15,7 @@ from expertune.experts import _forward
 from expertune.kernels import launch, program
 from expertune.kernels.ahead import compile_ahead, run_without_numbers
 from expertune.shapes import Pass, Tensors
-from tests.cases import ROUTINGS
+from tests.cases import FEW_EXPERTS
 from tests.kernels.test_program import DTYPES, F, _Layer
 
 CPU = torch.device("cpu")
@@ -166,7 +166,7 @@ def test_what_is_built_is_what_both_passes_launch(
                 return function(static, inputs)
 
     monkeypatch.setattr(triton_steps, "_programs", Watched())
-    results = _Layer(gate, **options).run(ROUTINGS["even"], 0)
+    results = _Layer(gate, **options).run(FEW_EXPERTS, 0)
     assert all(torch.isfinite(result).all() for result in results)
     assert len(launched) >= 4
     assert prepared == launched

@@ -13,7 +13,7 @@ from expertune.backends import native_torch, torch_steps, triton
 from expertune.backends.protocol import FactorSide
 from expertune.shapes import Dispatch, LoraFactors
 from expertune.weights.dense import DenseWeights
-from tests.cases import DEVICE, KERNEL_DTYPES, NUM_EXPERTS, ROUTINGS, needs_kernels
+from tests.cases import DEVICE, KERNEL_DTYPES, NUM_EXPERTS, ROUTINGS, crossed, needs_kernels
 from tests.numerics import assert_no_worse
 
 pytestmark = needs_kernels
@@ -88,7 +88,7 @@ class TestRouting:
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 class TestProducts:
     @pytest.mark.parametrize("is_k_contiguous", [False, True])
-    @pytest.mark.parametrize("rank", [0, 8, 24])
+    @pytest.mark.parametrize(("routing", "rank"), crossed([0, 8, 24], 24), indirect=["routing"])
     def test_linear_with_low_rank_and_bias(
         self, routing: Dispatch, dtype: torch.dtype, rank: int, is_k_contiguous: bool
     ) -> None:
@@ -113,7 +113,7 @@ class TestProducts:
 
         assert_no_worse(y_NO, define(dtype), define(torch.float64))
 
-    @pytest.mark.parametrize("rank", [8, 24, 136])
+    @pytest.mark.parametrize(("routing", "rank"), crossed([8, 24, 136], 24), indirect=["routing"])
     def test_gather_copies_exactly_and_shrinks(self, routing: Dispatch, dtype: torch.dtype, rank: int) -> None:
         num_tokens = routing.token_row_TK.shape[0]
         x_TI, a_ERI = normal(num_tokens, WIDTH, dtype=dtype), normal(NUM_EXPERTS, rank, WIDTH, dtype=dtype)
@@ -125,7 +125,7 @@ class TestProducts:
 
     @pytest.mark.parametrize("weighted", [False, True])
     @pytest.mark.parametrize("by_token", [False, True])
-    @pytest.mark.parametrize("ranks", [(8,), (24,), (4, 9)], ids=str)
+    @pytest.mark.parametrize(("routing", "ranks"), crossed([(8,), (24,), (4, 9)], (4, 9)), indirect=["routing"])
     def test_factor_gradients(
         self, routing: Dispatch, dtype: torch.dtype, ranks: tuple[int, ...], by_token: bool, weighted: bool
     ) -> None:
