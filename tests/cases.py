@@ -72,17 +72,21 @@ def is_interpreted(backend: Backend) -> bool:
     return backend.name == "triton" and DEVICE.type == "cpu"
 
 
+def later(is_later: bool) -> Any:
+    """The marks of a case that waits, in the interpreter, for `make test-thorough`."""
+    return pytest.mark.thorough if is_later and DEVICE.type == "cpu" and KERNEL_DTYPES else ()
+
+
 def crossed(values: Iterable[Any], usual: Any, routings: tuple[str, ...] = ("one hot expert",)) -> list[Any]:
     """Every value with every routing; in the interpreter first every value with these, every routing with the usual.
 
     For values that change what a program does with rows, and no row's place.
     """
-    slow = DEVICE.type == "cpu" and bool(KERNEL_DTYPES)
     return [
         pytest.param(
             routing,
             value,
-            marks=pytest.mark.thorough if slow and value != usual and name not in routings else (),
+            marks=later(value != usual and name not in routings),
             id=f"{name}-{value}",
         )
         for name, routing in ROUTINGS.items()

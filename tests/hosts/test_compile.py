@@ -37,9 +37,12 @@ def _model(
     *,
     rank: int = 4,
     attention: str = "host",
+    num_layers: int = 2,
 ) -> nn.Module:
     """A tiny model with LoRA whose factors are not zero, or with rank 0 for full fine-tuning."""
-    model: Any = load_tiny(checkpoint(family), torch.float64 if backend == "native_torch" else torch.float32)
+    model: Any = load_tiny(
+        checkpoint(family, num_hidden_layers=num_layers), torch.float64 if backend == "native_torch" else torch.float32
+    )
     expertune.optimize(model, backend=backend, memory=memory, attention=attention)
     if rank:
         model = expertune.add_lora(model, r=rank, lora_alpha=8, target_modules=TARGETS)
@@ -59,20 +62,20 @@ def _results(model: nn.Module, function: Callable[..., Any]) -> list[Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("family", "rank", "backend"),
+    ("family", "rank", "backend", "num_layers"),
     [
-        ("qwen3_moe", 4, "native_torch"),
-        ("qwen3_moe", 4, "grouped_mm"),
-        ("gpt_oss", 4, "native_torch"),
-        ("llama4_text", 4, "grouped_mm"),
-        ("qwen3_moe", 0, "native_torch"),
+        ("qwen3_moe", 4, "native_torch", 1),
+        ("qwen3_moe", 4, "grouped_mm", 1),
+        ("gpt_oss", 4, "native_torch", 2),
+        ("llama4_text", 4, "grouped_mm", 2),
+        ("qwen3_moe", 0, "native_torch", 1),
     ],
     ids=str,
 )
 def test_a_compiled_model_is_one_graph(
-    checkpoint: Checkpoint, walks: list[str], family: str, rank: int, backend: str
+    checkpoint: Checkpoint, walks: list[str], family: str, rank: int, backend: str, num_layers: int
 ) -> None:
-    model = _model(checkpoint, family, backend, rank=rank)
+    model = _model(checkpoint, family, backend, rank=rank, num_layers=num_layers)
     plain = _results(model, model)
     num_walks = len(walks)
     compiled = _results(model, torch.compile(model, backend="aot_eager", fullgraph=True))
@@ -81,7 +84,7 @@ def test_a_compiled_model_is_one_graph(
 
 
 def test_a_mask_beside_sdpa_is_in_the_graph(checkpoint: Checkpoint) -> None:
-    model: Any = _model(checkpoint, "qwen3_moe", "native_torch", attention="auto")
+    model: Any = _model(checkpoint, "qwen3_moe", "native_torch", attention="auto", num_layers=1)
     inputs = {**batch(), "use_cache": False}
     plain = of_tokens(model(**inputs).logits, inputs)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
@@ -116,7 +119,7 @@ def test_another_length_and_another_adapter(checkpoint: Checkpoint) -> None:
 
 
 def test_a_copy_of_a_model_is_compiled_after_the_model_is_gone(checkpoint: Checkpoint) -> None:
-    model = _model(checkpoint, "qwen3_moe", "native_torch")
+    model = _model(checkpoint, "qwen3_moe", "native_torch", num_layers=1)
     expected = _results(model, model)
     copied = copy.deepcopy(model)
     del model

@@ -13,7 +13,7 @@ from expertune.backends import native_torch, torch_steps, triton
 from expertune.backends.protocol import FactorSide
 from expertune.shapes import Dispatch, LoraFactors
 from expertune.weights.dense import DenseWeights
-from tests.cases import DEVICE, KERNEL_DTYPES, NUM_EXPERTS, ROUTINGS, crossed, needs_kernels
+from tests.cases import DEVICE, KERNEL_DTYPES, NUM_EXPERTS, ROUTINGS, crossed, later, needs_kernels
 from tests.numerics import assert_no_worse
 
 pytestmark = needs_kernels
@@ -189,7 +189,7 @@ def test_gates(routing: Dispatch, gate: Gate, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
-@pytest.mark.parametrize("is_k_contiguous", [False, True])
+@pytest.mark.parametrize("is_k_contiguous", [False, pytest.param(True, marks=later(True))])
 @pytest.mark.parametrize("gate", FUSED.values(), ids=FUSED)
 @pytest.mark.parametrize("routing", [ROUTINGS["one hot expert"]], ids=["one hot expert"], indirect=True)
 def test_a_gated_linear_is_the_gate_of_the_linear(
