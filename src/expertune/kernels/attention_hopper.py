@@ -132,7 +132,7 @@ def _multiply(ME: gl.constexpr, reach, buffers, barriers, where, pointers, sizes
     j = gl.expand_dims(gl.arange(0, QUERIES, layout=gl.SliceLayout(0, by_query)), 0)
     nothing = gl.zeros((KEYS, QUERIES), gl.float32, by_query)
     dv = warpgroup_mma_init(gl.zeros((KEYS, WIDTH), gl.float32, by_width))
-    reached_by_all = reach - QUERIES  # a tile that begins so far behind the first key, or less, but not on the diagonal
+    reached_by_all = reach - QUERIES  # tiles that begin no further behind the first key, the diagonal aside, are whole
     mbarrier.wait(resident, 0)
     slot = 0
     parity = 0
