@@ -21,8 +21,15 @@ def model(request: pytest.FixtureRequest) -> PreTrainedModel:
     return tiny_model(families()[request.param]).float()
 
 
-@pytest.mark.parametrize("memory", ["fast", "auto"])
-@pytest.mark.parametrize("is_full", [False, True], ids=["lora", "full"])
+@pytest.mark.parametrize(
+    ("is_full", "memory"),
+    [
+        pytest.param(False, "fast", id="lora-fast"),
+        pytest.param(False, "auto", id="lora-auto"),
+        pytest.param(True, "fast", id="full-fast"),
+        pytest.param(True, "auto", id="full-auto", marks=pytest.mark.thorough),  # each is tested with another
+    ],
+)
 @pytest.mark.parametrize("model", families(), indirect=True)
 def test_no_step_takes_less(model: PreTrainedModel, is_full: bool, memory: str) -> None:
     trained: Any = copy.deepcopy(model).requires_grad_(True) if is_full else proof.with_adapters(model)
