@@ -186,7 +186,7 @@ def test_what_is_held_is_bounded(length: int, num_heads: int, group: int, most: 
 
 
 def test_heads_that_lie_too_far_apart_are_laid_together() -> None:
-    from expertune.attention.backward import readable
+    from expertune.kernels.attention_hopper import readable
 
     heads_first = torch.empty((1, 65, 2**17, 256), dtype=torch.bfloat16, device="meta").transpose(1, 2)
     assert readable(heads_first).stride(2) == 256

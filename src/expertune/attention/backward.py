@@ -16,9 +16,10 @@ from torch import Tensor
 from expertune.kernels import attention as plain
 from expertune.kernels import attention_hopper, attention_products_hopper
 from expertune.kernels.attention import Heads, Part, row_sums, scratch_shape
+from expertune.kernels.attention_hopper import readable
 from expertune.kernels.attention_spans import Spans
 from expertune.kernels.device import is_hopper, num_programs
-from expertune.kernels.launch import are_aligned, ceil_div
+from expertune.kernels.launch import ceil_div
 
 # bytes that the gradient of scores may take: at 32,768 tokens one head of 20 (measured on an H200)
 _A_TOKEN = 40 * 2**10
@@ -143,22 +144,16 @@ def cut_into(length: int, num_heads: int, group: int, keys: int, num_programs: i
     most = max(_A_TOKEN * length, _LEAST) // 2  # numbers in 16 bits
     whole = ceil_div(length, keys) * keys
     folded, in_a_band = (prod(scratch_shape(1, length, whole, keys, columns)) for columns in (0, band))
+    band = band if in_a_band < folded else 0
     numbers = min(folded, in_a_band)  # of a head
     if numbers > most:
         queries = most // whole // keys - 1
         return Cut(1, max(queries, 1) * keys)
-    waves = _WAVES_OF_A_BAND if in_a_band < folded else _WAVES
+    waves = _WAVES_OF_A_BAND if band else _WAVES
     wanted = ceil_div(waves * num_programs, whole // keys)
     sizes = [n for n in range(1, group) if group % n == 0] + list(range(group, num_heads + 1, group))
     fitting = [n for n in sizes if n * numbers <= most]
     heads = next((n for n in fitting if n >= wanted), fitting[-1])
     if heads >= group:  # as many at each time
         heads = ceil_div(num_heads // group, ceil_div(num_heads, heads)) * group
-    return Cut(heads, whole, band if in_a_band < folded else 0)
-
-
-def readable(x_BTHD: Tensor) -> Tensor:
-    """As the tensor memory accelerator wants it: rows that begin at multiples of 16 bytes, heads within 2³¹ of one."""
-    strides = [stride * x_BTHD.element_size() for stride in x_BTHD.stride()[:-1]]
-    is_aligned = x_BTHD.stride(-1) == 1 and are_aligned([x_BTHD.data_ptr(), *strides])
-    return x_BTHD if is_aligned and x_BTHD.stride(2) * x_BTHD.shape[2] < 2**31 else x_BTHD.contiguous()
+    return Cut(heads, whole, band)

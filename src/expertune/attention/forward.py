@@ -3,12 +3,11 @@
 import torch
 from torch import Tensor
 
-from expertune.attention.backward import readable
 from expertune.kernels import attention_forward as plain
 from expertune.kernels import attention_forward_hopper
-from expertune.kernels.attention_spans import Spans
+from expertune.kernels.attention_hopper import readable
+from expertune.kernels.attention_spans import Spans, empty_rows
 from expertune.kernels.device import is_hopper
-from expertune.kernels.launch import ceil_div
 
 
 def forward(q_BHTD: Tensor, k_BJTD: Tensor, v_BJTD: Tensor, scale: float, spans: Spans) -> tuple[Tensor, Tensor]:
@@ -21,7 +20,7 @@ def forward(q_BHTD: Tensor, k_BJTD: Tensor, v_BJTD: Tensor, scale: float, spans:
     """
     batch, num_heads, length, _ = q_BHTD.shape
     out_BTHD = torch.empty_like(q_BHTD.transpose(1, 2), memory_format=torch.contiguous_format)
-    lse_BHT = q_BHTD.new_empty((batch, num_heads, ceil_div(length, 4) * 4), dtype=torch.float32)[..., :length]
+    lse_BHT = empty_rows(batch, num_heads, length, dtype=torch.float32, device=q_BHTD.device)
     attend = attention_forward_hopper.forward if is_hopper(q_BHTD.device) else plain.forward
     q, k, v = (readable(x.transpose(1, 2)) for x in (q_BHTD, k_BJTD, v_BJTD))
     for each in range(batch):

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from expertune.kernels.attention_spans import Spans
+from expertune.kernels.attention_spans import Spans, empty_rows
 from expertune.kernels.launch import RowBlocks, ceil_div, launch, next_power_of_2
 
 KEYS = 32  # of a block, in plain Triton
@@ -249,7 +249,7 @@ def _attention_products_kernel(
 def row_sums(x_THD: Tensor, y_THD: Tensor) -> Tensor:
     """`⟨x, y⟩` of each row, `(H, T)` in float32; rows begin at multiples of 16 bytes. In any strides but the last."""
     length, num_heads, width = x_THD.shape
-    sums = torch.empty((num_heads, ceil_div(length, 4) * 4), dtype=torch.float32, device=x_THD.device)
+    sums = empty_rows(num_heads, length, dtype=torch.float32, device=x_THD.device)
     blocks = RowBlocks.of(length, width, _SUMMED)
     launch(
         _attention_row_sums_kernel,
@@ -260,7 +260,7 @@ def row_sums(x_THD: Tensor, y_THD: Tensor) -> Tensor:
         {"ROWS": blocks.rows, "BD": blocks.columns},
         num_warps=4,
     )
-    return sums[:, :length]
+    return sums
 
 
 def values(part: Part, heads: Heads, spans: Spans, sum_THD: Tensor | None, dv_THD: Tensor, scale: float) -> None:

@@ -14,7 +14,7 @@ from expertune.kernels.launch import ceil_div, launch, next_power_of_2
 
 _QUERIES = 32  # of a block
 _KEYS = 16  # of a tile
-_LOWEST = tl.constexpr(-1e30)  # of a score before the first, so that no difference is of two infinities
+LOWEST = tl.constexpr(-1e30)  # of a score before the first, so that no difference is of two infinities
 
 
 @triton.jit(do_not_specialize=["num_heads", "T"])
@@ -29,7 +29,7 @@ def _attention_forward_kernel(
     query = block * QUERIES + tl.arange(0, QUERIES)
     first = tl.load(first_ptr + query, mask=query < T, other=0)
     q = load_rows(q_ptr, query, head, T, q_row, q_head, D, BD)
-    highest = tl.full((QUERIES,), _LOWEST, tl.float32)
+    highest = tl.full((QUERIES,), LOWEST, tl.float32)
     total = tl.zeros((QUERIES,), tl.float32)
     out = tl.zeros((QUERIES, BD), tl.float32)
     for start in range(first_key(first_ptr, block, QUERIES, KEYS), (block + 1) * QUERIES, KEYS):

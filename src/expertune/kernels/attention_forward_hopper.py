@@ -15,7 +15,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from expertune.kernels.attention_hopper import WIDTH, head_tiles
+from expertune.kernels.attention import first_key
+from expertune.kernels.attention_forward import LOWEST
+from expertune.kernels.attention_hopper import LOG2_E, WIDTH, following, head_tiles
 from expertune.kernels.attention_spans import Spans
 from expertune.kernels.hopper_names import copy_tile
 from expertune.kernels.hopper_store import places
@@ -24,8 +26,6 @@ from expertune.kernels.launch import ceil_div, launch
 _QUERIES = 128  # of a block
 _KEYS = 64  # of a tile
 _SLOTS = 5  # for tiles of keys and of values, in turn
-_LOG2_E = gl.constexpr(1.4426950408889634)  # exponentials are powers of two
-_LOWEST = gl.constexpr(-1e30)  # of a score before the first, so that no difference is of two infinities
 
 
 @gluon.jit
@@ -51,10 +51,7 @@ def _copy(descriptors, buffers, barriers, where, strides, GROUP: gl.constexpr):
                 copy_tile(k_desc, [key, head // GROUP * k_head], bar, tile)
             else:
                 copy_tile(v_desc, [key, head // GROUP * v_head], bar, tile)
-            slot += 1
-            if slot == SLOTS:
-                slot = 0
-                parity ^= 1
+            slot, parity = following(slot, parity, SLOTS)
 
 
 @gluon.jit
@@ -83,7 +80,7 @@ def _multiply(ME: gl.constexpr, buffers, barriers, where, pointers, sizes, scale
     seen_by_all = gl.load(first_ptr + gl.minimum(query + QUERIES, T) - 1)  # the first key that is; later ones up to it
     j = gl.expand_dims(gl.arange(0, KEYS, layout=gl.SliceLayout(0, by_key)), 0)
     nothing = gl.zeros((QUERIES, KEYS), gl.float32, by_key)
-    highest = gl.full((QUERIES,), _LOWEST, gl.float32, rows)
+    highest = gl.full((QUERIES,), LOWEST, gl.float32, rows)
     total = gl.zeros((QUERIES,), gl.float32, rows)
     out = gl.zeros((QUERIES, WIDTH), gl.float32, by_width)
     mbarrier.wait(resident, 0)
@@ -95,10 +92,7 @@ def _multiply(ME: gl.constexpr, buffers, barriers, where, pointers, sizes, scale
         scores = warpgroup_mma(q_buf, keys, nothing, use_acc=False, is_async=True)
         scores = warpgroup_mma_wait(num_outstanding=0, deps=(scores,))
         mbarrier.arrive(empty.index(slot), count=1)
-        slot += 1
-        if slot == SLOTS:
-            slot = 0
-            parity ^= 1
+        slot, parity = following(slot, parity, SLOTS)
         if (key + KEYS > query + 1) | (key < seen_by_all):
             distance = gl.expand_dims(query - key + i, 1) - j
             is_seen = distance.to(gl.uint32, bitcast=True) <= gl.expand_dims(back, 1).to(gl.uint32, bitcast=True)
@@ -113,19 +107,13 @@ def _multiply(ME: gl.constexpr, buffers, barriers, where, pointers, sizes, scale
         out = warpgroup_mma(gl.convert_layout(p.to(dtype), left), slots.index(slot), out, is_async=True)
         out = warpgroup_mma_wait(num_outstanding=0, deps=(out,))
         mbarrier.arrive(empty.index(slot), count=1)
-        slot += 1
-        if slot == SLOTS:
-            slot = 0
-            parity ^= 1
+        slot, parity = following(slot, parity, SLOTS)
     for _ in range(query + QUERIES, end, KEYS):  # what the other group alone attends to
         for _part in gl.static_range(2):
             mbarrier.wait(full.index(slot), parity)
             mbarrier.arrive(empty.index(slot), count=1)
-            slot += 1
-            if slot == SLOTS:
-                slot = 0
-                parity ^= 1
-    gl.store(lse_ptr + head * lse_head + query + i, (highest + gl.log2(total)) / _LOG2_E, mask=query + i < T)
+            slot, parity = following(slot, parity, SLOTS)
+    gl.store(lse_ptr + head * lse_head + query + i, (highest + gl.log2(total)) / LOG2_E, mask=query + i < T)
     out = out * gl.expand_dims(gl.convert_layout(1 / total, wide_rows), 1)
     at, mask = places(query, T, 0, WIDTH, out_row, QUERIES, WIDTH, by_width)
     gl.store(out_ptr + head * out_head + at, out.to(out_ptr.dtype.element_ty), mask=mask)
@@ -143,8 +131,9 @@ def _attention_forward_kernel(
     QUERIES: gl.constexpr = q_desc.block_type.shape[0]
     KEYS: gl.constexpr = k_desc.block_type.shape[0]
     head = gl.program_id(0) % num_heads
-    query = (gl.cdiv(T, QUERIES) - 1 - gl.program_id(0) // num_heads) * QUERIES
-    first = gl.load(first_ptr + query) // KEYS * KEYS
+    block = gl.cdiv(T, QUERIES) - 1 - gl.program_id(0) // num_heads
+    query = block * QUERIES
+    first = first_key(first_ptr, block, QUERIES, KEYS)
     q_buf = gl.allocate_shared_memory(q_desc.dtype, q_desc.block_type.shape, q_desc.layout)
     slots = gl.allocate_shared_memory(k_desc.dtype, [SLOTS] + k_desc.block_type.shape, k_desc.layout)
     resident = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
@@ -184,7 +173,7 @@ def forward(
         (ceil_div(length, _QUERIES) * num_heads, 1, 1),
         (spans.first_T, out_THD, lse_HT),
         (num_heads, length),
-        (*[x.stride(1) for x in operands], *out_THD.stride()[:2], lse_HT.stride(0), scale * _LOG2_E.value),
+        (*[x.stride(1) for x in operands], *out_THD.stride()[:2], lse_HT.stride(0), scale * LOG2_E.value),
         {"GROUP": num_heads // k_TJD.shape[1], "SLOTS": _SLOTS},
         descriptors=tuple(tiles),
         num_warps=4,

@@ -6,8 +6,6 @@ probabilities are the left operand of `dV`'s product as they are, without a way 
 computes exponentials, the other multiplies. (The transposed scores are FlashAttention-3's, arXiv 2407.08608.)
 """
 
-from typing import Any
-
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -24,13 +22,23 @@ from expertune.kernels.attention import Heads, Part, last_query, place
 from expertune.kernels.attention_spans import Spans
 from expertune.kernels.hopper_names import copy_tile
 from expertune.kernels.hopper_store import places
-from expertune.kernels.launch import launch
+from expertune.kernels.launch import are_aligned, launch
 
 KEYS = 128  # of a block
 WIDTH = 256  # of heads
 _QUERIES = 64  # of a tile
 _SLOTS = 3  # for tiles of queries and of gradients, in turn
-_LOG2_E = gl.constexpr(1.4426950408889634)  # exponentials are powers of two
+LOG2_E = gl.constexpr(1.4426950408889634)  # exponentials are powers of two
+
+
+@gluon.jit
+def following(slot, parity, SLOTS: gl.constexpr):
+    """The slot whose turn comes next, and the parity of its barriers."""
+    slot += 1
+    if slot == SLOTS:
+        slot = 0
+        parity ^= 1
+    return slot, parity
 
 
 @gluon.jit
@@ -61,10 +69,7 @@ def _copy(descriptors, buffers, barriers, where, end, strides, GROUP: gl.constex
             else:
                 copy_tile(delta_desc, [head, query], bar, row)
                 copy_tile(dout_desc, [query, head * dout_head], bar, tile)
-            slot += 1
-            if slot == SLOTS:
-                slot = 0
-                parity ^= 1
+            slot, parity = following(slot, parity, SLOTS)
         odd ^= 1
 
 
@@ -141,16 +146,13 @@ def _multiply(ME: gl.constexpr, reach, buffers, barriers, where, pointers, sizes
         mbarrier.wait(full.index(slot), parity)
         scores = warpgroup_mma(k_buf, slots.index(slot).permute((1, 0)), nothing, use_acc=False, is_async=True)
         q_slot = slot
-        slot += 1
-        if slot == SLOTS:
-            slot = 0
-            parity ^= 1
+        slot, parity = following(slot, parity, SLOTS)
         mbarrier.wait(full.index(slot), parity)
         dout = slots.index(slot)
         dp = warpgroup_mma(v_buf, dout.permute((1, 0)), nothing, use_acc=False, is_async=True)
         scores = warpgroup_mma_wait(num_outstanding=1, deps=(scores,))
         mbarrier.arrive(empty.index(q_slot), count=1)
-        p = gl.exp2(scores * scale - rows.index(2 * odd).load(by_query) * _LOG2_E)
+        p = gl.exp2(scores * scale - rows.index(2 * odd).load(by_query) * LOG2_E)
         if (behind < KEYS) | (behind > reached_by_all):
             distance = (behind + j - i).to(gl.uint32, bitcast=True)  # large for a query before the key
             p = gl.where(distance < reaches.load(by_query).to(gl.uint32, bitcast=True), p, 0.0)
@@ -160,10 +162,7 @@ def _multiply(ME: gl.constexpr, reach, buffers, barriers, where, pointers, sizes
         _store(dscores.to(dtype), ds_ptr, (ds_row, pitch, behind + ds_column))
         dv = warpgroup_mma_init(warpgroup_mma_wait(num_outstanding=0, deps=(dv,)))
         mbarrier.arrive(empty.index(slot), count=1)
-        slot += 1
-        if slot == SLOTS:
-            slot = 0
-            parity ^= 1
+        slot, parity = following(slot, parity, SLOTS)
         odd ^= 1
     dv = warpgroup_mma_wait(num_outstanding=0, deps=(dv,))
     write(dv, key, head, T, has_before, (sum_ptr, dv_ptr), strides)
@@ -218,6 +217,13 @@ def _attention_values_kernel(
     )
 
 
+def readable(x_BTHD: Tensor) -> Tensor:
+    """As `head_tiles` wants it: rows that begin at multiples of 16 bytes, heads within 2³¹ of one."""
+    strides = [stride * x_BTHD.element_size() for stride in x_BTHD.stride()[:-1]]
+    is_aligned = x_BTHD.stride(-1) == 1 and are_aligned([x_BTHD.data_ptr(), *strides])
+    return x_BTHD if is_aligned and x_BTHD.stride(2) * x_BTHD.shape[2] < 2**31 else x_BTHD.contiguous()
+
+
 def head_tiles(x_THD: Tensor, rows: int) -> TensorDescriptor:
     """Of a sample's heads, tiles of some rows of one, which is found by its column; what is beyond the rows is zero.
 
@@ -241,7 +247,6 @@ def values(part: Part, heads: Heads, spans: Spans, sum_THD: Tensor | None, dv_TH
     total = dv_THD if sum_THD is None else sum_THD
     operands = (heads.q_THD, heads.k_TJD, heads.v_TJD, heads.dout_THD)
     tiles = [head_tiles(x, rows) for x, rows in zip(operands, (_QUERIES, KEYS, KEYS, _QUERIES), strict=True)]
-    constants: dict[str, Any] = {"GROUP": num_heads // heads.k_TJD.shape[1], "IS_BAND": part.is_band}
     delta, reach = heads.delta_HT, spans.reach_T
     of_rows = [(heads.lse_HT, _QUERIES), (delta, _QUERIES), (reach.as_strided((1, length), delta.stride()), KEYS)]
     launch(
@@ -249,8 +254,8 @@ def values(part: Part, heads: Heads, spans: Spans, sum_THD: Tensor | None, dv_TH
         (part.num_blocks * num_heads, 1, 1),
         (reach, part.ds, total, dv_THD),
         part.sizes(num_heads, length),
-        (*[x.stride(1) for x in operands], *total.stride()[:2], *dv_THD.stride()[:2], scale * _LOG2_E.value),
-        constants | {"SLOTS": _SLOTS},
+        (*[x.stride(1) for x in operands], *total.stride()[:2], *dv_THD.stride()[:2], scale * LOG2_E.value),
+        {"GROUP": num_heads // heads.k_TJD.shape[1], "IS_BAND": part.is_band, "SLOTS": _SLOTS},
         descriptors=(*tiles, *[_row_tiles(x, columns) for x, columns in of_rows]),
         num_warps=4,
         maxnreg=168,

@@ -34,6 +34,12 @@ class Spans(NamedTuple):
         return ceil_div(self.most + keys - 1, keys) * keys
 
 
+def empty_rows(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Rows of four-byte numbers that begin at multiples of 16 bytes each, which the tensor memory accelerator wants."""
+    *others, length = shape
+    return torch.empty((*others, ceil_div(length, 4) * 4), dtype=dtype, device=device)[..., :length]
+
+
 @triton.jit(do_not_specialize=["T", "num_samples", "most"])
 def _attention_spans_kernel(start_ptr, first_ptr, reach_ptr, T, num_samples, most, ROWS: tl.constexpr):
     """One program a block of rows, whose samples are found by bisection."""
@@ -62,7 +68,7 @@ def spans(length: int, most: int, start_C: Tensor | None, device: torch.device) 
             empty. None for one sample.
         device: where.
     """
-    first, reach = torch.empty((2, ceil_div(length, 4) * 4), dtype=torch.int32, device=device)[:, :length]
+    first, reach = empty_rows(2, length, dtype=torch.int32, device=device)
     launch(
         _attention_spans_kernel,
         (ceil_div(length, _ROWS), 1, 1),
