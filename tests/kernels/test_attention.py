@@ -1,4 +1,4 @@
-"""Attention's backward in two rounds against the formula written out: in the interpreter, and on Hopper in Gluon."""
+"""Both kinds of attention's backward against the formula written out: in the interpreter, and on Hopper in Gluon."""
 
 import math
 from typing import Any, NamedTuple
@@ -64,17 +64,18 @@ def gradients(tensors: list[Tensor], scale: float, case: Case) -> list[Tensor]:
     return list(torch.autograd.grad(formula(q, k, v, scale, case)[0], (q, k, v), tensors[3]))
 
 
-def ours(tensors: list[Tensor], scale: float, case: Case = WHOLE) -> list[Tensor]:
-    from expertune.attention.backward import backward
+def ours(tensors: list[Tensor], scale: float, case: Case = WHOLE, *, forms_again: bool = False) -> list[Tensor]:
+    from expertune.attention import backward, backward_again
 
     q, k, v, dout = tensors
     out, lse = formula(q.double(), k.double(), v.double(), scale, case)
     spans = case.spans(q.shape[2])
-    return list(backward(dout.transpose(1, 2), q, k, v, out.to(q).transpose(1, 2), lse.float(), scale, spans))
+    function = (backward_again if forms_again else backward).backward
+    return list(function(dout.transpose(1, 2), q, k, v, out.to(q).transpose(1, 2), lse.float(), scale, spans))
 
 
-def check(tensors: list[Tensor], scale: float, case: Case = WHOLE) -> list[Tensor]:
-    mine, plain = ours(tensors, scale, case), gradients(tensors, scale, case)
+def check(tensors: list[Tensor], scale: float, case: Case = WHOLE, *, forms_again: bool = False) -> list[Tensor]:
+    mine, plain = ours(tensors, scale, case, forms_again=forms_again), gradients(tensors, scale, case)
     truth = gradients([x.double() for x in tensors], scale, case)
     for name, got, other, exact in zip(NAMES, mine, plain, truth, strict=True):
         assert got.dtype == tensors[0].dtype
@@ -143,6 +144,55 @@ def test_no_query_reaches_beyond_its_window_and_sample(
     check(inputs(1, 130, 2, 1, 16, dtype), 0.25, case)
 
 
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("case", "bound", "summed"),
+    [(WHOLE, 2**30, 4), (Case(window=20), 2**30, 4), (Case((90, 40)), 80_000, 2)],
+    ids=["folded", "a band", "in two parts"],
+    indirect=["bound"],
+)
+@pytest.mark.usefixtures("bound")
+def test_heads_that_share_keys_are_summed_by_one_program(
+    case: Case, summed: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from expertune.attention import backward
+
+    monkeypatch.setattr(backward, "is_hopper", lambda _: False)
+    monkeypatch.setattr(backward, "num_programs", lambda _: 1)
+    monkeypatch.setattr(backward, "_WAVES", 20)  # so many heads at a time as there is room for
+    monkeypatch.setattr(backward, "_WAVES_OF_SUMS", 0)
+    band = case.spans(130).band(32)
+    cut = backward.cut_into(130, 4, 4, 32, 1, band)
+    assert (cut.summed, cut.band > 0) == (summed, case.window is not None)
+    check(inputs(1, 130, 4, 1, 16, dtype), 0.25, case)
+
+
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+@pytest.mark.parametrize("fewest", [0, 4, 100], ids=["all heads", "some heads", "none"])
+@pytest.mark.parametrize(
+    "case", [WHOLE, Case(window=20), Case((1, 32, 2, 15, 0, 0))], ids=["whole", "window", "samples"]
+)
+def test_scores_formed_again(case: Case, fewest: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    from expertune.attention import backward_again
+
+    monkeypatch.setattr(backward_again, "is_hopper", lambda _: False)
+    monkeypatch.setattr(backward_again, "_WAVES", fewest)
+    monkeypatch.setattr(backward_again, "num_programs", lambda _: 1)
+    check(inputs(2, 50, 4, 1, 24, dtype), 0.2, case, forms_again=True)
+
+
+@pytest.mark.parametrize(
+    ("group", "num_blocks", "fewest", "heads"),
+    [(1, 5, 9, 1), (8, 512, 198, 2), (8, 1024, 198, 4), (12, 12288, 198, 12)],
+)
+def test_as_many_heads_are_summed_as_leave_enough_programs(
+    group: int, num_blocks: int, fewest: float, heads: int
+) -> None:
+    from expertune.attention.backward_again import heads_summed
+
+    assert heads_summed(group, num_blocks, fewest) == heads
+
+
 def test_any_strides_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     from expertune.attention import backward as module
 
@@ -161,26 +211,30 @@ def test_any_strides_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("length", "num_heads", "group", "most", "cut"),
     [
-        (8192, 20, 1, 8192, (7, 8192, 0)),
-        (32768, 20, 1, 32768, (1, 32768, 0)),
-        (100_000, 20, 1, 100_000, (1, 20224, 0)),
-        (4096, 16, 8, 4096, (16, 4096, 0)),
-        (16384, 16, 8, 16384, (2, 16384, 0)),
-        (20_000, 24, 3, 20_000, (1, 20096, 0)),
-        (5000, 24, 3, 5000, (12, 5120, 0)),
-        (16384, 20, 1, 4096, (4, 16384, 4224)),
-        (100_000, 16, 2, 1024, (4, 100_096, 1152)),
-        (100_000, 20, 1, 16384, (1, 100_096, 16512)),
+        (8192, 20, 1, 8192, (7, 8192, 0, 1)),
+        (32768, 20, 1, 32768, (1, 32768, 0, 1)),
+        (100_000, 20, 1, 100_000, (1, 20224, 0, 1)),
+        (4096, 16, 8, 4096, (16, 4096, 0, 1)),
+        (16384, 16, 8, 16384, (2, 16384, 0, 1)),
+        (20_000, 24, 3, 20_000, (1, 20096, 0, 1)),
+        (5000, 24, 3, 5000, (12, 5120, 0, 1)),
+        (16384, 20, 1, 4096, (4, 16384, 4224, 1)),
+        (16384, 16, 2, 1024, (16, 16384, 1152, 2)),
+        (16384, 16, 8, 3000, (4, 16384, 3200, 1)),
+        (100_000, 16, 2, 1024, (4, 100_096, 1152, 2)),
+        (100_000, 20, 1, 16384, (1, 100_096, 16512, 1)),
     ],
 )
-def test_what_is_held_is_bounded(length: int, num_heads: int, group: int, most: int, cut: tuple[int, int, int]) -> None:
+def test_what_is_held_is_bounded(
+    length: int, num_heads: int, group: int, most: int, cut: tuple[int, int, int, int]
+) -> None:
     from expertune.attention.backward import cut_into
     from expertune.kernels.attention import scratch_shape
     from expertune.kernels.attention_spans import Spans
 
     columns = Spans(most, *torch.empty(2, 0)).band(128)
     assert cut_into(length, num_heads, group, keys=128, num_programs=132, band=columns) == cut
-    heads, queries, band = cut
+    heads, queries, band, _ = cut
     rows, pitch = scratch_shape(heads, length, queries, 128, band)
     assert 2 * rows * pitch <= max(2**29, 40 * 2**10 * length)
 
@@ -198,10 +252,22 @@ needs_hopper = pytest.mark.skipif(
 )
 
 
+def check_on_hopper(tensors: list[Tensor], case: Case = WHOLE) -> None:
+    """The kernels for heads of that width; two runs give the same bits."""
+    width = tensors[0].shape[-1]
+    forms_again = width == 128
+    first = check(tensors, width**-0.5, case, forms_again=forms_again)
+    again = ours(tensors, width**-0.5, case, forms_again=forms_again)
+    assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
+
+
 @needs_hopper
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
-    "bound", [2**30, 2_000_000, 1], ids=["whole", "some heads or queries", "one block"], indirect=True
+    ("width", "bound"),
+    [(128, 2**30), (256, 2**30), (256, 2_000_000), (256, 1)],
+    ids=["128", "256, whole", "256, some heads or queries", "256, one block"],
+    indirect=["bound"],
 )
 @pytest.mark.parametrize(
     ("batch", "length", "num_heads", "num_shared"),
@@ -209,16 +275,16 @@ needs_hopper = pytest.mark.skipif(
     ids=str,
 )
 @pytest.mark.usefixtures("bound")
-def test_on_hopper(batch: int, length: int, num_heads: int, num_shared: int, dtype: torch.dtype) -> None:
-    tensors = inputs(batch, length, num_heads, num_shared, 256, dtype)
-    first = check(tensors, 1 / 16)
-    again = ours(tensors, 1 / 16)
-    assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
+def test_on_hopper(batch: int, length: int, num_heads: int, num_shared: int, width: int, dtype: torch.dtype) -> None:
+    check_on_hopper(inputs(batch, length, num_heads, num_shared, width, dtype))
 
 
 @needs_hopper
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("bound", [2**30, 1], ids=["whole", "one block"], indirect=True)
+@pytest.mark.parametrize(
+    ("width", "bound"), [(128, 2**30), (256, 2**30), (256, 1)], ids=["128", "256, whole", "256, one block"],
+    indirect=["bound"],
+)  # fmt: skip
 @pytest.mark.parametrize(
     "case",
     [
@@ -231,17 +297,30 @@ def test_on_hopper(batch: int, length: int, num_heads: int, num_shared: int, dty
     ids=["short window", "long window", "short samples", "long samples", "samples in a window"],
 )
 @pytest.mark.usefixtures("bound")
-def test_on_hopper_no_query_reaches_beyond_its_window_and_sample(case: Case, dtype: torch.dtype) -> None:
-    tensors = inputs(1, 1200, 8, 4, 256, dtype)
-    first = check(tensors, 1 / 16, case)
-    again = ours(tensors, 1 / 16, case)
-    assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
+def test_on_hopper_no_query_reaches_beyond_its_window_and_sample(case: Case, width: int, dtype: torch.dtype) -> None:
+    check_on_hopper(inputs(1, 1200, 8, 4, width, dtype), case)
 
 
 @needs_hopper
-def test_on_hopper_nothing_depends_on_when_who_comes() -> None:
+@pytest.mark.parametrize("width", [128, 256])
+@pytest.mark.parametrize("num_shared", [1, 2, 8])
+@pytest.mark.parametrize("waves", [0, 0.1], ids=["all heads of a group", "some"])
+def test_on_hopper_heads_that_share_keys_are_summed_by_one_program(
+    waves: float, num_shared: int, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from expertune.attention import backward, backward_again
+
+    monkeypatch.setattr(backward, "_WAVES_OF_SUMS", waves)
+    monkeypatch.setattr(backward_again, "_WAVES", waves)
+    check_on_hopper(inputs(1, 1200, 8, num_shared, width, torch.bfloat16), Case((1, 500, 128, 127, 64, 380)))
+
+
+@needs_hopper
+@pytest.mark.parametrize("width", [128, 256])
+def test_on_hopper_nothing_depends_on_when_who_comes(width: int) -> None:
     """What a group or the copying warp took too early would be other numbers now and then."""
-    tensors = inputs(1, 2100, 8, 4, 256, torch.bfloat16)
-    first = ours(tensors, 1 / 16)
+    tensors = inputs(1, 2100, 8, 4, width, torch.bfloat16)
+    first = ours(tensors, width**-0.5, forms_again=width == 128)
     for _ in range(200):
-        assert all(torch.equal(x, y) for x, y in zip(ours(tensors, 1 / 16), first, strict=True))
+        found = ours(tensors, width**-0.5, forms_again=width == 128)
+        assert all(torch.equal(x, y) for x, y in zip(found, first, strict=True))

@@ -6,16 +6,17 @@ time. What several runs, or several heads of queries, give the same keys and val
 """
 
 from collections.abc import Iterator
-from math import prod
+from math import gcd, prod
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from expertune.attention.backward_again import heads_summed
 from expertune.kernels import attention as plain
 from expertune.kernels import attention_hopper, attention_products_hopper
-from expertune.kernels.attention import Heads, Part, row_sums, scratch_shape
+from expertune.kernels.attention import Grads, Heads, Part, row_sums, scratch_shape
 from expertune.kernels.attention_hopper import readable
 from expertune.kernels.attention_spans import Spans
 from expertune.kernels.device import is_hopper, num_programs
@@ -26,21 +27,31 @@ _A_TOKEN = 40 * 2**10
 _LEAST = 2**29  # and in any case
 # blocks of keys a multiprocessor, so that all end at about the same time: uneven ones, and those that fill a band
 _WAVES, _WAVES_OF_A_BAND = 5, 16
+_WAVES_OF_SUMS = 4  # at least, where several heads that share keys are summed by one program
 
 
 class Cut(NamedTuple):
-    """Heads of queries, and queries of each, whose scores are held at a time; columns of a band, 0 if folded."""
+    """How a sample is cut.
+
+    Args:
+        heads: of queries, whose scores are held at a time.
+        queries: of each.
+        band: columns of a band; 0 if folded.
+        summed: heads whose gradients of shared keys and values one program sums.
+    """
 
     heads: int
     queries: int
     band: int = 0
+    summed: int = 1
 
 
 class _Kernels(NamedTuple):
-    """The two rounds, and the keys of a block of theirs."""
+    """The first round, the second for keys and for queries, and the keys of a block."""
 
     values: Any
-    products: Any
+    of_keys: Any
+    of_queries: Any
     keys: int
 
 
@@ -79,26 +90,29 @@ def _sample(given: tuple[Tensor, ...], grads: tuple[Tensor, Tensor, Tensor], sca
     """Of one row of the batch, `(T, heads, D)`."""
     q, k, v, dout, out, lse_HT = given
     dq, dk, dv = grads
-    kernels = _kernels(q.device)
     (length, num_heads, width), group = q.shape, q.shape[1] // k.shape[1]
+    kernels = _kernels(q.device)
     delta_HT = row_sums(dout, out)
     cut = cut_into(length, num_heads, group, kernels.keys, num_programs(q.device), spans.band(kernels.keys))
     ds = q.new_empty(scratch_shape(cut.heads, length, cut.queries, kernels.keys, cut.band))
-    are_summed = cut.queries < length or group > 1
-    sums = q.new_empty((2, length, cut.heads, width), dtype=torch.float32) if are_summed else None
+    are_summed = cut.queries < length or cut.heads % group > 0 or cut.summed < group
+    num_sums = ceil_div(cut.heads, cut.summed)
+    sums = q.new_empty((2, length, num_sums, width), dtype=torch.float32) if are_summed else None
     for first in range(0, num_heads, cut.heads):
         own = slice(first, min(first + cut.heads, num_heads))
         shared = slice(first // group, ceil_div(own.stop, group))
         heads = Heads(q[:, own], k[:, shared], v[:, shared], dout[:, own], lse_HT[own], delta_HT[own])
-        to_sum = None if sums is None else sums[:, :, : own.stop - first]
+        to_sum = None if sums is None else Grads(*sums[:, :, : ceil_div(own.stop - first, cut.summed)])
         scratch = ds[: len(ds) // cut.heads * (own.stop - first)]
-        last = None if group > 1 else (dk[:, own], dv[:, own])
+        is_last = own.stop % group == 0
+        written = Grads(dk[:, shared], dv[:, shared])
+        last = written if is_last and cut.summed == min(group, cut.heads) else None
         for part in _parts(scratch, length, cut, kernels.keys, adds=first % group > 0):
             _part(kernels, part, heads, spans, to_sum, last, dq[:, own], scale)
-        if to_sum is not None and group > 1 and own.stop % group == 0:
-            for summed, grad in ((to_sum[0], dk), (to_sum[1], dv)):
+        if to_sum is not None and last is None and is_last:
+            for summed, grad in zip(to_sum, written, strict=True):
                 by_group = summed.view(length, shared.stop - shared.start, -1, width)
-                grad[:, shared] = by_group.sum(2)
+                grad.copy_(by_group.sum(2))
 
 
 def _part(
@@ -106,23 +120,23 @@ def _part(
     part: Part,
     heads: Heads,
     spans: Spans,
-    sums: Tensor | None,
-    last: tuple[Tensor, Tensor] | None,
+    sums: Grads | None,
+    last: Grads | None,
     dq: Tensor,
     scale: float,
 ) -> None:
     """Both rounds for some queries. What they give keys and values is summed, or written if they are the last."""
-    dk_sum, dv_sum = (None, None) if sums is None else (sums[0], sums[1])
-    dk, dv = last if last is not None and part.end == len(dq) else (dk_sum, dv_sum)
-    kernels.values(part, heads, spans, dv_sum, dv, scale)
-    kernels.products(part, heads.q_THD, spans, dk_sum, dk, scale, of_queries=False)
-    kernels.products(part, heads.k_TJD, spans, None, dq, scale, of_queries=True)
+    grads = last if last is not None and part.end == len(dq) else sums
+    kernels.values(part, heads, spans, sums, grads, scale)
+    kernels.of_keys(part, heads.q_THD, spans, sums, grads, scale)
+    kernels.of_queries(part, heads.k_TJD, spans, dq, scale)
 
 
 def _kernels(device: torch.device) -> _Kernels:
     if is_hopper(device):
-        return _Kernels(attention_hopper.values, attention_products_hopper.products, attention_hopper.KEYS)
-    return _Kernels(plain.values, plain.products, plain.KEYS)
+        second = attention_products_hopper
+        return _Kernels(attention_hopper.values, second.of_keys, second.of_queries, attention_hopper.KEYS)
+    return _Kernels(plain.values, plain.of_keys, plain.of_queries, plain.KEYS)
 
 
 def _parts(ds: Tensor, length: int, cut: Cut, keys: int, *, adds: bool) -> Iterator[Part]:
@@ -156,4 +170,5 @@ def cut_into(length: int, num_heads: int, group: int, keys: int, num_programs: i
     heads = next((n for n in fitting if n >= wanted), fitting[-1])
     if heads >= group:  # as many at each time
         heads = ceil_div(num_heads // group, ceil_div(num_heads, heads)) * group
-    return Cut(heads, whole, band)
+    summed = heads_summed(gcd(group, heads), whole // keys * heads, _WAVES_OF_SUMS * num_programs)
+    return Cut(heads, whole, band, summed)

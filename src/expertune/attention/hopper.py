@@ -1,7 +1,8 @@
-"""Attention with heads of 256 on Hopper: our kernels, but for the forward of whole samples, which is cuDNN's.
+"""Attention with heads of 128 and 256 on Hopper: our kernels, but for what cuDNN does as fast.
 
-cuDNN's backward of such heads reaches 390 TFLOP/s on an H200, where its forward reaches 640. Of packed samples and
-windows torch has FlashAttention-2 alone, with 290 forward and 230 backward.
+Of packed samples and windows torch has FlashAttention-2 alone, with 290 TFLOP/s forward and 230 backward of heads of
+256 on an H200. Of whole samples cuDNN has a fast forward, and a fast backward of heads of 128; that of 256 reaches 390,
+where the forward reaches 640.
 """
 
 from torch import Tensor
@@ -11,19 +12,22 @@ from expertune.attention.flash import why_not_fused
 from expertune.attention.kernels import Attended, Pattern
 from expertune.kernels import has_triton
 
-_WIDTH = 256  # of heads, for which our kernels are made
+_NARROW, _WIDE = 128, 256  # heads, for which our kernels are made
 
 
 class Hopper:
-    """cuDNN's forward, or ours where cuDNN has none, and a backward in two rounds without atomics."""
+    """cuDNN's forward, or ours where cuDNN has none, and a backward without atomics."""
 
     name = "hopper"
     _cudnn = Cudnn()
 
     def why_not(self, q_BHTD: Tensor, v_BJSV: Tensor, pattern: Pattern) -> str | None:
         """Why it cannot run here."""
-        if q_BHTD.shape[-1] != _WIDTH or v_BJSV.shape[-1] != _WIDTH:
-            return f"needs heads of {_WIDTH}, also of values"
+        width = q_BHTD.shape[-1]
+        if width not in (_NARROW, _WIDE) or v_BJSV.shape[-1] != width:
+            return f"needs heads of {_NARROW} or {_WIDE}, also of values"
+        if width == _NARROW and pattern.window is None and pattern.sequences is None:
+            return f"leaves whole samples with heads of {_NARROW} to others, which are as fast"
         if (reason := why_not_fused(q_BHTD, v_BJSV, pattern, (9, 0))) is not None:
             return reason
         if not has_triton():
@@ -57,11 +61,13 @@ class Hopper:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The gradients of queries, keys and values."""
         from expertune.attention.backward import backward
+        from expertune.attention.backward_again import backward as backward_again
         from expertune.kernels.attention_spans import Spans
 
         out_BTHV, lse_BHT, found = attended
         of_rows = Spans(_most(q_BHTD, pattern), *found)
-        return backward(dout_BTHV, q_BHTD, k_BJSD, v_BJSV, out_BTHV, lse_BHT, pattern.scale, of_rows)
+        function = backward_again if q_BHTD.shape[-1] == _NARROW else backward
+        return function(dout_BTHV, q_BHTD, k_BJSD, v_BJSV, out_BTHV, lse_BHT, pattern.scale, of_rows)
 
 
 def _most(q_BHTD: Tensor, pattern: Pattern) -> int:

@@ -83,6 +83,13 @@ class Heads(NamedTuple):
     delta_HT: Tensor
 
 
+class Grads(NamedTuple):
+    """Of keys and of values, `(T, sums, D)`: each is the sum of what as many heads of queries in a row give."""
+
+    dk: Tensor
+    dv: Tensor
+
+
 def scratch_shape(num_heads: int, length: int, num_queries: int, keys: int, band: int) -> tuple[int, int]:
     """Of `Part.ds`.
 
@@ -172,40 +179,52 @@ def _write(
 
 
 @triton.jit(do_not_specialize=["first_block", "end", "num_heads", "T", "pitch_blocks", "rows_blocks", "adds"])
-def _attention_values_kernel(
-    ds_ptr, q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, reach_ptr, sum_ptr, dv_ptr,
+def _attention_keys_kernel(
+    ds_ptr, q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, reach_ptr, sum_ptr, dv_ptr, dk_ptr,
     first_block, end, num_heads, T, pitch_blocks, rows_blocks, adds,
-    q_row, q_head, k_row, k_head, v_row, v_head, dout_row, dout_head, lse_head, delta_head, sum_row, sum_head, dv_row,
-    dv_head, scale,
-    D: tl.constexpr, BD: tl.constexpr, GROUP: tl.constexpr, IS_BAND: tl.constexpr, KEYS: tl.constexpr,
-    QUERIES: tl.constexpr,
+    q_row, q_head, k_row, k_head, v_row, v_head, dout_row, dout_head, lse_head, delta_head, sum_row, sum_head, out_row,
+    out_head, scale,
+    D: tl.constexpr, BD: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, IS_BAND: tl.constexpr,
+    SUMS_KEYS: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr,
 ):  # fmt: skip
-    """One program a block of keys of a head; those of whole samples with most queries first."""
-    block, head = tl.program_id(0) // num_heads, tl.program_id(0) % num_heads
+    """One program a block of keys of a sum; those of whole samples with most queries first.
+
+    With `SUMS_KEYS` `dK` is summed too, and nothing is written to `ds`.
+    """
+    num_sums = num_heads // HEADS
+    block, own = tl.program_id(0) // num_sums, tl.program_id(0) % num_sums
     ds_row, ds_shift = place(block, first_block, tl.cdiv(end, KEYS) - first_block, IS_BAND, KEYS)
     key = block * KEYS + tl.arange(0, KEYS)
-    k = load_rows(k_ptr, key, head // GROUP, T, k_row, k_head, D, BD)
-    v = load_rows(v_ptr, key, head // GROUP, T, v_row, v_head, D, BD)
+    k = load_rows(k_ptr, key, own * HEADS // GROUP, T, k_row, k_head, D, BD)
+    v = load_rows(v_ptr, key, own * HEADS // GROUP, T, v_row, v_head, D, BD)
     dv = tl.zeros((KEYS, BD), dtype=tl.float32)
-    first = tl.maximum(block, first_block) * KEYS
+    dk = tl.zeros((KEYS, BD), dtype=tl.float32)
+    first, last = tl.maximum(block, first_block) * KEYS, last_query(reach_ptr, block, end, T, KEYS)
     reach = tl.load(reach_ptr + key, mask=key < T, other=0)
-    for start in range(first, last_query(reach_ptr, block, end, T, KEYS), QUERIES):
-        query = start + tl.arange(0, QUERIES)
-        q = load_rows(q_ptr, query, head, T, q_row, q_head, D, BD)
-        dout = load_rows(dout_ptr, query, head, T, dout_row, dout_head, D, BD)
-        lse = tl.load(lse_ptr + head.to(tl.int64) * lse_head + query, mask=query < T, other=0.0)
-        delta = tl.load(delta_ptr + head.to(tl.int64) * delta_head + query, mask=query < T, other=0.0)
-        scores = tl.dot(k, tl.trans(q), input_precision="ieee")
-        p = tl.exp(scores * scale - lse[None, :])
-        behind = query[None, :] - key[:, None]
-        p = tl.where((behind >= 0) & (behind < reach[:, None]), p, 0.0)
-        dp = tl.dot(v, tl.trans(dout), input_precision="ieee")
-        dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
-        ds = (p * (dp - delta[None, :])).to(ds_ptr.dtype.element_ty)
-        row = (head.to(tl.int64) * rows_blocks * KEYS + ds_row + tl.arange(0, KEYS)) * pitch_blocks * KEYS
-        tl.store(ds_ptr + row[:, None] + (query + ds_shift)[None, :], ds)
+    for of_sum in range(HEADS):
+        head = own * HEADS + of_sum
+        for start in range(first, last, QUERIES):
+            query = start + tl.arange(0, QUERIES)
+            q = load_rows(q_ptr, query, head, T, q_row, q_head, D, BD)
+            dout = load_rows(dout_ptr, query, head, T, dout_row, dout_head, D, BD)
+            lse = tl.load(lse_ptr + head.to(tl.int64) * lse_head + query, mask=query < T, other=0.0)
+            delta = tl.load(delta_ptr + head.to(tl.int64) * delta_head + query, mask=query < T, other=0.0)
+            scores = tl.dot(k, tl.trans(q), input_precision="ieee")
+            p = tl.exp(scores * scale - lse[None, :])
+            behind = query[None, :] - key[:, None]
+            p = tl.where((behind >= 0) & (behind < reach[:, None]), p, 0.0)
+            dp = tl.dot(v, tl.trans(dout), input_precision="ieee")
+            dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
+            ds = (p * (dp - delta[None, :])).to(q.dtype)
+            if SUMS_KEYS:
+                dk = tl.dot(ds, q, dk, input_precision="ieee")
+            else:
+                row = (head.to(tl.int64) * rows_blocks * KEYS + ds_row + tl.arange(0, KEYS)) * pitch_blocks * KEYS
+                tl.store(ds_ptr + row[:, None] + (query + ds_shift)[None, :], ds)
     has_before = (block < first_block) | (adds > 0)
-    _write(sum_ptr, dv_ptr, dv, key, head, T, has_before, sum_row, sum_head, dv_row, dv_head, D, BD)
+    _write(sum_ptr, dv_ptr, dv, key, own, T, has_before, sum_row, sum_head, out_row, out_head, D, BD)
+    if SUMS_KEYS:
+        _write(dk_ptr, dk_ptr, dk * scale, key, own, T, False, out_row, out_head, out_row, out_head, D, BD)
 
 
 @triton.jit(do_not_specialize=["first_block", "end", "num_heads", "T", "pitch_blocks", "rows_blocks", "adds"])
@@ -213,37 +232,41 @@ def _attention_products_kernel(
     ds_ptr, x_ptr, row_ptr, sum_ptr, out_ptr,
     first_block, end, num_heads, T, pitch_blocks, rows_blocks, adds,
     x_row, x_head, sum_row, sum_head, out_row, out_head, scale,
-    D: tl.constexpr, BD: tl.constexpr, OF_QUERIES: tl.constexpr, GROUP: tl.constexpr, IS_BAND: tl.constexpr,
-    KEYS: tl.constexpr, DEPTH: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, OF_QUERIES: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr,
+    IS_BAND: tl.constexpr, KEYS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """One program a block of rows of a head; those of whole samples with most to sum first."""
+    """One program a block of rows of a sum; those of whole samples with most to sum first."""
     num_blocks = tl.cdiv(end, KEYS)
-    block, head = tl.program_id(0) // num_heads, tl.program_id(0) % num_heads
+    num_sums = num_heads // HEADS
+    block, own = tl.program_id(0) // num_sums, tl.program_id(0) % num_sums
     if OF_QUERIES:
         block = num_blocks - 1 - block
         first, last = first_key(row_ptr, block, KEYS, KEYS), (block + 1) * KEYS
-        x_head_at, has_before = head // GROUP, False
+        has_before = False
     else:
         first, last = tl.maximum(block, first_block) * KEYS, last_query(row_ptr, block, end, T, KEYS)
-        x_head_at, has_before = head, (block < first_block) | (adds > 0)
+        has_before = (block < first_block) | (adds > 0)
     row = block * KEYS + tl.arange(0, KEYS)
     total = tl.zeros((KEYS, BD), dtype=tl.float32)
-    for start in range(first, last, DEPTH):
-        at = start + tl.arange(0, DEPTH)
-        if OF_QUERIES:
-            key, query, key_block = at, row, start // KEYS
-        else:
-            key, query, key_block = row, at, block
-        ds_row, ds_shift = place(key_block, first_block, num_blocks - first_block, IS_BAND, KEYS)
-        ds_row = head.to(tl.int64) * rows_blocks * KEYS + ds_row + key - key_block * KEYS
-        places = ds_row * (pitch_blocks * KEYS)
-        if OF_QUERIES:
-            ds = tl.load(ds_ptr + places[None, :] + (query + ds_shift)[:, None], mask=(query < end)[:, None], other=0.0)
-        else:
-            ds = tl.load(ds_ptr + places[:, None] + (query + ds_shift)[None, :])
-        x = load_rows(x_ptr, at, x_head_at, T, x_row, x_head, D, BD)
-        total = tl.dot(ds, x, total, input_precision="ieee")
-    _write(sum_ptr, out_ptr, total * scale, row, head, T, has_before, sum_row, sum_head, out_row, out_head, D, BD)
+    for of_sum in range(HEADS):
+        head = own * HEADS + of_sum
+        for start in range(first, last, DEPTH):
+            at = start + tl.arange(0, DEPTH)
+            if OF_QUERIES:
+                key, query, key_block = at, row, start // KEYS
+            else:
+                key, query, key_block = row, at, block
+            ds_row, ds_shift = place(key_block, first_block, num_blocks - first_block, IS_BAND, KEYS)
+            ds_row = head.to(tl.int64) * rows_blocks * KEYS + ds_row + key - key_block * KEYS
+            places = ds_row * (pitch_blocks * KEYS)
+            if OF_QUERIES:
+                mask = (query < end)[:, None]
+                ds = tl.load(ds_ptr + places[None, :] + (query + ds_shift)[:, None], mask=mask, other=0.0)
+            else:
+                ds = tl.load(ds_ptr + places[:, None] + (query + ds_shift)[None, :])
+            x = load_rows(x_ptr, at, head // GROUP, T, x_row, x_head, D, BD)
+            total = tl.dot(ds, x, total, input_precision="ieee")
+    _write(sum_ptr, out_ptr, total * scale, row, own, T, has_before, sum_row, sum_head, out_row, out_head, D, BD)
 
 
 def row_sums(x_THD: Tensor, y_THD: Tensor) -> Tensor:
@@ -263,60 +286,98 @@ def row_sums(x_THD: Tensor, y_THD: Tensor) -> Tensor:
     return sums
 
 
-def values(part: Part, heads: Heads, spans: Spans, sum_THD: Tensor | None, dv_THD: Tensor, scale: float) -> None:
-    """Write `part.ds`, and of each head of queries what it gives `dv`.
+def values(part: Part, heads: Heads, spans: Spans, sums: Grads | None, grads: Grads, scale: float) -> None:
+    """Write `part.ds`, and what heads of queries give `dv`.
 
     Args:
         part: whose queries are walked.
         heads: all rows of theirs.
         spans: of these rows.
-        sum_THD: what has been summed before, in float32; None if nothing has. `dv` may lie there.
-        dv_THD: of keys before `part.end`, in its dtype; other rows stay.
+        sums: what has been summed before, in float32; None if nothing has. `grads` may lie there.
+        grads: of keys before `part.end`, in their dtype; other rows stay.
         scale: of scores.
     """
-    length, num_heads, width = heads.q_THD.shape
-    total = dv_THD if sum_THD is None else sum_THD
-    tensors = (part.ds, *heads, spans.reach_T, total, dv_THD)
-    strides = [stride for x in tensors[1:] for stride in x.stride()[: x.dim() - 1]]
+    dv_sum = (grads if sums is None else sums).dv
+    sizes = part.sizes(heads.q_THD.shape[1], len(heads.q_THD))
+    _walk(heads, spans, (part.ds, dv_sum, grads.dv, grads.dv), part.num_blocks, part.keys, sizes, scale, part.is_band)
+
+
+def keys_and_values(heads: Heads, spans: Spans, grads: Grads, scale: float) -> None:
+    """Write what heads of queries give `dk` and `dv`; both in the same strides.
+
+    Args:
+        heads, spans, scale: as for `values`.
+        grads: in their dtype.
+    """
+    length, num_heads, _ = heads.q_THD.shape
+    tensors = (heads.q_THD, grads.dv, grads.dv, grads.dk)  # nothing is written to the first
+    sizes = (0, length, num_heads, length, 0, 0, 0)
+    _walk(heads, spans, tensors, ceil_div(length, KEYS), KEYS, sizes, scale, sums_keys=True)
+
+
+def _walk(
+    heads: Heads, spans: Spans, tensors: tuple[Tensor, ...], num_blocks: int, keys: int, sizes: tuple[int, ...],
+    scale: float, is_band: bool = False, *, sums_keys: bool = False,
+) -> None:  # fmt: skip
+    """Launch: where the gradient of scores, the sums and results of values, and keys lie; what `Part.sizes` says."""
+    num_heads, width = heads.q_THD.shape[1:]
+    ds, total, dv, dk = tensors
+    strides = [stride for x in (*heads, total, dv) for stride in x.stride()[: x.dim() - 1]]
+    num_sums = dv.shape[1]
     launch(
-        _attention_values_kernel,
-        (part.num_blocks * num_heads, 1, 1),
-        tensors,
-        part.sizes(num_heads, length),
+        _attention_keys_kernel,
+        (num_blocks * num_sums, 1, 1),
+        (ds, *heads, spans.reach_T, total, dv, dk),
+        sizes,
         (*strides, scale),
         {
             "D": width,
             "BD": max(16, next_power_of_2(width)),
             "GROUP": num_heads // heads.k_TJD.shape[1],
-            "IS_BAND": part.is_band,
-            "KEYS": part.keys,
-            "QUERIES": part.keys // 2,
+            "HEADS": num_heads // num_sums,
+            "IS_BAND": is_band,
+            "SUMS_KEYS": sums_keys,
+            "KEYS": keys,
+            "QUERIES": keys // 2,
         },
         num_warps=4,
     )
 
 
-def products(
-    part: Part, x_TXD: Tensor, spans: Spans, sum_THD: Tensor | None, out_THD: Tensor, scale: float, *, of_queries: bool
-) -> None:
-    """Write `scale · dS x`, for queries, or of each head of queries `scale · dSᵀ x`, for keys.
+def of_keys(part: Part, q_THD: Tensor, spans: Spans, sums: Grads | None, grads: Grads, scale: float) -> None:
+    """Write `dk`: what heads of queries give it, `scale · dSᵀ q`.
 
     Args:
         part: with the gradient of the scores written.
-        x_TXD: keys for queries and queries for keys, in any strides but the last.
-        spans: as in the round before.
-        sum_THD: as for `values`; None for queries.
-        out_THD: of queries of the part, or of keys before its end; other rows stay.
-        scale: of scores.
-        of_queries: whether `out` is of queries.
+        q_THD: queries, in any strides but the last.
+        spans, sums, grads, scale: as for `values`.
     """
-    length, num_heads, width = out_THD.shape
-    total = out_THD if sum_THD is None else sum_THD
-    strides = [stride for x in (x_TXD, total, out_THD) for stride in x.stride()[:2]]
+    total = (grads if sums is None else sums).dk
+    _products(part, q_THD, spans.reach_T, total, grads.dk, scale, q_THD.shape[1], of_queries=False)
+
+
+def of_queries(part: Part, k_TJD: Tensor, spans: Spans, dq_THD: Tensor, scale: float) -> None:
+    """Write `scale · dS k`, of the queries of the part; other rows stay.
+
+    Args:
+        part: with the gradient of the scores written.
+        k_TJD: keys, in any strides but the last.
+        spans, scale: as for `values`.
+        dq_THD: in the dtype of the queries.
+    """
+    _products(part, k_TJD, spans.first_T, dq_THD, dq_THD, scale, dq_THD.shape[1], of_queries=True)
+
+
+def _products(
+    part: Part, x_TXD: Tensor, row_T: Tensor, total: Tensor, out_TSD: Tensor, scale: float, num_heads: int, *,
+    of_queries: bool,
+) -> None:  # fmt: skip
+    length, num_sums, width = out_TSD.shape
+    strides = [stride for x in (x_TXD, total, out_TSD) for stride in x.stride()[:2]]
     launch(
         _attention_products_kernel,
-        (part.num_programs(num_heads, of_queries=of_queries), 1, 1),
-        (part.ds, x_TXD, spans.first_T if of_queries else spans.reach_T, total, out_THD),
+        (part.num_programs(num_sums, of_queries=of_queries), 1, 1),
+        (part.ds, x_TXD, row_T, total, out_TSD),
         part.sizes(num_heads, length),
         (*strides, scale),
         {
@@ -324,6 +385,7 @@ def products(
             "BD": max(16, next_power_of_2(width)),
             "OF_QUERIES": of_queries,
             "GROUP": num_heads // x_TXD.shape[1],
+            "HEADS": num_heads // num_sums,
             "IS_BAND": part.is_band,
             "KEYS": part.keys,
             "DEPTH": part.keys // 2,

@@ -1,4 +1,4 @@
-"""Attention's forward for Hopper (compute capability 9.0, bf16, fp16, heads of 256), in Gluon.
+"""Attention's forward for Hopper (compute capability 9.0, bf16, fp16, heads of 128 and 256), in Gluon.
 
 The same equations as `attention_forward.py`, its tested twin. One warp copies; two groups of four warps have 64 of a
 block's 128 queries each, and the sums of their output in half of their registers. While one group computes
@@ -17,29 +17,26 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from expertune.kernels.attention import first_key
 from expertune.kernels.attention_forward import LOWEST
-from expertune.kernels.attention_hopper import LOG2_E, WIDTH, following, head_tiles
+from expertune.kernels.attention_hopper import LOG2_E, NARROW, WIDE, following, head_tiles
 from expertune.kernels.attention_spans import Spans
 from expertune.kernels.hopper_names import copy_tile
 from expertune.kernels.hopper_store import places
 from expertune.kernels.launch import ceil_div, launch
 
 _QUERIES = 128  # of a block
-_KEYS = 64  # of a tile
+_KEYS = {NARROW: 128, WIDE: 64}  # of a tile, by the width of heads
 _SLOTS = 5  # for tiles of keys and of values, in turn
 
 
 @gluon.jit
-def _copy(descriptors, buffers, barriers, where, strides, GROUP: gl.constexpr):
-    """The copying warp: the block's queries, then a tile of keys and one of values for each step."""
-    q_desc, k_desc, v_desc = descriptors
-    q_buf, slots = buffers
-    resident, full, empty = barriers
-    query, first, end, head = where
-    q_head, k_head, v_head = strides
+def copy_keys(descriptors, slots, barriers, where, strides, GROUP: gl.constexpr):
+    """Of the copying warp: a tile of keys and one of values for each step."""
+    k_desc, v_desc = descriptors
+    full, empty = barriers
+    first, end, head = where
+    k_head, v_head = strides
     SLOTS: gl.constexpr = slots.type.shape[0]
     KEYS: gl.constexpr = slots.type.shape[1]
-    mbarrier.expect(resident, q_desc.block_type.nbytes)
-    copy_tile(q_desc, [query, head * q_head], resident, q_buf)
     slot = 0
     parity = 1
     for key in range(first, end, KEYS):
@@ -52,6 +49,50 @@ def _copy(descriptors, buffers, barriers, where, strides, GROUP: gl.constexpr):
             else:
                 copy_tile(v_desc, [key, head // GROUP * v_head], bar, tile)
             slot, parity = following(slot, parity, SLOTS)
+
+
+@gluon.jit
+def after(first, end, STEP: gl.constexpr):
+    """Where steps from `first` on come to, of which the last begins before `end`."""
+    return first + gl.cdiv(end - first, STEP) * STEP
+
+
+@gluon.jit
+def skip_keys(key, end, slot, parity, barriers, SLOTS: gl.constexpr, KEYS: gl.constexpr):
+    """What the other group alone attends to."""
+    full, empty = barriers
+    for _ in range(key, end, KEYS):
+        for _part in gl.static_range(2):
+            mbarrier.wait(full.index(slot), parity)
+            mbarrier.arrive(empty.index(slot), count=1)
+            slot, parity = following(slot, parity, SLOTS)
+
+
+@gluon.jit
+def reach_back(first_ptr, query, T, i, QUERIES: gl.constexpr):
+    """How many keys before a query it attends to, and the first key that all of these queries may attend to."""
+    back = query + i - gl.load(first_ptr + gl.minimum(query + i, T - 1))
+    return back, gl.load(first_ptr + gl.minimum(query + QUERIES, T) - 1)
+
+
+@gluon.jit
+def is_seen(query, key, i, j, back):
+    """Which keys of a tile queries attend to."""
+    distance = gl.expand_dims(query - key + i, 1) - j
+    return distance.to(gl.uint32, bitcast=True) <= gl.expand_dims(back, 1).to(gl.uint32, bitcast=True)
+
+
+@gluon.jit
+def _copy(descriptors, buffers, barriers, where, strides, GROUP: gl.constexpr):
+    """The copying warp: the block's queries, then tiles of keys and values."""
+    q_desc, k_desc, v_desc = descriptors
+    q_buf, slots = buffers
+    resident, full, empty = barriers
+    query, first, end, head = where
+    q_head, k_head, v_head = strides
+    mbarrier.expect(resident, q_desc.block_type.nbytes)
+    copy_tile(q_desc, [query, head * q_head], resident, q_buf)
+    copy_keys((k_desc, v_desc), slots, (full, empty), (first, end, head), (k_head, v_head), GROUP)
 
 
 @gluon.jit
@@ -75,9 +116,7 @@ def _multiply(ME: gl.constexpr, buffers, barriers, where, pointers, sizes, scale
     query += ME * QUERIES
     q_buf = q_buf.slice(ME * QUERIES, QUERIES)
     i = gl.arange(0, QUERIES, layout=rows)
-    # keys before a query that it attends to
-    back = query + i - gl.load(first_ptr + gl.minimum(query + i, T - 1))
-    seen_by_all = gl.load(first_ptr + gl.minimum(query + QUERIES, T) - 1)  # the first key that is; later ones up to it
+    back, seen_by_all = reach_back(first_ptr, query, T, i, QUERIES)
     j = gl.expand_dims(gl.arange(0, KEYS, layout=gl.SliceLayout(0, by_key)), 0)
     nothing = gl.zeros((QUERIES, KEYS), gl.float32, by_key)
     highest = gl.full((QUERIES,), LOWEST, gl.float32, rows)
@@ -94,9 +133,7 @@ def _multiply(ME: gl.constexpr, buffers, barriers, where, pointers, sizes, scale
         mbarrier.arrive(empty.index(slot), count=1)
         slot, parity = following(slot, parity, SLOTS)
         if (key + KEYS > query + 1) | (key < seen_by_all):
-            distance = gl.expand_dims(query - key + i, 1) - j
-            is_seen = distance.to(gl.uint32, bitcast=True) <= gl.expand_dims(back, 1).to(gl.uint32, bitcast=True)
-            scores = gl.where(is_seen, scores, float("-inf"))
+            scores = gl.where(is_seen(query, key, i, j, back), scores, float("-inf"))
         before = highest
         highest = gl.maximum(highest, gl.max(scores, 1) * scale)
         p = gl.exp2(scores * scale - gl.expand_dims(highest, 1))
@@ -108,11 +145,7 @@ def _multiply(ME: gl.constexpr, buffers, barriers, where, pointers, sizes, scale
         out = warpgroup_mma_wait(num_outstanding=0, deps=(out,))
         mbarrier.arrive(empty.index(slot), count=1)
         slot, parity = following(slot, parity, SLOTS)
-    for _ in range(query + QUERIES, end, KEYS):  # what the other group alone attends to
-        for _part in gl.static_range(2):
-            mbarrier.wait(full.index(slot), parity)
-            mbarrier.arrive(empty.index(slot), count=1)
-            slot, parity = following(slot, parity, SLOTS)
+    skip_keys(after(first, query + QUERIES, KEYS), end, slot, parity, (full, empty), SLOTS, KEYS)
     gl.store(lse_ptr + head * lse_head + query + i, (highest + gl.log2(total)) / LOG2_E, mask=query + i < T)
     out = out * gl.expand_dims(gl.convert_layout(1 / total, wide_rows), 1)
     at, mask = places(query, T, 0, WIDTH, out_row, QUERIES, WIDTH, by_width)
@@ -163,11 +196,10 @@ def _attention_forward_kernel(
 def forward(
     q_THD: Tensor, k_TJD: Tensor, v_TJD: Tensor, spans: Spans, out_THD: Tensor, lse_HT: Tensor, scale: float
 ) -> None:
-    """As `attention_forward.forward`; rows of what attends begin at multiples of 16 bytes, heads are `WIDTH` wide."""
+    """As `attention_forward.forward`; rows of what attends begin at multiples of 16 bytes, heads are of 128 or 256."""
     length, num_heads, width = q_THD.shape
-    assert width == WIDTH
-    operands = (q_THD, k_TJD, v_TJD)
-    tiles = [head_tiles(x, rows) for x, rows in zip(operands, (_QUERIES, _KEYS, _KEYS), strict=True)]
+    operands, keys = (q_THD, k_TJD, v_TJD), _KEYS[width]
+    tiles = [head_tiles(x, rows) for x, rows in zip(operands, (_QUERIES, keys, keys), strict=True)]
     launch(
         _attention_forward_kernel,
         (ceil_div(length, _QUERIES) * num_heads, 1, 1),

@@ -18,16 +18,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from expertune.kernels.attention import Heads, Part, last_query, place
+from expertune.kernels.attention import Grads, Heads, Part, last_query, place
 from expertune.kernels.attention_spans import Spans
 from expertune.kernels.hopper_names import copy_tile
 from expertune.kernels.hopper_store import places
-from expertune.kernels.launch import are_aligned, launch
+from expertune.kernels.launch import are_aligned, ceil_div, launch
 
 KEYS = 128  # of a block
-WIDTH = 256  # of heads
+NARROW, WIDE = 128, 256  # heads: of the first, registers hold the sums of `dK` beside those of `dV`
 _QUERIES = 64  # of a tile
-_SLOTS = 3  # for tiles of queries and of gradients, in turn
+_SLOTS = {NARROW: 6, WIDE: 3}  # for tiles of queries and of gradients, in turn
 LOG2_E = gl.constexpr(1.4426950408889634)  # exponentials are powers of two
 
 
@@ -42,35 +42,37 @@ def following(slot, parity, SLOTS: gl.constexpr):
 
 
 @gluon.jit
-def _copy(descriptors, buffers, barriers, where, end, strides, GROUP: gl.constexpr):
+def _copy(descriptors, buffers, barriers, where, end, strides, GROUP: gl.constexpr, HEADS: gl.constexpr):
     """The copying warp: the block's keys and values, then a tile of queries and one of gradients for each step."""
     q_desc, k_desc, v_desc, dout_desc, lse_desc, delta_desc, reach_desc = descriptors
     k_buf, v_buf, slots, rows, reaches = buffers
     resident, full, empty = barriers
-    key, first, head = where
+    key, first, first_head = where
     q_head, k_head, v_head, dout_head = strides
     SLOTS: gl.constexpr = slots.type.shape[0]
     QUERIES: gl.constexpr = slots.type.shape[1]
+    TURNS: gl.constexpr = rows.type.shape[0] // 2
     mbarrier.expect(resident, k_desc.block_type.nbytes + v_desc.block_type.nbytes + reach_desc.block_type.nbytes)
     copy_tile(reach_desc, [0, key], resident, reaches)
-    copy_tile(k_desc, [key, head // GROUP * k_head], resident, k_buf)
-    copy_tile(v_desc, [key, head // GROUP * v_head], resident, v_buf)
+    copy_tile(k_desc, [key, first_head // GROUP * k_head], resident, k_buf)
+    copy_tile(v_desc, [key, first_head // GROUP * v_head], resident, v_buf)
     slot = 0
     parity = 1
-    odd = 0
-    for query in range(first, end, QUERIES):
-        for part in gl.static_range(2):
-            bar, tile, row = full.index(slot), slots.index(slot), rows.index(2 * odd + part)
-            mbarrier.wait(empty.index(slot), parity)
-            mbarrier.expect(bar, q_desc.block_type.nbytes + lse_desc.block_type.nbytes)
-            if part == 0:
-                copy_tile(lse_desc, [head, query], bar, row)
-                copy_tile(q_desc, [query, head * q_head], bar, tile)
-            else:
-                copy_tile(delta_desc, [head, query], bar, row)
-                copy_tile(dout_desc, [query, head * dout_head], bar, tile)
-            slot, parity = following(slot, parity, SLOTS)
-        odd ^= 1
+    turn = 0
+    for head in range(first_head, first_head + HEADS):
+        for query in range(first, end, QUERIES):
+            for part in gl.static_range(2):
+                bar, tile, row = full.index(slot), slots.index(slot), rows.index(2 * turn + part)
+                mbarrier.wait(empty.index(slot), parity)
+                mbarrier.expect(bar, q_desc.block_type.nbytes + lse_desc.block_type.nbytes)
+                if part == 0:
+                    copy_tile(lse_desc, [head, query], bar, row)
+                    copy_tile(q_desc, [query, head * q_head], bar, tile)
+                else:
+                    copy_tile(delta_desc, [head, query], bar, row)
+                    copy_tile(dout_desc, [query, head * dout_head], bar, tile)
+                slot, parity = following(slot, parity, SLOTS)
+            turn = (turn + 1) % TURNS
 
 
 @gluon.jit
@@ -112,17 +114,21 @@ def write(total, row, head, T, has_before, pointers, strides):
 
 
 @gluon.jit
-def _multiply(ME: gl.constexpr, reach, buffers, barriers, where, pointers, sizes, strides, scale):
+def _multiply(
+    ME: gl.constexpr, reach, buffers, barriers, where, pointers, sizes, strides, scale, HEADS: gl.constexpr,
+    SUMS_KEYS: gl.constexpr,
+):  # fmt: skip
     """One of the two groups that multiply: half of the block's keys."""
     k_buf, v_buf, slots, rows, reaches = buffers
     resident, full, empty = barriers
     key, first, head = where
-    ds_ptr, sum_ptr, dv_ptr = pointers
-    end, T, pitch, ds_row, ds_shift, has_before = sizes
+    ds_ptr, sum_ptr, dv_ptr, dk_ptr = pointers
+    end, T, pitch, ds_head, ds_row, ds_shift, has_before = sizes
     SLOTS: gl.constexpr = slots.type.shape[0]
     QUERIES: gl.constexpr = slots.type.shape[1]
     WIDTH: gl.constexpr = slots.type.shape[2]
     KEYS: gl.constexpr = k_buf.type.shape[0] // 2
+    TURNS: gl.constexpr = rows.type.shape[0] // 2
     dtype: gl.constexpr = slots.dtype
     by_query: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, QUERIES, 16])
     by_width: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
@@ -137,55 +143,72 @@ def _multiply(ME: gl.constexpr, reach, buffers, barriers, where, pointers, sizes
     j = gl.expand_dims(gl.arange(0, QUERIES, layout=gl.SliceLayout(0, by_query)), 0)
     nothing = gl.zeros((KEYS, QUERIES), gl.float32, by_query)
     dv = warpgroup_mma_init(gl.zeros((KEYS, WIDTH), gl.float32, by_width))
+    if SUMS_KEYS:
+        dk = warpgroup_mma_init(gl.zeros((KEYS, WIDTH), gl.float32, by_width))
     reached_by_all = reach - QUERIES  # tiles that begin no further behind the first key, the diagonal aside, are whole
     mbarrier.wait(resident, 0)
     slot = 0
     parity = 0
-    odd = 0
-    for behind in range(first - key, end - key, QUERIES):  # of a tile's first query to the first key
-        mbarrier.wait(full.index(slot), parity)
-        scores = warpgroup_mma(k_buf, slots.index(slot).permute((1, 0)), nothing, use_acc=False, is_async=True)
-        q_slot = slot
-        slot, parity = following(slot, parity, SLOTS)
-        mbarrier.wait(full.index(slot), parity)
-        dout = slots.index(slot)
-        dp = warpgroup_mma(v_buf, dout.permute((1, 0)), nothing, use_acc=False, is_async=True)
-        scores = warpgroup_mma_wait(num_outstanding=1, deps=(scores,))
-        mbarrier.arrive(empty.index(q_slot), count=1)
-        p = gl.exp2(scores * scale - rows.index(2 * odd).load(by_query) * LOG2_E)
-        if (behind < KEYS) | (behind > reached_by_all):
-            distance = (behind + j - i).to(gl.uint32, bitcast=True)  # large for a query before the key
-            p = gl.where(distance < reaches.load(by_query).to(gl.uint32, bitcast=True), p, 0.0)
-        dv = warpgroup_mma(gl.convert_layout(p.to(dtype), left), dout, dv, is_async=True)
-        dp = warpgroup_mma_wait(num_outstanding=1, deps=(dp,))
-        dscores = p * (dp - rows.index(2 * odd + 1).load(by_query))
-        _store(dscores.to(dtype), ds_ptr, (ds_row, pitch, behind + ds_column))
-        dv = warpgroup_mma_init(warpgroup_mma_wait(num_outstanding=0, deps=(dv,)))
-        mbarrier.arrive(empty.index(slot), count=1)
-        slot, parity = following(slot, parity, SLOTS)
-        odd ^= 1
+    turn = 0
+    for _head in range(HEADS):
+        for behind in range(first - key, end - key, QUERIES):  # of a tile's first query to the first key
+            mbarrier.wait(full.index(slot), parity)
+            q = slots.index(slot)
+            scores = warpgroup_mma(k_buf, q.permute((1, 0)), nothing, use_acc=False, is_async=True)
+            q_slot = slot
+            slot, parity = following(slot, parity, SLOTS)
+            mbarrier.wait(full.index(slot), parity)
+            dout = slots.index(slot)
+            dp = warpgroup_mma(v_buf, dout.permute((1, 0)), nothing, use_acc=False, is_async=True)
+            scores = warpgroup_mma_wait(num_outstanding=1, deps=(scores,))
+            if not SUMS_KEYS:
+                mbarrier.arrive(empty.index(q_slot), count=1)
+            p = gl.exp2(scores * (scale * LOG2_E) - rows.index(2 * turn).load(by_query) * LOG2_E)
+            if (behind < KEYS) | (behind > reached_by_all):
+                distance = (behind + j - i).to(gl.uint32, bitcast=True)  # large for a query before the key
+                p = gl.where(distance < reaches.load(by_query).to(gl.uint32, bitcast=True), p, 0.0)
+            dv = warpgroup_mma(gl.convert_layout(p.to(dtype), left), dout, dv, is_async=True)
+            dp = warpgroup_mma_wait(num_outstanding=1, deps=(dp,))
+            dscores = (p * (dp - rows.index(2 * turn + 1).load(by_query))).to(dtype)
+            if SUMS_KEYS:
+                dk = warpgroup_mma(gl.convert_layout(dscores, left), q, dk, is_async=True)
+                dv, dk = warpgroup_mma_wait(num_outstanding=0, deps=(dv, dk))
+                dk = warpgroup_mma_init(dk)
+                dv = warpgroup_mma_init(dv)
+                mbarrier.arrive(empty.index(q_slot), count=1)
+            else:
+                _store(dscores, ds_ptr, (ds_row, pitch, behind + ds_column))
+                dv = warpgroup_mma_init(warpgroup_mma_wait(num_outstanding=0, deps=(dv,)))
+            mbarrier.arrive(empty.index(slot), count=1)
+            slot, parity = following(slot, parity, SLOTS)
+            turn = (turn + 1) % TURNS
+        ds_ptr += ds_head
     dv = warpgroup_mma_wait(num_outstanding=0, deps=(dv,))
-    write(dv, key, head, T, has_before, (sum_ptr, dv_ptr), strides)
+    write(dv, key, head // HEADS, T, has_before, (sum_ptr, dv_ptr), strides)
+    if SUMS_KEYS:
+        dk = warpgroup_mma_wait(num_outstanding=0, deps=(dk,)) * scale
+        write(dk, key, head // HEADS, T, has_before, (dk_ptr, dk_ptr), strides)
 
 
 @gluon.jit(do_not_specialize=["first_block", "end", "num_heads", "T", "pitch_blocks", "rows_blocks", "adds"])
-def _attention_values_kernel(
+def _attention_keys_kernel(
     q_desc, k_desc, v_desc, dout_desc, lse_desc, delta_desc, reach_desc,
-    reach_ptr, ds_ptr, sum_ptr, dv_ptr,
+    reach_ptr, ds_ptr, sum_ptr, dv_ptr, dk_ptr,
     first_block, end, num_heads, T, pitch_blocks, rows_blocks, adds,
-    q_head, k_head, v_head, dout_head, sum_row, sum_head, dv_row, dv_head, scale,
-    GROUP: gl.constexpr, IS_BAND: gl.constexpr, SLOTS: gl.constexpr,
+    q_head, k_head, v_head, dout_head, sum_row, sum_head, out_row, out_head, scale,
+    GROUP: gl.constexpr, HEADS: gl.constexpr, IS_BAND: gl.constexpr, SUMS_KEYS: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
-    """One program a block of keys of a head; those of whole samples with most queries first."""
+    """One program a block of keys of `HEADS` heads; those of whole samples with most queries first."""
     KEYS: gl.constexpr = k_desc.block_type.shape[0]
-    block, head = gl.program_id(0) // num_heads, gl.program_id(0) % num_heads
+    num_sums = num_heads // HEADS
+    block, head = gl.program_id(0) // num_sums, gl.program_id(0) % num_sums * HEADS
     first = gl.maximum(block, first_block) * KEYS
     ds_row, ds_shift = place(block, first_block, gl.cdiv(end, KEYS) - first_block, IS_BAND, KEYS)
     end = last_query(reach_ptr, block, end, T, KEYS)
     k_buf = gl.allocate_shared_memory(k_desc.dtype, k_desc.block_type.shape, k_desc.layout)
     v_buf = gl.allocate_shared_memory(v_desc.dtype, v_desc.block_type.shape, v_desc.layout)
     slots = gl.allocate_shared_memory(q_desc.dtype, [SLOTS] + q_desc.block_type.shape, q_desc.layout)
-    rows = gl.allocate_shared_memory(gl.float32, [4] + lse_desc.block_type.shape, lse_desc.layout)
+    rows = gl.allocate_shared_memory(gl.float32, [2 * ((SLOTS + 1) // 2)] + lse_desc.block_type.shape, lse_desc.layout)
     reaches = gl.allocate_shared_memory(gl.int32, reach_desc.block_type.shape, reach_desc.layout)
     resident = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
@@ -200,21 +223,25 @@ def _attention_values_kernel(
     barriers = (resident, full, empty)
     where = (block * KEYS, first, head)
     pitch = pitch_blocks * KEYS
-    pointers = (ds_ptr + head.to(gl.int64) * (rows_blocks * KEYS) * pitch, sum_ptr, dv_ptr)
-    sizes = (end, T, pitch, ds_row, ds_shift, (block < first_block) | (adds > 0))
-    strides = (sum_row, sum_head, dv_row, dv_head)
+    ds_head = (rows_blocks * KEYS).to(gl.int64) * pitch
+    pointers = (ds_ptr + head * ds_head, sum_ptr, dv_ptr, dk_ptr)
+    sizes = (end, T, pitch, ds_head, ds_row, ds_shift, (block < first_block) | (adds > 0))
+    strides = (sum_row, sum_head, out_row, out_head)
     # of each group's first key, which is the first to end
     reach_0 = gl.load(reach_ptr + block * KEYS)
     reach_1 = gl.load(reach_ptr + gl.minimum(block * KEYS + KEYS // 2, T - 1))
+    copied = (q_head, k_head, v_head, dout_head)
+    # fmt: off
     gl.warp_specialize(
         [
-            (_multiply, (0, reach_0, buffers, barriers, where, pointers, sizes, strides, scale)),
-            (_multiply, (1, reach_1, buffers, barriers, where, pointers, sizes, strides, scale)),
-            (_copy, (descriptors, buffers, barriers, where, end, (q_head, k_head, v_head, dout_head), GROUP)),
+            (_multiply, (0, reach_0, buffers, barriers, where, pointers, sizes, strides, scale, HEADS, SUMS_KEYS)),
+            (_multiply, (1, reach_1, buffers, barriers, where, pointers, sizes, strides, scale, HEADS, SUMS_KEYS)),
+            (_copy, (descriptors, buffers, barriers, where, end, copied, GROUP, HEADS)),
         ],
         [4, 1],
         [240, 24],  # registers a thread; what the launch has beyond them, the first group gets
     )
+    # fmt: on
 
 
 def readable(x_BTHD: Tensor) -> Tensor:
@@ -240,22 +267,47 @@ def _row_tiles(x_HT: Tensor, columns: int) -> TensorDescriptor:
     return TensorDescriptor(x_HT, list(x_HT.shape), list(x_HT.stride()), [1, columns], layout)
 
 
-def values(part: Part, heads: Heads, spans: Spans, sum_THD: Tensor | None, dv_THD: Tensor, scale: float) -> None:
-    """As `attention.values`; rows of what attended begin at multiples of 16 bytes, heads are `WIDTH` wide."""
+def values(part: Part, heads: Heads, spans: Spans, sums: Grads | None, grads: Grads, scale: float) -> None:
+    """As `attention.values`; rows of what attended begin at multiples of 16 bytes, heads are `WIDE`."""
+    assert part.keys == KEYS and heads.q_THD.shape[-1] == WIDE
+    dv_sum = (grads if sums is None else sums).dv
+    sizes = part.sizes(heads.q_THD.shape[1], len(heads.q_THD))
+    _walk(heads, spans, (part.ds, dv_sum, grads.dv, grads.dv), part.num_blocks, sizes, scale, part.is_band)
+
+
+def keys_and_values(heads: Heads, spans: Spans, grads: Grads, scale: float) -> None:
+    """As `attention.keys_and_values`; rows of what attended begin at multiples of 16 bytes, heads are `NARROW`."""
     length, num_heads, width = heads.q_THD.shape
-    assert part.keys == KEYS and width == WIDTH
-    total = dv_THD if sum_THD is None else sum_THD
+    assert width == NARROW
+    tensors = (heads.q_THD, grads.dv, grads.dv, grads.dk)  # nothing is written to the first
+    _walk(heads, spans, tensors, ceil_div(length, KEYS), (0, length, num_heads, length, 0, 0, 0), scale)
+
+
+def _walk(
+    heads: Heads, spans: Spans, tensors: tuple[Tensor, ...], num_blocks: int, sizes: tuple[int, ...], scale: float,
+    is_band: bool = False,
+) -> None:  # fmt: skip
+    """Launch: where the gradient of scores, the sums and results of values, and keys lie; what `Part.sizes` says."""
+    length, num_heads, width = heads.q_THD.shape
+    ds, total, dv, dk = tensors
     operands = (heads.q_THD, heads.k_TJD, heads.v_TJD, heads.dout_THD)
     tiles = [head_tiles(x, rows) for x, rows in zip(operands, (_QUERIES, KEYS, KEYS, _QUERIES), strict=True)]
     delta, reach = heads.delta_HT, spans.reach_T
     of_rows = [(heads.lse_HT, _QUERIES), (delta, _QUERIES), (reach.as_strided((1, length), delta.stride()), KEYS)]
+    num_sums = dv.shape[1]
     launch(
-        _attention_values_kernel,
-        (part.num_blocks * num_heads, 1, 1),
-        (reach, part.ds, total, dv_THD),
-        part.sizes(num_heads, length),
-        (*[x.stride(1) for x in operands], *total.stride()[:2], *dv_THD.stride()[:2], scale * LOG2_E.value),
-        {"GROUP": num_heads // heads.k_TJD.shape[1], "IS_BAND": part.is_band, "SLOTS": _SLOTS},
+        _attention_keys_kernel,
+        (num_blocks * num_sums, 1, 1),
+        (reach, ds, total, dv, dk),
+        sizes,
+        (*[x.stride(1) for x in operands], *total.stride()[:2], *dv.stride()[:2], scale),
+        {
+            "GROUP": num_heads // heads.k_TJD.shape[1],
+            "HEADS": num_heads // num_sums,
+            "IS_BAND": is_band,
+            "SUMS_KEYS": width == NARROW,
+            "SLOTS": _SLOTS[width],
+        },
         descriptors=(*tiles, *[_row_tiles(x, columns) for x, columns in of_rows]),
         num_warps=4,
         maxnreg=168,

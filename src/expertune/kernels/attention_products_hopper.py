@@ -16,7 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from expertune.kernels.attention import Part, first_key, last_query, place
+from expertune.kernels.attention import Grads, Part, first_key, last_query, place
 from expertune.kernels.attention_hopper import KEYS, head_tiles, write
 from expertune.kernels.attention_spans import Spans
 from expertune.kernels.hopper_names import copy_tile
@@ -28,54 +28,57 @@ _STAGES = 4
 
 @gluon.jit
 def _copy(
-    descriptors, buffers, barriers, where, sizes, OF_QUERIES: gl.constexpr, GROUP: gl.constexpr, IS_BAND: gl.constexpr
-):
+    descriptors, buffers, barriers, where, sizes, OF_QUERIES: gl.constexpr, GROUP: gl.constexpr, HEADS: gl.constexpr,
+    IS_BAND: gl.constexpr,
+):  # fmt: skip
     """The copying warp: for each step both groups' tiles of `dS`, and one of keys or queries."""
     ds_desc, x_desc = descriptors
     ds_bufs, x_bufs = buffers
     ready, empty = barriers
-    block, head, first, num_steps = where
+    block, own, first, num_steps = where
     head_rows, first_block, num_diagonal, x_head = sizes
     STAGES: gl.constexpr = x_bufs.type.shape[0]
     DEPTH: gl.constexpr = x_bufs.type.shape[1]
     HALF: gl.constexpr = ds_desc.block_type.shape[0]
     KEYS: gl.constexpr = 2 * HALF
     block_row, block_shift = place(block, first_block, num_diagonal, IS_BAND, KEYS)
-    for step in range(num_steps):
-        stage = step % STAGES
-        mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
-        bar, x_buf = ready.index(stage), x_bufs.index(stage)
-        mbarrier.expect(bar, 2 * ds_desc.block_type.nbytes + x_desc.block_type.nbytes)
-        if OF_QUERIES:
-            key = first + step * DEPTH
-            row, shift = place(key // KEYS, first_block, num_diagonal, IS_BAND, KEYS)
-            row += head * head_rows + key % KEYS
-            for half in gl.static_range(2):
-                column = block * KEYS + half * HALF + shift
-                copy_tile(ds_desc, [row, column], bar, ds_bufs.index(2 * stage + half))
-            copy_tile(x_desc, [key, head // GROUP * x_head], bar, x_buf)
-        else:
-            query = first + step * DEPTH
-            for half in gl.static_range(2):
-                row = head * head_rows + block_row + half * HALF
-                column = query + block_shift
-                copy_tile(ds_desc, [row, column], bar, ds_bufs.index(2 * stage + half))
-            copy_tile(x_desc, [query, head * x_head], bar, x_buf)
+    step = 0
+    for head in range(own * HEADS, (own + 1) * HEADS):
+        for at in range(first, first + num_steps * DEPTH, DEPTH):
+            stage = step % STAGES
+            mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
+            bar, x_buf = ready.index(stage), x_bufs.index(stage)
+            mbarrier.expect(bar, 2 * ds_desc.block_type.nbytes + x_desc.block_type.nbytes)
+            if OF_QUERIES:
+                row, shift = place(at // KEYS, first_block, num_diagonal, IS_BAND, KEYS)
+                row += head * head_rows + at % KEYS
+                for half in gl.static_range(2):
+                    column = block * KEYS + half * HALF + shift
+                    copy_tile(ds_desc, [row, column], bar, ds_bufs.index(2 * stage + half))
+            else:
+                for half in gl.static_range(2):
+                    row = head * head_rows + block_row + half * HALF
+                    copy_tile(ds_desc, [row, at + block_shift], bar, ds_bufs.index(2 * stage + half))
+            copy_tile(x_desc, [at, head // GROUP * x_head], bar, x_buf)
+            step += 1
 
 
 @gluon.jit
-def _multiply(ME: gl.constexpr, buffers, barriers, where, pointers, sizes, strides, scale, OF_QUERIES: gl.constexpr):
+def _multiply(
+    ME: gl.constexpr, buffers, barriers, where, pointers, sizes, strides, scale, OF_QUERIES: gl.constexpr,
+    HEADS: gl.constexpr,
+):  # fmt: skip
     """One of the two groups that multiply: half of the block's rows."""
     ds_bufs, x_bufs = buffers
     ready, empty = barriers
-    block, head, _first, num_steps = where
+    block, own, _first, num_steps = where
     T, has_before = sizes
     STAGES: gl.constexpr = x_bufs.type.shape[0]
     WIDTH: gl.constexpr = x_bufs.type.shape[2]
     ROWS: gl.constexpr = 64
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
     total = warpgroup_mma_init(gl.zeros((ROWS, WIDTH), gl.float32, layout))
-    for step in range(num_steps):
+    for step in range(num_steps * HEADS):
         stage = step % STAGES
         mbarrier.wait(ready.index(stage), (step // STAGES) & 1)
         ds_buf = ds_bufs.index(2 * stage + ME)
@@ -85,7 +88,7 @@ def _multiply(ME: gl.constexpr, buffers, barriers, where, pointers, sizes, strid
         total = warpgroup_mma_init(warpgroup_mma_wait(num_outstanding=1, deps=(total,)))
         mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1, pred=step > 0)
     total = warpgroup_mma_wait(num_outstanding=0, deps=(total,)) * scale
-    write(total, block * 2 * ROWS + ME * ROWS, head, T, has_before, pointers, strides)
+    write(total, block * 2 * ROWS + ME * ROWS, own, T, has_before, pointers, strides)
 
 
 @gluon.jit(do_not_specialize=["first_block", "end", "num_heads", "T", "_pitch_blocks", "rows_blocks", "adds"])
@@ -94,13 +97,14 @@ def _attention_products_kernel(
     row_ptr, sum_ptr, out_ptr,
     first_block, end, num_heads, T, _pitch_blocks, rows_blocks, adds,
     x_head, sum_row, sum_head, out_row, out_head, scale,
-    OF_QUERIES: gl.constexpr, GROUP: gl.constexpr, IS_BAND: gl.constexpr, STAGES: gl.constexpr,
+    OF_QUERIES: gl.constexpr, GROUP: gl.constexpr, HEADS: gl.constexpr, IS_BAND: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """One program a block of rows of a head; those of whole samples with most to sum first."""
+    """One program a block of rows of a sum; those of whole samples with most to sum first."""
     DEPTH: gl.constexpr = x_desc.block_type.shape[0]
     KEYS: gl.constexpr = 2 * ds_desc.block_type.shape[0]
     num_blocks = gl.cdiv(end, KEYS)
-    block, head = gl.program_id(0) // num_heads, gl.program_id(0) % num_heads
+    num_sums = num_heads // HEADS
+    block, own = gl.program_id(0) // num_sums, gl.program_id(0) % num_sums
     if OF_QUERIES:
         block = num_blocks - 1 - block
         first = first_key(row_ptr, block, KEYS, KEYS)
@@ -120,7 +124,7 @@ def _attention_products_kernel(
     fence_async_shared()
     buffers = (ds_bufs, x_bufs)
     barriers = (ready, empty)
-    where = (block, head, first, num_steps)
+    where = (block, own, first, num_steps)
     pointers = (sum_ptr, out_ptr)
     strides = (sum_row, sum_head, out_row, out_head)
     copied = (rows_blocks * KEYS, first_block, num_blocks - first_block, x_head)
@@ -128,9 +132,9 @@ def _attention_products_kernel(
     # fmt: off
     gl.warp_specialize(
         [
-            (_multiply, (0, buffers, barriers, where, pointers, written, strides, scale, OF_QUERIES)),
-            (_multiply, (1, buffers, barriers, where, pointers, written, strides, scale, OF_QUERIES)),
-            (_copy, ((ds_desc, x_desc), buffers, barriers, where, copied, OF_QUERIES, GROUP, IS_BAND)),
+            (_multiply, (0, buffers, barriers, where, pointers, written, strides, scale, OF_QUERIES, HEADS)),
+            (_multiply, (1, buffers, barriers, where, pointers, written, strides, scale, OF_QUERIES, HEADS)),
+            (_copy, ((ds_desc, x_desc), buffers, barriers, where, copied, OF_QUERIES, GROUP, HEADS, IS_BAND)),
         ],
         [4, 1],
         [232, 40],
@@ -138,25 +142,36 @@ def _attention_products_kernel(
     # fmt: on
 
 
-def products(
-    part: Part, x_TXD: Tensor, spans: Spans, sum_THD: Tensor | None, out_THD: Tensor, scale: float, *, of_queries: bool
-) -> None:
-    """As `attention.products`; rows of `x` begin at multiples of 16 bytes."""
+def of_keys(part: Part, q_THD: Tensor, spans: Spans, sums: Grads | None, grads: Grads, scale: float) -> None:
+    """As `attention.of_keys`; rows of `q` begin at multiples of 16 bytes."""
+    total = (grads if sums is None else sums).dk
+    _products(part, q_THD, spans.reach_T, total, grads.dk, scale, q_THD.shape[1], of_queries=False)
+
+
+def of_queries(part: Part, k_TJD: Tensor, spans: Spans, dq_THD: Tensor, scale: float) -> None:
+    """As `attention.of_queries`; rows of `k` begin at multiples of 16 bytes."""
+    _products(part, k_TJD, spans.first_T, dq_THD, dq_THD, scale, dq_THD.shape[1], of_queries=True)
+
+
+def _products(
+    part: Part, x_TXD: Tensor, row_T: Tensor, total: Tensor, out_TSD: Tensor, scale: float, num_heads: int, *,
+    of_queries: bool,
+) -> None:  # fmt: skip
     assert part.keys == KEYS
-    length, num_heads, _ = out_THD.shape
-    total = out_THD if sum_THD is None else sum_THD
+    length, num_sums, _ = out_TSD.shape
     half = KEYS // 2
     layout = gl.NVMMASharedLayout.get_default_for([half, _DEPTH], gl.bfloat16)
     ds_tiles = TensorDescriptor(part.ds, list(part.ds.shape), list(part.ds.stride()), [half, _DEPTH], layout)
     launch(
         _attention_products_kernel,
-        (part.num_programs(num_heads, of_queries=of_queries), 1, 1),
-        (spans.first_T if of_queries else spans.reach_T, total, out_THD),
+        (part.num_programs(num_sums, of_queries=of_queries), 1, 1),
+        (row_T, total, out_TSD),
         part.sizes(num_heads, length),
-        (x_TXD.stride(1), *total.stride()[:2], *out_THD.stride()[:2], scale),
+        (x_TXD.stride(1), *total.stride()[:2], *out_TSD.stride()[:2], scale),
         {
             "OF_QUERIES": of_queries,
             "GROUP": num_heads // x_TXD.shape[1],
+            "HEADS": num_heads // num_sums,
             "IS_BAND": part.is_band,
             "STAGES": _STAGES,
         },

@@ -1,0 +1,86 @@
+"""Attention's backward with scores formed twice: in a round for keys and values, and in one for queries.
+
+Each is one pass over what is attended, like the forward, and writes nothing but gradients, so all heads run at once.
+That is seven products where `backward.py`, which writes the gradient of scores, has five: with heads of 128 two more
+take less time than that traffic, and registers hold the sums of `dK` beside those of `dV`.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from expertune.kernels import attention as plain
+from expertune.kernels import attention_hopper, attention_queries, attention_queries_hopper
+from expertune.kernels.attention import Grads, Heads, row_sums
+from expertune.kernels.attention_hopper import readable
+from expertune.kernels.attention_spans import Spans
+from expertune.kernels.device import is_hopper, num_programs
+from expertune.kernels.launch import ceil_div
+
+_WAVES = 1.5  # blocks of keys a multiprocessor at least, where several heads that share keys are summed by one program
+
+
+class _Rounds(NamedTuple):
+    """The two rounds, and the keys of a block of the first."""
+
+    keys_and_values: Any
+    queries: Any
+    keys: int
+
+
+def backward(
+    dout_BTHD: Tensor,
+    q_BHTD: Tensor,
+    k_BJTD: Tensor,
+    v_BJTD: Tensor,
+    out_BTHD: Tensor,
+    lse_BHT: Tensor,
+    scale: float,
+    spans: Spans,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of queries, keys and values of causal attention; arguments and results as in `backward.py`."""
+    q, k, v = (x.transpose(1, 2) for x in (q_BHTD, k_BJTD, v_BJTD))
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    tensors = [readable(x) for x in (q, k, v, dout_BTHD, out_BTHD)]
+    lse_BHT = F.pad(lse_BHT, (0, -lse_BHT.shape[-1] % 4))[..., : lse_BHT.shape[-1]]  # rows of whole 16 bytes
+    rounds = _rounds(q.device)
+    for each in range(len(q)):
+        q_THD, k_TJD, v_TJD, dout_THD, out_THD = (x[each] for x in tensors)
+        heads = Heads(q_THD, k_TJD, v_TJD, dout_THD, lse_BHT[each], row_sums(dout_THD, out_THD))
+        _keys_and_values(rounds, heads, spans, Grads(dk[each], dv[each]), scale)
+        rounds.queries(heads, spans, dq[each], scale)
+    return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
+
+
+def _keys_and_values(rounds: _Rounds, heads: Heads, spans: Spans, grads: Grads, scale: float) -> None:
+    """Of heads that share keys by one program, or where too few programs would be left by several, in float32."""
+    (length, num_heads, width), num_shared = heads.q_THD.shape, heads.k_TJD.shape[1]
+    num_blocks = ceil_div(length, rounds.keys) * num_heads
+    fewest = _WAVES * num_programs(heads.q_THD.device)
+    summed = heads_summed(num_heads // num_shared, num_blocks, fewest)
+    if summed == num_heads // num_shared:
+        rounds.keys_and_values(heads, spans, grads, scale)
+        return
+    sums = grads.dk.new_empty((2, length, num_heads // summed, width), dtype=torch.float32)
+    rounds.keys_and_values(heads, spans, Grads(*sums), scale)
+    for total, grad in zip(sums, grads, strict=True):
+        grad.copy_(total.view(length, num_shared, -1, width).sum(2))
+
+
+def heads_summed(group: int, num_blocks: int, fewest: float) -> int:
+    """How many heads of a group that shares keys one program sums: as many as leave so many programs, or one.
+
+    Args:
+        group: heads of queries that share one of keys.
+        num_blocks: of keys, of all heads of queries.
+        fewest: programs.
+    """
+    return max(n for n in range(1, group + 1) if n == 1 or (group % n == 0 and num_blocks >= n * fewest))
+
+
+def _rounds(device: torch.device) -> _Rounds:
+    if is_hopper(device):
+        return _Rounds(attention_hopper.keys_and_values, attention_queries_hopper.queries, attention_hopper.KEYS)
+    return _Rounds(plain.keys_and_values, attention_queries.queries, plain.KEYS)
