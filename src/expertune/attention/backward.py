@@ -27,7 +27,7 @@ _A_TOKEN = 40 * 2**10
 _LEAST = 2**29  # and in any case
 # blocks of keys a multiprocessor, so that all end at about the same time: uneven ones, and those that fill a band
 _WAVES, _WAVES_OF_A_BAND = 5, 16
-_WAVES_OF_SUMS = 4  # at least, where several heads that share keys are summed by one program
+_WAVES_OF_SUMS = 3  # at least, where several heads that share keys are summed by one program
 
 
 class Cut(NamedTuple):
