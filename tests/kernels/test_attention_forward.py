@@ -63,7 +63,7 @@ def test_it_is_no_worse_than_the_formula(
     ],
     ids=["whole", "a tile", "short window", "long window", "samples", "samples in a window"],
 )
-@pytest.mark.parametrize("width", [128, 256])
+@pytest.mark.parametrize("width", [64, 128, 256])
 def test_on_hopper(
     width: int, batch: int, length: int, num_heads: int, num_shared: int, case: Case, dtype: torch.dtype
 ) -> None:

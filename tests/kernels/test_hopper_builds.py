@@ -88,7 +88,7 @@ def test_attention_s_backward_with_scores_formed_again(monkeypatch: pytest.Monke
     check(lambda: backward_again.backward(*given, spans), 2)
 
 
-@pytest.mark.parametrize("width", [128, 256])
+@pytest.mark.parametrize("width", [64, 128, 256])
 def test_attention_s_forward(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     from expertune.attention import forward
     from expertune.kernels.attention_spans import Spans

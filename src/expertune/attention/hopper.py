@@ -1,7 +1,7 @@
-"""Attention with heads of 128 and 256 on Hopper: our kernels, but for what cuDNN does as fast.
+"""Attention with heads of 64, 128 and 256 on Hopper: our kernels, but for what cuDNN does as fast.
 
 Of packed samples and windows torch has FlashAttention-2 alone, with 290 TFLOP/s forward and 230 backward of heads of
-256 on an H200. Of whole samples cuDNN has a fast forward, and a fast backward of heads of 128; that of 256 reaches 390,
+256 on an H200. Of whole samples cuDNN has a fast forward, and a fast backward of narrow heads; that of 256 reaches 390,
 where the forward reaches 640.
 """
 
@@ -12,7 +12,7 @@ from expertune.attention.flash import why_not_fused
 from expertune.attention.kernels import Attended, Pattern
 from expertune.kernels import has_triton
 
-_NARROW, _WIDE = 128, 256  # heads, for which our kernels are made
+_NARROW, _WIDE = (64, 128), 256  # heads, for which our kernels are made
 
 
 class Hopper:
@@ -24,10 +24,10 @@ class Hopper:
     def why_not(self, q_BHTD: Tensor, v_BJSV: Tensor, pattern: Pattern) -> str | None:
         """Why it cannot run here."""
         width = q_BHTD.shape[-1]
-        if width not in (_NARROW, _WIDE) or v_BJSV.shape[-1] != width:
-            return f"needs heads of {_NARROW} or {_WIDE}, also of values"
-        if width == _NARROW and pattern.window is None and pattern.sequences is None:
-            return f"leaves whole samples with heads of {_NARROW} to others, which are as fast"
+        if width not in (*_NARROW, _WIDE) or v_BJSV.shape[-1] != width:
+            return f"needs heads of {', '.join(map(str, _NARROW))} or {_WIDE}, also of values"
+        if width in _NARROW and pattern.window is None and pattern.sequences is None:
+            return f"leaves whole samples with heads of {width} to others, which are as fast"
         if (reason := why_not_fused(q_BHTD, v_BJSV, pattern, (9, 0))) is not None:
             return reason
         if not has_triton():
@@ -66,7 +66,7 @@ class Hopper:
 
         out_BTHV, lse_BHT, found = attended
         of_rows = Spans(_most(q_BHTD, pattern), *found)
-        function = backward_again if q_BHTD.shape[-1] == _NARROW else backward
+        function = backward_again if q_BHTD.shape[-1] in _NARROW else backward
         return function(dout_BTHV, q_BHTD, k_BJSD, v_BJSV, out_BTHV, lse_BHT, pattern.scale, of_rows)
 
 

@@ -17,14 +17,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from expertune.kernels.attention import first_key
 from expertune.kernels.attention_forward import LOWEST
-from expertune.kernels.attention_hopper import LOG2_E, NARROW, WIDE, following, head_tiles
+from expertune.kernels.attention_hopper import LOG2_E, following, head_tiles
 from expertune.kernels.attention_spans import Spans
 from expertune.kernels.hopper_names import copy_tile
 from expertune.kernels.hopper_store import places
 from expertune.kernels.launch import ceil_div, launch
 
 _QUERIES = 128  # of a block
-_KEYS = {NARROW: 128, WIDE: 64}  # of a tile, by the width of heads
+_KEYS = {64: 128, 128: 128, 256: 64}  # of a tile, by the width of heads
 _SLOTS = 5  # for tiles of keys and of values, in turn
 
 

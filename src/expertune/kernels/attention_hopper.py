@@ -25,9 +25,9 @@ from expertune.kernels.hopper_store import places
 from expertune.kernels.launch import are_aligned, ceil_div, launch
 
 KEYS = 128  # of a block
-NARROW, WIDE = 128, 256  # heads: of the first, registers hold the sums of `dK` beside those of `dV`
+NARROW, WIDE = (64, 128), 256  # heads: of narrow ones, registers hold the sums of `dK` beside those of `dV`
 _QUERIES = 64  # of a tile
-_SLOTS = {NARROW: 6, WIDE: 3}  # for tiles of queries and of gradients, in turn
+_SLOTS = {64: 8, 128: 6, WIDE: 3}  # for tiles of queries and of gradients, in turn
 LOG2_E = gl.constexpr(1.4426950408889634)  # exponentials are powers of two
 
 
@@ -278,7 +278,7 @@ def values(part: Part, heads: Heads, spans: Spans, sums: Grads | None, grads: Gr
 def keys_and_values(heads: Heads, spans: Spans, grads: Grads, scale: float) -> None:
     """As `attention.keys_and_values`; rows of what attended begin at multiples of 16 bytes, heads are `NARROW`."""
     length, num_heads, width = heads.q_THD.shape
-    assert width == NARROW
+    assert width in NARROW
     tensors = (heads.q_THD, grads.dv, grads.dv, grads.dk)  # nothing is written to the first
     _walk(heads, spans, tensors, ceil_div(length, KEYS), (0, length, num_heads, length, 0, 0, 0), scale)
 
@@ -305,7 +305,7 @@ def _walk(
             "GROUP": num_heads // heads.k_TJD.shape[1],
             "HEADS": num_heads // num_sums,
             "IS_BAND": is_band,
-            "SUMS_KEYS": width == NARROW,
+            "SUMS_KEYS": width in NARROW,
             "SLOTS": _SLOTS[width],
         },
         descriptors=(*tiles, *[_row_tiles(x, columns) for x, columns in of_rows]),
