@@ -65,13 +65,13 @@ def gradients(tensors: list[Tensor], scale: float, case: Case) -> list[Tensor]:
 
 
 def ours(tensors: list[Tensor], scale: float, case: Case = WHOLE, *, forms_again: bool = False) -> list[Tensor]:
-    from expertune.attention import backward, backward_again
+    from expertune.attention.backward import backward
 
     q, k, v, dout = tensors
     out, lse = formula(q.double(), k.double(), v.double(), scale, case)
     spans = case.spans(q.shape[2])
-    function = (backward_again if forms_again else backward).backward
-    return list(function(dout.transpose(1, 2), q, k, v, out.to(q).transpose(1, 2), lse.float(), scale, spans))
+    given = (dout.transpose(1, 2), q, k, v, out.to(q).transpose(1, 2), lse.float(), scale, spans)
+    return list(backward(*given, forms_again=forms_again))
 
 
 def check(tensors: list[Tensor], scale: float, case: Case = WHOLE, *, forms_again: bool = False) -> list[Tensor]:

@@ -77,7 +77,7 @@ def test_attention_s_backward(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_attention_s_backward_with_scores_formed_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    from expertune.attention import backward_again
+    from expertune.attention import backward, backward_again
     from expertune.kernels.attention_spans import Spans
 
     monkeypatch.setattr(backward_again, "is_hopper", lambda _: True)
@@ -85,7 +85,7 @@ def test_attention_s_backward_with_scores_formed_again(monkeypatch: pytest.Monke
     q, k, v, dout, out = (torch.zeros(1, heads, 200, 128, dtype=torch.bfloat16) for heads in (4, 2, 2, 4, 4))
     given = (dout.transpose(1, 2), q, k, v, out.transpose(1, 2), q[..., 0].float(), 1.0)
     spans = Spans(200, *torch.zeros(2, 200, dtype=torch.int32))
-    check(lambda: backward_again.backward(*given, spans), 2)
+    check(lambda: backward.backward(*given, spans, forms_again=True), 2)
 
 
 @pytest.mark.parametrize("width", [64, 128, 256])

@@ -1,4 +1,4 @@
-"""Attention's backward in two rounds (`kernels/attention.py`): which heads and which queries at a time.
+"""Attention's backward by our kernels; in two rounds (`kernels/attention.py`), which heads and queries at a time.
 
 The gradient of all scores at once would grow with the square of the length. It is held for as many heads as keep the
 card busy, within a bound in proportion to the length; where even one head's is beyond that, for a run of queries at a
@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from expertune.attention.backward_again import heads_summed
+from expertune.attention import backward_again
 from expertune.kernels import attention as plain
-from expertune.kernels import attention_hopper, attention_products_hopper
+from expertune.kernels import attention_hopper, attention_products, attention_products_hopper
 from expertune.kernels.attention import Grads, Heads, Part, row_sums, scratch_shape
 from expertune.kernels.attention_hopper import readable
 from expertune.kernels.attention_spans import Spans
@@ -64,6 +64,8 @@ def backward(
     lse_BHT: Tensor,
     scale: float,
     spans: Spans,
+    *,
+    forms_again: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of queries, keys and values of causal attention, in their shapes and dtype.
 
@@ -75,24 +77,26 @@ def backward(
         out_BTHD, lse_BHT: what came out, and the logarithm of the sum of a query's exponentials, float32.
         scale: of scores.
         spans: of the rows of each; packed samples are one row of a batch.
+        forms_again: whether scores are formed again for queries (`backward_again.py`), instead of their gradient held.
     """
     q, k, v = (x.transpose(1, 2) for x in (q_BHTD, k_BJTD, v_BJTD))
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     tensors = [readable(x) for x in (q, k, v, dout_BTHD, out_BTHD)]
     lse_BHT = F.pad(lse_BHT, (0, -lse_BHT.shape[-1] % 4))[..., : lse_BHT.shape[-1]]  # rows of whole 16 bytes
+    run = backward_again.sample if forms_again else _sample
     for each in range(len(q)):
-        given = tuple(x[each] for x in (*tensors, lse_BHT))
-        _sample(given, (dq[each], dk[each], dv[each]), scale, spans)
+        q_THD, k_TJD, v_TJD, dout_THD, out_THD = (x[each] for x in tensors)
+        heads = Heads(q_THD, k_TJD, v_TJD, dout_THD, lse_BHT[each], row_sums(dout_THD, out_THD))
+        run(heads, dq[each], Grads(dk[each], dv[each]), scale, spans)
     return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
 
-def _sample(given: tuple[Tensor, ...], grads: tuple[Tensor, Tensor, Tensor], scale: float, spans: Spans) -> None:
-    """Of one row of the batch, `(T, heads, D)`."""
-    q, k, v, dout, out, lse_HT = given
-    dq, dk, dv = grads
+def _sample(given: Heads, dq: Tensor, grads: Grads, scale: float, spans: Spans) -> None:
+    """Of one row of the batch, `(T, heads, D)`, in two rounds."""
+    q, k, v, dout, lse_HT, delta_HT = given
+    dk, dv = grads
     (length, num_heads, width), group = q.shape, q.shape[1] // k.shape[1]
     kernels = _kernels(q.device)
-    delta_HT = row_sums(dout, out)
     cut = cut_into(length, num_heads, group, kernels.keys, num_programs(q.device), spans.band(kernels.keys))
     ds = q.new_empty(scratch_shape(cut.heads, length, cut.queries, kernels.keys, cut.band))
     are_summed = cut.queries < length or cut.heads % group > 0 or cut.summed < group
@@ -136,7 +140,7 @@ def _kernels(device: torch.device) -> _Kernels:
     if is_hopper(device):
         second = attention_products_hopper
         return _Kernels(attention_hopper.values, second.of_keys, second.of_queries, attention_hopper.KEYS)
-    return _Kernels(plain.values, plain.of_keys, plain.of_queries, plain.KEYS)
+    return _Kernels(plain.values, attention_products.of_keys, attention_products.of_queries, plain.KEYS)
 
 
 def _parts(ds: Tensor, length: int, cut: Cut, keys: int, *, adds: bool) -> Iterator[Part]:
@@ -170,5 +174,5 @@ def cut_into(length: int, num_heads: int, group: int, keys: int, num_programs: i
     heads = next((n for n in fitting if n >= wanted), fitting[-1])
     if heads >= group:  # as many at each time
         heads = ceil_div(num_heads // group, ceil_div(num_heads, heads)) * group
-    summed = heads_summed(gcd(group, heads), whole // keys * heads, _WAVES_OF_SUMS * num_programs)
+    summed = backward_again.heads_summed(gcd(group, heads), whole // keys * heads, _WAVES_OF_SUMS * num_programs)
     return Cut(heads, whole, band, summed)

@@ -1,20 +1,18 @@
 """Attention's backward with scores formed twice: in a round for keys and values, and in one for queries.
 
 Each is one pass over what is attended, like the forward, and writes nothing but gradients, so all heads run at once.
-That is seven products where `backward.py`, which writes the gradient of scores, has five: with heads of 128 two more
-take less time than that traffic, and registers hold the sums of `dK` beside those of `dV`.
+That is seven products where `backward.py`, which writes the gradient of scores, has five: with heads of 64 and 128 two
+more take less time than that traffic, and registers hold the sums of `dK` beside those of `dV`.
 """
 
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from expertune.kernels import attention as plain
 from expertune.kernels import attention_hopper, attention_queries, attention_queries_hopper
-from expertune.kernels.attention import Grads, Heads, row_sums
-from expertune.kernels.attention_hopper import readable
+from expertune.kernels.attention import Grads, Heads
 from expertune.kernels.attention_spans import Spans
 from expertune.kernels.device import is_hopper, num_programs
 from expertune.kernels.launch import ceil_div
@@ -30,28 +28,19 @@ class _Rounds(NamedTuple):
     keys: int
 
 
-def backward(
-    dout_BTHD: Tensor,
-    q_BHTD: Tensor,
-    k_BJTD: Tensor,
-    v_BJTD: Tensor,
-    out_BTHD: Tensor,
-    lse_BHT: Tensor,
-    scale: float,
-    spans: Spans,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of queries, keys and values of causal attention; arguments and results as in `backward.py`."""
-    q, k, v = (x.transpose(1, 2) for x in (q_BHTD, k_BJTD, v_BJTD))
-    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    tensors = [readable(x) for x in (q, k, v, dout_BTHD, out_BTHD)]
-    lse_BHT = F.pad(lse_BHT, (0, -lse_BHT.shape[-1] % 4))[..., : lse_BHT.shape[-1]]  # rows of whole 16 bytes
-    rounds = _rounds(q.device)
-    for each in range(len(q)):
-        q_THD, k_TJD, v_TJD, dout_THD, out_THD = (x[each] for x in tensors)
-        heads = Heads(q_THD, k_TJD, v_TJD, dout_THD, lse_BHT[each], row_sums(dout_THD, out_THD))
-        _keys_and_values(rounds, heads, spans, Grads(dk[each], dv[each]), scale)
-        rounds.queries(heads, spans, dq[each], scale)
-    return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
+def sample(heads: Heads, dq_THD: Tensor, grads: Grads, scale: float, spans: Spans) -> None:
+    """Write the gradients of one row of a batch.
+
+    Args:
+        heads: all of it.
+        dq_THD: of queries.
+        grads: of keys and values.
+        scale: of scores.
+        spans: of the rows.
+    """
+    rounds = _rounds(heads.q_THD.device)
+    _keys_and_values(rounds, heads, spans, grads, scale)
+    rounds.queries(heads, spans, dq_THD, scale)
 
 
 def _keys_and_values(rounds: _Rounds, heads: Heads, spans: Spans, grads: Grads, scale: float) -> None:

@@ -61,13 +61,12 @@ class Hopper:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The gradients of queries, keys and values."""
         from expertune.attention.backward import backward
-        from expertune.attention.backward_again import backward as backward_again
         from expertune.kernels.attention_spans import Spans
 
         out_BTHV, lse_BHT, found = attended
         of_rows = Spans(_most(q_BHTD, pattern), *found)
-        function = backward_again if q_BHTD.shape[-1] in _NARROW else backward
-        return function(dout_BTHV, q_BHTD, k_BJSD, v_BJSV, out_BTHV, lse_BHT, pattern.scale, of_rows)
+        given = (dout_BTHV, q_BHTD, k_BJSD, v_BJSV, out_BTHV, lse_BHT)
+        return backward(*given, pattern.scale, of_rows, forms_again=q_BHTD.shape[-1] in _NARROW)
 
 
 def _most(q_BHTD: Tensor, pattern: Pattern) -> int:

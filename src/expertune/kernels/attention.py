@@ -1,14 +1,16 @@
-"""Attention's backward without atomics: in two rounds, with the gradient of the scores in between.
+"""Attention's backward without atomics, by blocks of keys.
 
 FlashAttention's backward adds to `dQ` from every block of keys. With heads of 256 the sums of `dK` and `dV` leave the
 registers no room for large blocks, and what is added up in memory bounds it. Here the first round walks the queries of
-each block of keys, sums `dV`, and writes the gradient of the scores, `dS`, in 16 bits. In the second, `dK = dSᵀQ` and
-`dQ = dS K` are plain products with triangular matrices. That is five products as in FlashAttention, and each sum is one
-program's, in order, so two runs give the same bits. `dS` is held for some heads at a time and, where the context is
-long, for some queries; see `attention/backward.py`.
+each block of keys, sums `dV`, and writes the gradient of the scores, `dS`, in 16 bits. In the second
+(`attention_products.py`), `dK = dSᵀQ` and `dQ = dS K` are plain products with triangular matrices. That is five
+products as in FlashAttention, and each sum is one program's, in order, so two runs give the same bits. `dS` is held for
+some heads at a time and, where the context is long, for some queries; see `attention/backward.py`. Of narrow heads the
+same walk sums `dK` too and writes nothing else, and `attention_queries.py` forms the scores again for `dQ`; see
+`attention/backward_again.py`.
 
-These are the kernels in plain Triton: any target, and the tested twins of the ones in Gluon (`attention_hopper.py`,
-`attention_products_hopper.py`). Source of the equations: FlashAttention-2 (arXiv 2307.08691), section 3.1.2.
+In plain Triton: any target, and the tested twin of the one in Gluon (`attention_hopper.py`). Source of the equations:
+FlashAttention-2 (arXiv 2307.08691), section 3.1.2.
 
 A key is attended to by a run of queries: itself and those behind it, as far as its sample and a window reach. So each
 block of keys has a last query, and each block of queries a first key; between them each round walks whole blocks.
@@ -164,7 +166,7 @@ def load_rows(ptr, row, head, T, row_stride, head_stride, D: tl.constexpr, BD: t
 
 
 @triton.jit
-def _write(
+def write(
     sum_ptr, out_ptr, total, row, head, T, has_before, sum_row, sum_head, out_row, out_head, D: tl.constexpr,
     BD: tl.constexpr,
 ):  # fmt: skip
@@ -222,51 +224,9 @@ def _attention_keys_kernel(
                 row = (head.to(tl.int64) * rows_blocks * KEYS + ds_row + tl.arange(0, KEYS)) * pitch_blocks * KEYS
                 tl.store(ds_ptr + row[:, None] + (query + ds_shift)[None, :], ds)
     has_before = (block < first_block) | (adds > 0)
-    _write(sum_ptr, dv_ptr, dv, key, own, T, has_before, sum_row, sum_head, out_row, out_head, D, BD)
+    write(sum_ptr, dv_ptr, dv, key, own, T, has_before, sum_row, sum_head, out_row, out_head, D, BD)
     if SUMS_KEYS:
-        _write(dk_ptr, dk_ptr, dk * scale, key, own, T, False, out_row, out_head, out_row, out_head, D, BD)
-
-
-@triton.jit(do_not_specialize=["first_block", "end", "num_heads", "T", "pitch_blocks", "rows_blocks", "adds"])
-def _attention_products_kernel(
-    ds_ptr, x_ptr, row_ptr, sum_ptr, out_ptr,
-    first_block, end, num_heads, T, pitch_blocks, rows_blocks, adds,
-    x_row, x_head, sum_row, sum_head, out_row, out_head, scale,
-    D: tl.constexpr, BD: tl.constexpr, OF_QUERIES: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr,
-    IS_BAND: tl.constexpr, KEYS: tl.constexpr, DEPTH: tl.constexpr,
-):  # fmt: skip
-    """One program a block of rows of a sum; those of whole samples with most to sum first."""
-    num_blocks = tl.cdiv(end, KEYS)
-    num_sums = num_heads // HEADS
-    block, own = tl.program_id(0) // num_sums, tl.program_id(0) % num_sums
-    if OF_QUERIES:
-        block = num_blocks - 1 - block
-        first, last = first_key(row_ptr, block, KEYS, KEYS), (block + 1) * KEYS
-        has_before = False
-    else:
-        first, last = tl.maximum(block, first_block) * KEYS, last_query(row_ptr, block, end, T, KEYS)
-        has_before = (block < first_block) | (adds > 0)
-    row = block * KEYS + tl.arange(0, KEYS)
-    total = tl.zeros((KEYS, BD), dtype=tl.float32)
-    for of_sum in range(HEADS):
-        head = own * HEADS + of_sum
-        for start in range(first, last, DEPTH):
-            at = start + tl.arange(0, DEPTH)
-            if OF_QUERIES:
-                key, query, key_block = at, row, start // KEYS
-            else:
-                key, query, key_block = row, at, block
-            ds_row, ds_shift = place(key_block, first_block, num_blocks - first_block, IS_BAND, KEYS)
-            ds_row = head.to(tl.int64) * rows_blocks * KEYS + ds_row + key - key_block * KEYS
-            places = ds_row * (pitch_blocks * KEYS)
-            if OF_QUERIES:
-                mask = (query < end)[:, None]
-                ds = tl.load(ds_ptr + places[None, :] + (query + ds_shift)[:, None], mask=mask, other=0.0)
-            else:
-                ds = tl.load(ds_ptr + places[:, None] + (query + ds_shift)[None, :])
-            x = load_rows(x_ptr, at, head // GROUP, T, x_row, x_head, D, BD)
-            total = tl.dot(ds, x, total, input_precision="ieee")
-    _write(sum_ptr, out_ptr, total * scale, row, own, T, has_before, sum_row, sum_head, out_row, out_head, D, BD)
+        write(dk_ptr, dk_ptr, dk * scale, key, own, T, False, out_row, out_head, out_row, out_head, D, BD)
 
 
 def row_sums(x_THD: Tensor, y_THD: Tensor) -> Tensor:
@@ -339,56 +299,6 @@ def _walk(
             "SUMS_KEYS": sums_keys,
             "KEYS": keys,
             "QUERIES": keys // 2,
-        },
-        num_warps=4,
-    )
-
-
-def of_keys(part: Part, q_THD: Tensor, spans: Spans, sums: Grads | None, grads: Grads, scale: float) -> None:
-    """Write `dk`: what heads of queries give it, `scale · dSᵀ q`.
-
-    Args:
-        part: with the gradient of the scores written.
-        q_THD: queries, in any strides but the last.
-        spans, sums, grads, scale: as for `values`.
-    """
-    total = (grads if sums is None else sums).dk
-    _products(part, q_THD, spans.reach_T, total, grads.dk, scale, q_THD.shape[1], of_queries=False)
-
-
-def of_queries(part: Part, k_TJD: Tensor, spans: Spans, dq_THD: Tensor, scale: float) -> None:
-    """Write `scale · dS k`, of the queries of the part; other rows stay.
-
-    Args:
-        part: with the gradient of the scores written.
-        k_TJD: keys, in any strides but the last.
-        spans, scale: as for `values`.
-        dq_THD: in the dtype of the queries.
-    """
-    _products(part, k_TJD, spans.first_T, dq_THD, dq_THD, scale, dq_THD.shape[1], of_queries=True)
-
-
-def _products(
-    part: Part, x_TXD: Tensor, row_T: Tensor, total: Tensor, out_TSD: Tensor, scale: float, num_heads: int, *,
-    of_queries: bool,
-) -> None:  # fmt: skip
-    length, num_sums, width = out_TSD.shape
-    strides = [stride for x in (x_TXD, total, out_TSD) for stride in x.stride()[:2]]
-    launch(
-        _attention_products_kernel,
-        (part.num_programs(num_sums, of_queries=of_queries), 1, 1),
-        (part.ds, x_TXD, row_T, total, out_TSD),
-        part.sizes(num_heads, length),
-        (*strides, scale),
-        {
-            "D": width,
-            "BD": max(16, next_power_of_2(width)),
-            "OF_QUERIES": of_queries,
-            "GROUP": num_heads // x_TXD.shape[1],
-            "HEADS": num_heads // num_sums,
-            "IS_BAND": part.is_band,
-            "KEYS": part.keys,
-            "DEPTH": part.keys // 2,
         },
         num_warps=4,
     )

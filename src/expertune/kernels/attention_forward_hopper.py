@@ -1,4 +1,4 @@
-"""Attention's forward for Hopper (compute capability 9.0, bf16, fp16, heads of 128 and 256), in Gluon.
+"""Attention's forward for Hopper (compute capability 9.0, 16 bits, heads of 64, 128 and 256), in Gluon.
 
 The same equations as `attention_forward.py`, its tested twin. One warp copies; two groups of four warps have 64 of a
 block's 128 queries each, and the sums of their output in half of their registers. While one group computes
@@ -196,7 +196,7 @@ def _attention_forward_kernel(
 def forward(
     q_THD: Tensor, k_TJD: Tensor, v_TJD: Tensor, spans: Spans, out_THD: Tensor, lse_HT: Tensor, scale: float
 ) -> None:
-    """As `attention_forward.forward`; rows of what attends begin at multiples of 16 bytes, heads are of 128 or 256."""
+    """As `attention_forward.forward`; rows of what attends begin at multiples of 16 bytes, in any of these widths."""
     length, num_heads, width = q_THD.shape
     operands, keys = (q_THD, k_TJD, v_TJD), _KEYS[width]
     tiles = [head_tiles(x, rows) for x, rows in zip(operands, (_QUERIES, keys, keys), strict=True)]

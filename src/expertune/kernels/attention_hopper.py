@@ -1,9 +1,11 @@
-"""The first round of attention's backward for Hopper (compute capability 9.0, bf16, fp16, heads of 256), in Gluon.
+"""Attention's backward by blocks of keys for Hopper (compute capability 9.0, 16 bits, heads of 64, 128, 256), in Gluon.
 
-The same equations as `attention.py`, its tested twin. One warp copies; two groups of four warps have 64 of a block's
-128 keys each, and the sums of their `dV` in half of their registers. Scores lie transposed, by key and query: so
-probabilities are the left operand of `dV`'s product as they are, without a way through shared memory. While one group
-computes exponentials, the other multiplies. (The transposed scores are FlashAttention-3's, arXiv 2407.08608.)
+The same equations as `attention.py`, its tested twin: of wide heads the first round, which sums `dV` and writes the
+gradient of scores; of narrow ones all that keys and values get. One warp copies; two groups of four warps have 64 of a
+block's 128 keys each, and the sums in half of their registers. Scores lie transposed, by key and query: so
+probabilities are the left operand of `dV`'s product as they are, and the gradient of scores that of `dK`'s, without a
+way through shared memory. While one group computes exponentials, the other multiplies. (The transposed scores are
+FlashAttention-3's, arXiv 2407.08608.)
 """
 
 from torch import Tensor
@@ -118,7 +120,7 @@ def _multiply(
     ME: gl.constexpr, reach, buffers, barriers, where, pointers, sizes, strides, scale, HEADS: gl.constexpr,
     SUMS_KEYS: gl.constexpr,
 ):  # fmt: skip
-    """One of the two groups that multiply: half of the block's keys."""
+    """One of the two groups that multiply: half of the block's keys. With `SUMS_KEYS` as in `attention.py`."""
     k_buf, v_buf, slots, rows, reaches = buffers
     resident, full, empty = barriers
     key, first, head = where
@@ -208,7 +210,8 @@ def _attention_keys_kernel(
     k_buf = gl.allocate_shared_memory(k_desc.dtype, k_desc.block_type.shape, k_desc.layout)
     v_buf = gl.allocate_shared_memory(v_desc.dtype, v_desc.block_type.shape, v_desc.layout)
     slots = gl.allocate_shared_memory(q_desc.dtype, [SLOTS] + q_desc.block_type.shape, q_desc.layout)
-    rows = gl.allocate_shared_memory(gl.float32, [2 * ((SLOTS + 1) // 2)] + lse_desc.block_type.shape, lse_desc.layout)
+    turns: gl.constexpr = (SLOTS + 1) // 2  # of steps that are under way at most, each with a row of both
+    rows = gl.allocate_shared_memory(gl.float32, [2 * turns] + lse_desc.block_type.shape, lse_desc.layout)
     reaches = gl.allocate_shared_memory(gl.int32, reach_desc.block_type.shape, reach_desc.layout)
     resident = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())

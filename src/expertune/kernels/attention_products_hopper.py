@@ -1,7 +1,7 @@
 """The second round of attention's backward for Hopper (compute capability 9.0, bf16, fp16), in Gluon.
 
-The same equations as `attention.py`, its tested twin: products of 128 rows by a head's width, of which two groups of
-four warps have half the rows each, while one warp copies.
+The same equations as `attention_products.py`, its tested twin: products of 128 rows by a head's width, of which two
+groups of four warps have half the rows each, while one warp copies.
 """
 
 from torch import Tensor
@@ -143,13 +143,13 @@ def _attention_products_kernel(
 
 
 def of_keys(part: Part, q_THD: Tensor, spans: Spans, sums: Grads | None, grads: Grads, scale: float) -> None:
-    """As `attention.of_keys`; rows of `q` begin at multiples of 16 bytes."""
+    """As `attention_products.of_keys`; rows of `q` begin at multiples of 16 bytes."""
     total = (grads if sums is None else sums).dk
     _products(part, q_THD, spans.reach_T, total, grads.dk, scale, q_THD.shape[1], of_queries=False)
 
 
 def of_queries(part: Part, k_TJD: Tensor, spans: Spans, dq_THD: Tensor, scale: float) -> None:
-    """As `attention.of_queries`; rows of `k` begin at multiples of 16 bytes."""
+    """As `attention_products.of_queries`; rows of `k` begin at multiples of 16 bytes."""
     _products(part, k_TJD, spans.first_T, dq_THD, dq_THD, scale, dq_THD.shape[1], of_queries=True)
 
 

@@ -1,4 +1,4 @@
-"""The gradient of queries for Hopper (compute capability 9.0, bf16, fp16, heads of 128), in Gluon: scores formed again.
+"""The gradient of queries for Hopper (compute capability 9.0, 16 bits, heads of 64 and 128), in Gluon: scores again.
 
 `attention_queries.py` is its tested twin. The work is divided as in `attention_forward_hopper.py`: one warp copies, two
 groups of four warps have 64 of a block's 128 queries each.
