@@ -161,6 +161,7 @@ def test_heads_that_share_keys_are_summed_by_one_program(
     monkeypatch.setattr(backward, "num_programs", lambda _: 1)
     monkeypatch.setattr(backward, "_WAVES", 20)  # so many heads at a time as there is room for
     monkeypatch.setattr(backward, "_WAVES_OF_SUMS", 0)
+    monkeypatch.setattr(backward, "_WAVES_OF_SUMS_IN_A_BAND", 0)
     band = case.spans(130).band(32)
     cut = backward.cut_into(130, 4, 4, 32, 1, band)
     assert (cut.summed, cut.band > 0) == (summed, case.window is not None)
@@ -220,6 +221,7 @@ def test_any_strides_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
         (5000, 24, 3, 5000, (12, 5120, 0, 1)),
         (16384, 20, 1, 4096, (4, 16384, 4224, 1)),
         (16384, 16, 2, 1024, (16, 16384, 1152, 2)),
+        (16384, 16, 2, 2700, (6, 16384, 2944, 2)),
         (16384, 16, 8, 3000, (4, 16384, 3200, 1)),
         (100_000, 16, 2, 1024, (4, 100_096, 1152, 2)),
         (100_000, 20, 1, 16384, (1, 100_096, 16512, 1)),
@@ -312,6 +314,7 @@ def test_on_hopper_heads_that_share_keys_are_summed_by_one_program(
     from expertune.attention import backward, backward_again
 
     monkeypatch.setattr(backward, "_WAVES_OF_SUMS", waves)
+    monkeypatch.setattr(backward, "_WAVES_OF_SUMS_IN_A_BAND", waves)
     monkeypatch.setattr(backward_again, "_WAVES", waves)
     check_on_hopper(inputs(1, 1200, 8, num_shared, width, torch.bfloat16), Case((1, 500, 128, 127, 64, 380)))
 

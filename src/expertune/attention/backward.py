@@ -27,7 +27,8 @@ _A_TOKEN = 40 * 2**10
 _LEAST = 2**29  # and in any case
 # blocks of keys a multiprocessor, so that all end at about the same time: uneven ones, and those that fill a band
 _WAVES, _WAVES_OF_A_BAND = 5, 16
-_WAVES_OF_SUMS = 3  # at least, where several heads that share keys are summed by one program
+# at least, where several heads that share keys are summed by one program
+_WAVES_OF_SUMS, _WAVES_OF_SUMS_IN_A_BAND = 5, 2.5
 
 
 class Cut(NamedTuple):
@@ -174,5 +175,6 @@ def cut_into(length: int, num_heads: int, group: int, keys: int, num_programs: i
     heads = next((n for n in fitting if n >= wanted), fitting[-1])
     if heads >= group:  # as many at each time
         heads = ceil_div(num_heads // group, ceil_div(num_heads, heads)) * group
-    summed = backward_again.heads_summed(gcd(group, heads), whole // keys * heads, _WAVES_OF_SUMS * num_programs)
+    fewest = (_WAVES_OF_SUMS_IN_A_BAND if band else _WAVES_OF_SUMS) * num_programs
+    summed = backward_again.heads_summed(gcd(group, heads), whole // keys * heads, fewest)
     return Cut(heads, whole, band, summed)
