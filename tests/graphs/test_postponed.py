@@ -20,7 +20,7 @@ from expertune.graphs.piece import Piece
 from expertune.graphs.recorder import Recorder
 from expertune.shapes import ExpertsLayout, LoraFactors
 from expertune.walk import ExpertsStep, Projection
-from tests.cases import DEVICE, FEW_EXPERTS, NUM_FEW, needs_cuda, pair_id, runnable
+from tests.cases import DEVICE, FEW_EXPERTS, NUM_FEW, later, needs_cuda, pair_id, runnable
 from tests.graphs.replayed import FakeCapture, FakeHost, make_recorder
 
 WIDTH, INNER = 16, 24
@@ -94,7 +94,10 @@ def _loss(module: Callable[[Tensor, Tensor], Tensor], seed: int, dtype: torch.dt
     return (module(x_TD, weight_TK) * dout_TD).sum(), x_TD, weight_TK
 
 
-@pytest.mark.parametrize(("ranks", "times"), [((8,), 1), ((4, 9), 2)], ids=str)
+@pytest.mark.parametrize(
+    ("ranks", "times"),
+    [pytest.param((8,), 1, id="one adapter"), pytest.param((4, 9), 2, marks=later(True), id="two, walked twice")],
+)
 @pytest.mark.parametrize(("backend", "dtype"), runnable(torch.float32, torch.bfloat16), ids=pair_id)
 def test_batches_anew_and_added(
     pair: Callable[..., tuple[Experts, Experts]],

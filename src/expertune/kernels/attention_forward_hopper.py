@@ -9,7 +9,6 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
     mbarrier,
     warpgroup_mma,
     warpgroup_mma_wait,
@@ -17,7 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from expertune.kernels.attention import first_key
 from expertune.kernels.attention_forward import LOWEST
-from expertune.kernels.attention_hopper import LOG2_E, following, head_tiles
+from expertune.kernels.attention_hopper import LOG2_E, following, head_tiles, ring
 from expertune.kernels.attention_spans import Spans
 from expertune.kernels.hopper_names import copy_tile
 from expertune.kernels.hopper_store import places
@@ -168,17 +167,8 @@ def _attention_forward_kernel(
     query = block * QUERIES
     first = first_key(first_ptr, block, QUERIES, KEYS)
     q_buf = gl.allocate_shared_memory(q_desc.dtype, q_desc.block_type.shape, q_desc.layout)
-    slots = gl.allocate_shared_memory(k_desc.dtype, [SLOTS] + k_desc.block_type.shape, k_desc.layout)
-    resident = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
-    mbarrier.init(resident, count=1)
-    for slot in gl.static_range(SLOTS):
-        mbarrier.init(full.index(slot), count=1)
-        mbarrier.init(empty.index(slot), count=2)
-    fence_async_shared()
+    slots, barriers = ring(k_desc, SLOTS)
     buffers = (q_buf, slots)
-    barriers = (resident, full, empty)
     where = (query, first, query + QUERIES, head)
     pointers = (first_ptr, out_ptr, lse_ptr)
     sizes = (T, out_row, out_head, lse_head)

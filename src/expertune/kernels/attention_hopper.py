@@ -44,6 +44,21 @@ def following(slot, parity, SLOTS: gl.constexpr):
 
 
 @gluon.jit
+def ring(desc, SLOTS: gl.constexpr):
+    """Slots for tiles, and barriers: of what stays for a whole program, of full slots, of those that both groups left."""
+    slots = gl.allocate_shared_memory(desc.dtype, [SLOTS] + desc.block_type.shape, desc.layout)
+    resident = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(resident, count=1)
+    for slot in gl.static_range(SLOTS):
+        mbarrier.init(full.index(slot), count=1)
+        mbarrier.init(empty.index(slot), count=2)
+    fence_async_shared()
+    return slots, (resident, full, empty)
+
+
+@gluon.jit
 def _copy(descriptors, buffers, barriers, where, end, strides, GROUP: gl.constexpr, HEADS: gl.constexpr):
     """The copying warp: the block's keys and values, then a tile of queries and one of gradients for each step."""
     q_desc, k_desc, v_desc, dout_desc, lse_desc, delta_desc, reach_desc = descriptors
@@ -209,21 +224,12 @@ def _attention_keys_kernel(
     end = last_query(reach_ptr, block, end, T, KEYS)
     k_buf = gl.allocate_shared_memory(k_desc.dtype, k_desc.block_type.shape, k_desc.layout)
     v_buf = gl.allocate_shared_memory(v_desc.dtype, v_desc.block_type.shape, v_desc.layout)
-    slots = gl.allocate_shared_memory(q_desc.dtype, [SLOTS] + q_desc.block_type.shape, q_desc.layout)
     turns: gl.constexpr = (SLOTS + 1) // 2  # of steps that are under way at most, each with a row of both
     rows = gl.allocate_shared_memory(gl.float32, [2 * turns] + lse_desc.block_type.shape, lse_desc.layout)
     reaches = gl.allocate_shared_memory(gl.int32, reach_desc.block_type.shape, reach_desc.layout)
-    resident = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
-    mbarrier.init(resident, count=1)
-    for slot in gl.static_range(SLOTS):
-        mbarrier.init(full.index(slot), count=1)
-        mbarrier.init(empty.index(slot), count=2)
-    fence_async_shared()
+    slots, barriers = ring(q_desc, SLOTS)
     descriptors = (q_desc, k_desc, v_desc, dout_desc, lse_desc, delta_desc, reach_desc)
     buffers = (k_buf, v_buf, slots, rows, reaches)
-    barriers = (resident, full, empty)
     where = (block * KEYS, first, head)
     pitch = pitch_blocks * KEYS
     ds_head = (rows_blocks * KEYS).to(gl.int64) * pitch
