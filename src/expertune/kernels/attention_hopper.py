@@ -45,7 +45,7 @@ def following(slot, parity, SLOTS: gl.constexpr):
 
 @gluon.jit
 def ring(desc, SLOTS: gl.constexpr):
-    """Slots for tiles, and barriers: of what stays for a whole program, of full slots, of those that both groups left."""
+    """Slots for tiles, and barriers: of what stays for a whole program, of full slots, of those both groups left."""
     slots = gl.allocate_shared_memory(desc.dtype, [SLOTS] + desc.block_type.shape, desc.layout)
     resident = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
