@@ -24,27 +24,28 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(made)
 
 
-def test_all_peers_take_the_same_steps(folder: str, tmp_path: Path) -> None:
+def test_it_runs_from_end_to_end(folder: str, tmp_path: Path) -> None:
     sizes = ["--shape", "tiny", "--layers", "2", "--contexts", "32,64", "--steps", "3", "--rank", "4"]
-    peers = ["--peers", "transformers,expertune:lean", "--folder", folder]
+    peers = ["--peers", "expertune:lean", "--folder", folder]
     command = [sys.executable, str(ROOT / "benchmarks" / "sft_step.py"), *sizes, *peers, "--output", str(tmp_path)]
     subprocess.run(command, check=True)
     report = json.loads((tmp_path / "sft_step.json").read_text())
     assert report["provenance"]["commit"]
     assert (report["shape"], report["layers"], report["rank"], report["steps"]) == ("tiny", 2, 4, 3)
-    stock, ours = report["peers"]["transformers"], report["peers"]["expertune:lean"]
-    assert [row["context"] for row in stock] == [row["context"] for row in ours] == [32, 64]
-    for row, other in zip(ours, stock, strict=True):
+    rows = report["peers"]["expertune:lean"]
+    assert [row["context"] for row in rows] == [32, 64]
+    for row in rows:
         assert row["ms"] > 0
         assert row["first_step_ms"] > 0
-        assert row["loss"] == pytest.approx(other["loss"], abs=0.01)
         # ln 512, the chance of a token; TRL 1.0 divides by the first token too, which nothing predicts
         assert row["loss"][0] == pytest.approx(6.24, abs=0.25)
         assert len(row["loss"]) == 3
     assert (tmp_path / "sft_step.png").is_file()
 
 
-def test_several_samples_do_not_see_each_other(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_peers_take_the_same_steps_and_samples_do_not_see_each_other(
+    folder: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     settings = {"shape": "tiny", "folder": folder, "contexts": "512", "rank": 4, "steps": 2, "longest": False}
     settings |= {"memory": "auto", "adapter_dtype": "float32", "adam": "expertune", "experts": "grouped_mm"}
     settings["sample"] = (64, 511)
@@ -54,11 +55,10 @@ def test_several_samples_do_not_see_each_other(folder: str, capsys: pytest.Captu
         (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith('{"context')]
         return json.loads(line)["loss"]
 
-    whole = losses("transformers", "whole")
-    for rows in ("packed", "padded"):
-        stock, ours = losses("transformers", rows), losses("expertune", rows)
-        assert ours == pytest.approx(stock, abs=0.001)
-        assert stock != whole
+    stock = {rows: losses("transformers", rows) for rows in ("whole", "packed", "padded")}
+    for rows, expected in stock.items():
+        assert losses("expertune", rows) == pytest.approx(expected, abs=0.001)
+        assert rows == "whole" or expected != stock["whole"]
 
 
 def test_samples_fill_a_context() -> None:

@@ -137,8 +137,13 @@ def test_what_no_card_could_run(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (SIZES, "our Triton backend needs torch.float16, torch.float32, got torch.bfloat16"),
-        ((*SIZES, "--hidden=18", "--dtype=float32"), "multiples of 16 bytes"),
+        pytest.param(  # one reason of several, which are the backend's
+            SIZES,
+            "our Triton backend needs torch.float16, torch.float32, got torch.bfloat16",
+            marks=pytest.mark.thorough,
+            id="dtype",
+        ),
+        pytest.param((*SIZES, "--hidden=18", "--dtype=float32"), "multiples of 16 bytes", id="width"),
     ],
 )
 def test_what_the_kernels_do_not_run(run: Run, tmp_path: Path, arguments: tuple[str, ...], words: str) -> None:

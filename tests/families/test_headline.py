@@ -72,13 +72,6 @@ def model(request: pytest.FixtureRequest) -> PreTrainedModel:
 
 
 headline = pytest.mark.parametrize("model", HEADLINE, indirect=True)
-# the compiler takes minutes for all of them; gpt-oss and others with every gradient in tests/hosts/test_compile.py
-COMPILED = {"glm4_moe_lite"}
-compiled = pytest.mark.parametrize(
-    "model",
-    [pytest.param(name, marks=() if name in COMPILED else pytest.mark.thorough) for name in HEADLINE],
-    indirect=True,
-)
 newest = pytest.mark.skipif(version("transformers") < "5.24", reason="older hosts name some parts otherwise")
 
 
@@ -184,7 +177,8 @@ def test_padding_changes_no_token(model: PreTrainedModel, side: str) -> None:
     assert difference <= 1e-11
 
 
-@compiled
+@pytest.mark.thorough  # minutes of the compiler; some with every gradient in tests/hosts/test_compile.py
+@headline
 def test_a_compiled_model_is_as_the_plain_one(model: PreTrainedModel) -> None:
     if model.config.model_type in NOT_COMPILED:
         pytest.skip("stock does not compile either")

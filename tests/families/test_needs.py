@@ -24,10 +24,11 @@ def model(request: pytest.FixtureRequest) -> PreTrainedModel:
 @pytest.mark.parametrize(
     ("is_full", "memory"),
     [
-        pytest.param(False, "fast", id="lora-fast"),
         pytest.param(False, "auto", id="lora-auto"),
         pytest.param(True, "fast", id="full-fast"),
-        pytest.param(True, "auto", id="full-auto", marks=pytest.mark.thorough),  # each is tested with another
+        # each is tested with another
+        pytest.param(False, "fast", id="lora-fast", marks=pytest.mark.thorough),
+        pytest.param(True, "auto", id="full-auto", marks=pytest.mark.thorough),
     ],
 )
 @pytest.mark.parametrize("model", families(), indirect=True)
