@@ -1,4 +1,4 @@
-"""Attention's backward by our kernels; in two rounds (`kernels/attention.py`), which heads and queries at a time.
+"""Attention's backward by our kernels; of its two rounds (`kernels/attention.py`), which heads and queries at a time.
 
 The gradient of all scores at once would grow with the square of the length. It is held for as many heads as keep the
 card busy, within a bound in proportion to the length; where even one head's is beyond that, for a run of queries at a
