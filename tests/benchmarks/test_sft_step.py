@@ -47,11 +47,11 @@ def test_all_peers_take_the_same_steps_and_samples_do_not_see_each_other(
     folder: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = {"shape": "tiny", "folder": folder, "contexts": "512", "rank": 4, "steps": 2, "longest": False}
-    settings |= {"memory": "auto", "adapter_dtype": "float32", "adam": "expertune", "experts": "grouped_mm"}
+    settings |= {"adapter_dtype": "float32", "adam": "expertune", "experts": "grouped_mm"}
     settings["sample"] = (64, 511)
 
-    def losses(peer: str, rows: str) -> Any:
-        work(peer, Namespace(**settings, rows=rows))
+    def losses(peer: str, rows: str, memory: str = "auto") -> Any:
+        work(peer, Namespace(**settings, rows=rows, memory=memory))
         (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith('{"context')]
         return json.loads(line)["loss"]
 
@@ -59,6 +59,7 @@ def test_all_peers_take_the_same_steps_and_samples_do_not_see_each_other(
     for rows, expected in stock.items():
         assert losses("expertune", rows) == pytest.approx(expected, abs=0.001)
         assert rows == "whole" or expected != stock["whole"]
+    assert losses("expertune", "whole", "lean") == pytest.approx(stock["whole"], abs=0.001)
 
 
 def test_samples_fill_a_context() -> None:

@@ -48,11 +48,10 @@ class Cut(NamedTuple):
 
 
 class _Kernels(NamedTuple):
-    """The first round, the second for keys and for queries, and the keys of a block."""
+    """The two rounds, and the keys of a block of theirs."""
 
     values: Any
-    of_keys: Any
-    of_queries: Any
+    products: Any
     keys: int
 
 
@@ -100,14 +99,13 @@ def _sample(given: Heads, dq: Tensor, grads: Grads, scale: float, spans: Spans) 
     kernels = _kernels(q.device)
     cut = cut_into(length, num_heads, group, kernels.keys, num_programs(q.device), spans.band(kernels.keys))
     ds = q.new_empty(scratch_shape(cut.heads, length, cut.queries, kernels.keys, cut.band))
-    are_summed = cut.queries < length or cut.heads % group > 0 or cut.summed < group
-    num_sums = ceil_div(cut.heads, cut.summed)
-    sums = q.new_empty((2, length, num_sums, width), dtype=torch.float32) if are_summed else None
+    are_summed = cut.queries < length or cut.summed < group
+    sums = q.new_empty((2, length, cut.heads // cut.summed, width), dtype=torch.float32) if are_summed else None
     for first in range(0, num_heads, cut.heads):
         own = slice(first, min(first + cut.heads, num_heads))
         shared = slice(first // group, ceil_div(own.stop, group))
         heads = Heads(q[:, own], k[:, shared], v[:, shared], dout[:, own], lse_HT[own], delta_HT[own])
-        to_sum = None if sums is None else Grads(*sums[:, :, : ceil_div(own.stop - first, cut.summed)])
+        to_sum = None if sums is None else Grads(*sums[:, :, : (own.stop - first) // cut.summed])
         scratch = ds[: len(ds) // cut.heads * (own.stop - first)]
         is_last = own.stop % group == 0
         written = Grads(dk[:, shared], dv[:, shared])
@@ -115,9 +113,7 @@ def _sample(given: Heads, dq: Tensor, grads: Grads, scale: float, spans: Spans) 
         for part in _parts(scratch, length, cut, kernels.keys, adds=first % group > 0):
             _part(kernels, part, heads, spans, to_sum, last, dq[:, own], scale)
         if to_sum is not None and last is None and is_last:
-            for summed, grad in zip(to_sum, written, strict=True):
-                by_group = summed.view(length, shared.stop - shared.start, -1, width)
-                grad.copy_(by_group.sum(2))
+            backward_again.add_up(to_sum, written)
 
 
 def _part(
@@ -132,16 +128,17 @@ def _part(
 ) -> None:
     """Both rounds for some queries. What they give keys and values is summed, or written if they are the last."""
     grads = last if last is not None and part.end == len(dq) else sums
+    assert grads is not None, "what is not the last is summed"
     kernels.values(part, heads, spans, sums, grads, scale)
-    kernels.of_keys(part, heads.q_THD, spans, sums, grads, scale)
-    kernels.of_queries(part, heads.k_TJD, spans, dq, scale)
+    dk_sum = None if sums is None else sums.dk
+    kernels.products(part, heads.q_THD, spans, dk_sum, grads.dk, scale, of_queries=False)
+    kernels.products(part, heads.k_TJD, spans, None, dq, scale, of_queries=True)
 
 
 def _kernels(device: torch.device) -> _Kernels:
     if is_hopper(device):
-        second = attention_products_hopper
-        return _Kernels(attention_hopper.values, second.of_keys, second.of_queries, attention_hopper.KEYS)
-    return _Kernels(plain.values, attention_products.of_keys, attention_products.of_queries, plain.KEYS)
+        return _Kernels(attention_hopper.values, attention_products_hopper.products, attention_hopper.KEYS)
+    return _Kernels(plain.values, attention_products.products, plain.KEYS)
 
 
 def _parts(ds: Tensor, length: int, cut: Cut, keys: int, *, adds: bool) -> Iterator[Part]:

@@ -52,10 +52,16 @@ def _keys_and_values(rounds: _Rounds, heads: Heads, spans: Spans, grads: Grads, 
     if summed == num_heads // num_shared:
         rounds.keys_and_values(heads, spans, grads, scale)
         return
-    sums = grads.dk.new_empty((2, length, num_heads // summed, width), dtype=torch.float32)
-    rounds.keys_and_values(heads, spans, Grads(*sums), scale)
-    for total, grad in zip(sums, grads, strict=True):
-        grad.copy_(total.view(length, num_shared, -1, width).sum(2))
+    sums = Grads(*grads.dk.new_empty((2, length, num_heads // summed, width), dtype=torch.float32))
+    rounds.keys_and_values(heads, spans, sums, scale)
+    add_up(sums, grads)
+
+
+def add_up(sums: Grads, grads: Grads) -> None:
+    """Write the gradients of shared keys and values, of each as many sums in a row."""
+    for several, grad in zip(sums, grads, strict=True):
+        length, num_shared, width = grad.shape
+        grad.copy_(several.view(length, num_shared, -1, width).sum(2))
 
 
 def heads_summed(group: int, num_blocks: int, fewest: float) -> int:

@@ -52,14 +52,19 @@ class Part(NamedTuple):
     is_band: bool
     adds: bool
 
+    @classmethod
+    def whole(cls, heads: "Heads", keys: int) -> "Part":
+        """All queries, where the gradient of their scores is not written: what is in its place stays as it is."""
+        return cls(heads.q_THD, 0, len(heads.q_THD), keys, is_band=False, adds=False)
+
     @property
     def num_blocks(self) -> int:
         """Of keys that these queries attend to."""
         return ceil_div(self.end, self.keys)
 
-    def num_programs(self, num_heads: int, *, of_queries: bool) -> int:
-        """Of a second round's product for so many heads: blocks of these queries, or of keys."""
-        return (self.num_blocks - (self.first // self.keys if of_queries else 0)) * num_heads
+    def num_programs(self, num_sums: int, *, of_queries: bool) -> int:
+        """Of a second round's product for so many sums: blocks of these queries, or of keys."""
+        return (self.num_blocks - (self.first // self.keys if of_queries else 0)) * num_sums
 
     def sizes(self, num_heads: int, length: int) -> tuple[int, ...]:
         """What kernels are told; the pitch of `ds` and its rows of a head are in blocks."""
@@ -257,9 +262,7 @@ def values(part: Part, heads: Heads, spans: Spans, sums: Grads | None, grads: Gr
         grads: of keys before `part.end`, in their dtype; other rows stay.
         scale: of scores.
     """
-    dv_sum = (grads if sums is None else sums).dv
-    sizes = part.sizes(heads.q_THD.shape[1], len(heads.q_THD))
-    _walk(heads, spans, (part.ds, dv_sum, grads.dv, grads.dv), part.num_blocks, part.keys, sizes, scale, part.is_band)
+    _walk(part, heads, spans, (grads if sums is None else sums).dv, grads, scale)
 
 
 def keys_and_values(heads: Heads, spans: Spans, grads: Grads, scale: float) -> None:
@@ -269,36 +272,30 @@ def keys_and_values(heads: Heads, spans: Spans, grads: Grads, scale: float) -> N
         heads, spans, scale: as for `values`.
         grads: in their dtype.
     """
-    length, num_heads, _ = heads.q_THD.shape
-    tensors = (heads.q_THD, grads.dv, grads.dv, grads.dk)  # nothing is written to the first
-    sizes = (0, length, num_heads, length, 0, 0, 0)
-    _walk(heads, spans, tensors, ceil_div(length, KEYS), KEYS, sizes, scale, sums_keys=True)
+    _walk(Part.whole(heads, KEYS), heads, spans, grads.dv, grads, scale, sums_keys=True)
 
 
 def _walk(
-    heads: Heads, spans: Spans, tensors: tuple[Tensor, ...], num_blocks: int, keys: int, sizes: tuple[int, ...],
-    scale: float, is_band: bool = False, *, sums_keys: bool = False,
-) -> None:  # fmt: skip
-    """Launch: where the gradient of scores, the sums and results of values, and keys lie; what `Part.sizes` says."""
-    num_heads, width = heads.q_THD.shape[1:]
-    ds, total, dv, dk = tensors
-    strides = [stride for x in (*heads, total, dv) for stride in x.stride()[: x.dim() - 1]]
-    num_sums = dv.shape[1]
+    part: Part, heads: Heads, spans: Spans, dv_sum: Tensor, grads: Grads, scale: float, *, sums_keys: bool = False
+) -> None:
+    length, num_heads, width = heads.q_THD.shape
+    strides = [stride for x in (*heads, dv_sum, grads.dv) for stride in x.stride()[: x.dim() - 1]]
+    num_sums = grads.dv.shape[1]
     launch(
         _attention_keys_kernel,
-        (num_blocks * num_sums, 1, 1),
-        (ds, *heads, spans.reach_T, total, dv, dk),
-        sizes,
+        (part.num_blocks * num_sums, 1, 1),
+        (part.ds, *heads, spans.reach_T, dv_sum, grads.dv, grads.dk),
+        part.sizes(num_heads, length),
         (*strides, scale),
         {
             "D": width,
             "BD": max(16, next_power_of_2(width)),
             "GROUP": num_heads // heads.k_TJD.shape[1],
             "HEADS": num_heads // num_sums,
-            "IS_BAND": is_band,
+            "IS_BAND": part.is_band,
             "SUMS_KEYS": sums_keys,
-            "KEYS": keys,
-            "QUERIES": keys // 2,
+            "KEYS": part.keys,
+            "QUERIES": part.keys // 2,
         },
         num_warps=4,
     )

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from expertune.kernels.attention import first_key, load_rows
+from expertune.kernels.attention import first_key, load_rows, write
 from expertune.kernels.attention_spans import Spans
 from expertune.kernels.launch import ceil_div, launch, next_power_of_2
 
@@ -46,10 +46,8 @@ def _attention_forward_kernel(
         v = load_rows(v_ptr, key, head // GROUP, T, v_row, v_head, D, BD)
         out = tl.dot(p.to(v.dtype), v, out * fading[:, None], input_precision="ieee")
     tl.store(lse_ptr + head.to(tl.int64) * lse_head + query, highest + tl.log(total), mask=query < T)
-    column = tl.arange(0, BD)
-    at = head.to(tl.int64) * out_head + query.to(tl.int64)[:, None] * out_row + column[None, :]
-    mask = (query < T)[:, None] & (column < D)[None, :]
-    tl.store(out_ptr + at, (out / total[:, None]).to(out_ptr.dtype.element_ty), mask=mask)
+    out /= total[:, None]
+    write(out_ptr, out_ptr, out, query, head, T, False, out_row, out_head, out_row, out_head, D, BD)
 
 
 def forward(

@@ -68,6 +68,15 @@ def skip_keys(key, end, slot, parity, barriers, SLOTS: gl.constexpr, KEYS: gl.co
 
 
 @gluon.jit
+def own_block(first_ptr, num_heads, T, QUERIES: gl.constexpr, KEYS: gl.constexpr):
+    """A program's first query, where the keys of its block begin and end, and its head; the last queries come first."""
+    head = gl.program_id(0) % num_heads
+    block = gl.cdiv(T, QUERIES) - 1 - gl.program_id(0) // num_heads
+    query = block * QUERIES
+    return query, first_key(first_ptr, block, QUERIES, KEYS), query + QUERIES, head
+
+
+@gluon.jit
 def reach_back(first_ptr, query, T, i, QUERIES: gl.constexpr):
     """How many keys before a query it attends to, and the first key that all of these queries may attend to."""
     back = query + i - gl.load(first_ptr + gl.minimum(query + i, T - 1))
@@ -160,16 +169,10 @@ def _attention_forward_kernel(
     GROUP: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
     """One program a block of queries of a head; those of whole samples with most keys first."""
-    QUERIES: gl.constexpr = q_desc.block_type.shape[0]
-    KEYS: gl.constexpr = k_desc.block_type.shape[0]
-    head = gl.program_id(0) % num_heads
-    block = gl.cdiv(T, QUERIES) - 1 - gl.program_id(0) // num_heads
-    query = block * QUERIES
-    first = first_key(first_ptr, block, QUERIES, KEYS)
+    where = own_block(first_ptr, num_heads, T, q_desc.block_type.shape[0], k_desc.block_type.shape[0])
     q_buf = gl.allocate_shared_memory(q_desc.dtype, q_desc.block_type.shape, q_desc.layout)
     slots, barriers = ring(k_desc, SLOTS)
     buffers = (q_buf, slots)
-    where = (query, first, query + QUERIES, head)
     pointers = (first_ptr, out_ptr, lse_ptr)
     sizes = (T, out_row, out_head, lse_head)
     gl.warp_specialize(

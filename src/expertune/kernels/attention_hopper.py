@@ -24,7 +24,7 @@ from expertune.kernels.attention import Grads, Heads, Part, last_query, place
 from expertune.kernels.attention_spans import Spans
 from expertune.kernels.hopper_names import copy_tile
 from expertune.kernels.hopper_store import places
-from expertune.kernels.launch import are_aligned, ceil_div, launch
+from expertune.kernels.launch import are_aligned, launch
 
 KEYS = 128  # of a block
 NARROW, WIDE = (64, 128), 256  # heads: of narrow ones, registers hold the sums of `dK` beside those of `dV`
@@ -279,41 +279,32 @@ def _row_tiles(x_HT: Tensor, columns: int) -> TensorDescriptor:
 def values(part: Part, heads: Heads, spans: Spans, sums: Grads | None, grads: Grads, scale: float) -> None:
     """As `attention.values`; rows of what attended begin at multiples of 16 bytes, heads are `WIDE`."""
     assert part.keys == KEYS and heads.q_THD.shape[-1] == WIDE
-    dv_sum = (grads if sums is None else sums).dv
-    sizes = part.sizes(heads.q_THD.shape[1], len(heads.q_THD))
-    _walk(heads, spans, (part.ds, dv_sum, grads.dv, grads.dv), part.num_blocks, sizes, scale, part.is_band)
+    _walk(part, heads, spans, (grads if sums is None else sums).dv, grads, scale)
 
 
 def keys_and_values(heads: Heads, spans: Spans, grads: Grads, scale: float) -> None:
     """As `attention.keys_and_values`; rows of what attended begin at multiples of 16 bytes, heads are `NARROW`."""
-    length, num_heads, width = heads.q_THD.shape
-    assert width in NARROW
-    tensors = (heads.q_THD, grads.dv, grads.dv, grads.dk)  # nothing is written to the first
-    _walk(heads, spans, tensors, ceil_div(length, KEYS), (0, length, num_heads, length, 0, 0, 0), scale)
+    assert heads.q_THD.shape[-1] in NARROW
+    _walk(Part.whole(heads, KEYS), heads, spans, grads.dv, grads, scale)
 
 
-def _walk(
-    heads: Heads, spans: Spans, tensors: tuple[Tensor, ...], num_blocks: int, sizes: tuple[int, ...], scale: float,
-    is_band: bool = False,
-) -> None:  # fmt: skip
-    """Launch: where the gradient of scores, the sums and results of values, and keys lie; what `Part.sizes` says."""
+def _walk(part: Part, heads: Heads, spans: Spans, dv_sum: Tensor, grads: Grads, scale: float) -> None:
     length, num_heads, width = heads.q_THD.shape
-    ds, total, dv, dk = tensors
     operands = (heads.q_THD, heads.k_TJD, heads.v_TJD, heads.dout_THD)
     tiles = [head_tiles(x, rows) for x, rows in zip(operands, (_QUERIES, KEYS, KEYS, _QUERIES), strict=True)]
     delta, reach = heads.delta_HT, spans.reach_T
     of_rows = [(heads.lse_HT, _QUERIES), (delta, _QUERIES), (reach.as_strided((1, length), delta.stride()), KEYS)]
-    num_sums = dv.shape[1]
+    num_sums = grads.dv.shape[1]
     launch(
         _attention_keys_kernel,
-        (num_blocks * num_sums, 1, 1),
-        (reach, ds, total, dv, dk),
-        sizes,
-        (*[x.stride(1) for x in operands], *total.stride()[:2], *dv.stride()[:2], scale),
+        (part.num_blocks * num_sums, 1, 1),
+        (reach, part.ds, dv_sum, grads.dv, grads.dk),
+        part.sizes(num_heads, length),
+        (*[x.stride(1) for x in operands], *dv_sum.stride()[:2], *grads.dv.stride()[:2], scale),
         {
             "GROUP": num_heads // heads.k_TJD.shape[1],
             "HEADS": num_heads // num_sums,
-            "IS_BAND": is_band,
+            "IS_BAND": part.is_band,
             "SUMS_KEYS": width in NARROW,
             "SLOTS": _SLOTS[width],
         },

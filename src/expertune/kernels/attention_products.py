@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from expertune.kernels.attention import Grads, Part, first_key, last_query, load_rows, place, write
+from expertune.kernels.attention import Part, first_key, last_query, load_rows, place, write
 from expertune.kernels.attention_spans import Spans
 from expertune.kernels.launch import launch, next_power_of_2
 
@@ -55,35 +55,24 @@ def _attention_products_kernel(
     write(sum_ptr, out_ptr, total * scale, row, own, T, has_before, sum_row, sum_head, out_row, out_head, D, BD)
 
 
-def of_keys(part: Part, q_THD: Tensor, spans: Spans, sums: Grads | None, grads: Grads, scale: float) -> None:
-    """Write `dk`: what heads of queries give it, `scale · dSᵀ q`.
+def products(
+    part: Part, x_TXD: Tensor, spans: Spans, sum_TSD: Tensor | None, out_TSD: Tensor, scale: float, *, of_queries: bool
+) -> None:
+    """Write `scale · dS x`, for queries, or of heads of queries `scale · dSᵀ x`, for keys.
 
     Args:
         part: with the gradient of the scores written.
-        q_THD: queries, in any strides but the last.
-        spans, sums, grads, scale: as for `values`.
+        x_TXD: keys for queries and queries for keys, in any strides but the last.
+        spans: as in the round before.
+        sum_TSD: what has been summed before, in float32; None if nothing has, as for queries. `out` may lie there.
+        out_TSD: of queries of the part, or of keys before its end; other rows stay.
+        scale: of scores.
+        of_queries: whether `out` is of queries.
     """
-    total = (grads if sums is None else sums).dk
-    _products(part, q_THD, spans.reach_T, total, grads.dk, scale, q_THD.shape[1], of_queries=False)
-
-
-def of_queries(part: Part, k_TJD: Tensor, spans: Spans, dq_THD: Tensor, scale: float) -> None:
-    """Write `scale · dS k`, of the queries of the part; other rows stay.
-
-    Args:
-        part: with the gradient of the scores written.
-        k_TJD: keys, in any strides but the last.
-        spans, scale: as for `values`.
-        dq_THD: in the dtype of the queries.
-    """
-    _products(part, k_TJD, spans.first_T, dq_THD, dq_THD, scale, dq_THD.shape[1], of_queries=True)
-
-
-def _products(
-    part: Part, x_TXD: Tensor, row_T: Tensor, total: Tensor, out_TSD: Tensor, scale: float, num_heads: int, *,
-    of_queries: bool,
-) -> None:  # fmt: skip
     length, num_sums, width = out_TSD.shape
+    num_heads = (out_TSD if of_queries else x_TXD).shape[1]
+    total = out_TSD if sum_TSD is None else sum_TSD
+    row_T = spans.first_T if of_queries else spans.reach_T
     strides = [stride for x in (x_TXD, total, out_TSD) for stride in x.stride()[:2]]
     launch(
         _attention_products_kernel,

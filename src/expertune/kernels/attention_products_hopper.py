@@ -16,7 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from expertune.kernels.attention import Grads, Part, first_key, last_query, place
+from expertune.kernels.attention import Part, first_key, last_query, place
 from expertune.kernels.attention_hopper import KEYS, head_tiles, write
 from expertune.kernels.attention_spans import Spans
 from expertune.kernels.hopper_names import copy_tile
@@ -142,23 +142,15 @@ def _attention_products_kernel(
     # fmt: on
 
 
-def of_keys(part: Part, q_THD: Tensor, spans: Spans, sums: Grads | None, grads: Grads, scale: float) -> None:
-    """As `attention_products.of_keys`; rows of `q` begin at multiples of 16 bytes."""
-    total = (grads if sums is None else sums).dk
-    _products(part, q_THD, spans.reach_T, total, grads.dk, scale, q_THD.shape[1], of_queries=False)
-
-
-def of_queries(part: Part, k_TJD: Tensor, spans: Spans, dq_THD: Tensor, scale: float) -> None:
-    """As `attention_products.of_queries`; rows of `k` begin at multiples of 16 bytes."""
-    _products(part, k_TJD, spans.first_T, dq_THD, dq_THD, scale, dq_THD.shape[1], of_queries=True)
-
-
-def _products(
-    part: Part, x_TXD: Tensor, row_T: Tensor, total: Tensor, out_TSD: Tensor, scale: float, num_heads: int, *,
-    of_queries: bool,
-) -> None:  # fmt: skip
+def products(
+    part: Part, x_TXD: Tensor, spans: Spans, sum_TSD: Tensor | None, out_TSD: Tensor, scale: float, *, of_queries: bool
+) -> None:
+    """As `attention_products.products`; rows of `x` begin at multiples of 16 bytes."""
     assert part.keys == KEYS
     length, num_sums, _ = out_TSD.shape
+    num_heads = (out_TSD if of_queries else x_TXD).shape[1]
+    total = out_TSD if sum_TSD is None else sum_TSD
+    row_T = spans.first_T if of_queries else spans.reach_T
     half = KEYS // 2
     layout = gl.NVMMASharedLayout.get_default_for([half, _DEPTH], gl.bfloat16)
     ds_tiles = TensorDescriptor(part.ds, list(part.ds.shape), list(part.ds.stride()), [half, _DEPTH], layout)

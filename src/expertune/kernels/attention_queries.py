@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from expertune.kernels.attention import Heads, first_key, load_rows
+from expertune.kernels.attention import Heads, first_key, load_rows, write
 from expertune.kernels.attention_spans import Spans
 from expertune.kernels.launch import ceil_div, launch, next_power_of_2
 
@@ -41,10 +41,7 @@ def _attention_queries_kernel(
         p = tl.where((key[None, :] <= query[:, None]) & (key[None, :] >= first[:, None]), p, 0.0)
         ds = p * (tl.dot(dout, tl.trans(v), input_precision="ieee") - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
-    column = tl.arange(0, BD)
-    at = head.to(tl.int64) * dq_head + query.to(tl.int64)[:, None] * dq_row + column[None, :]
-    mask = is_inside[:, None] & (column < D)[None, :]
-    tl.store(dq_ptr + at, (dq * scale).to(dq_ptr.dtype.element_ty), mask=mask)
+    write(dq_ptr, dq_ptr, dq * scale, query, head, T, False, dq_row, dq_head, dq_row, dq_head, D, BD)
 
 
 def queries(heads: Heads, spans: Spans, dq_THD: Tensor, scale: float) -> None:

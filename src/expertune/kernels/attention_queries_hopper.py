@@ -14,8 +14,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from expertune.kernels.attention import Heads, first_key
-from expertune.kernels.attention_forward_hopper import after, copy_keys, is_seen, reach_back, skip_keys
+from expertune.kernels.attention import Heads
+from expertune.kernels.attention_forward_hopper import after, copy_keys, is_seen, own_block, reach_back, skip_keys
 from expertune.kernels.attention_hopper import LOG2_E, following, head_tiles, ring
 from expertune.kernels.attention_spans import Spans
 from expertune.kernels.hopper_names import copy_tile
@@ -104,18 +104,12 @@ def _attention_queries_kernel(
     GROUP: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
     """One program a block of queries of a head; those of whole samples with most keys first."""
-    QUERIES: gl.constexpr = q_desc.block_type.shape[0]
-    KEYS: gl.constexpr = k_desc.block_type.shape[0]
-    head = gl.program_id(0) % num_heads
-    block = gl.cdiv(T, QUERIES) - 1 - gl.program_id(0) // num_heads
-    query = block * QUERIES
-    first = first_key(first_ptr, block, QUERIES, KEYS)
+    where = own_block(first_ptr, num_heads, T, q_desc.block_type.shape[0], k_desc.block_type.shape[0])
     q_buf = gl.allocate_shared_memory(q_desc.dtype, q_desc.block_type.shape, q_desc.layout)
     dout_buf = gl.allocate_shared_memory(dout_desc.dtype, dout_desc.block_type.shape, dout_desc.layout)
     slots, barriers = ring(k_desc, SLOTS)
     descriptors = (q_desc, dout_desc, k_desc, v_desc)
     buffers = (q_buf, dout_buf, slots)
-    where = (query, first, query + QUERIES, head)
     pointers = (first_ptr, lse_ptr, delta_ptr, dq_ptr)
     sizes = (T, dq_row, dq_head, lse_head, delta_head)
     gl.warp_specialize(

@@ -83,7 +83,9 @@ def launch(
     values = (*sizes, *numbers, *constants.values())
     found = None
     if device.type == "cuda" and are_aligned(pointers) and device.index == torch.cuda.current_device():
-        key = (device.index, *key_of(kernel, descriptors, tensors, numbers, constants, options))
+        tiles = [each for d in descriptors for each in (d.base.dtype, *d.block_shape)]
+        dtypes = [tensor.dtype for tensor in tensors]
+        key = (id(kernel), device.index, *tiles, *dtypes, *numbers, *constants.values(), *options.values())
         found = _compiled.get(key)
         if found is None:
             found = _compiled[key] = kernel[grid](*descriptors, *tensors, *sizes, *numbers, **constants, **options)
@@ -99,21 +101,6 @@ def launch(
         shapes = tuple(Descriptor(tuple(d.shape), tuple(d.strides)) for d in descriptors)
         made = Launch(kernel, grid, shapes, values, options, found)
         _watcher.note(made, [*[d.base for d in descriptors], *tensors])
-
-
-def key_of(
-    kernel: Any,
-    descriptors: tuple[Any, ...],
-    tensors: tuple[Tensor, ...],
-    numbers: tuple[int | float, ...],
-    constants: dict[str, Any],
-    options: dict[str, int],
-) -> tuple[Any, ...]:
-    """What a launch's arguments, as of `launch`, have in common with those that the same compiled kernel fits."""
-    dtypes = [tensor.dtype for tensor in tensors]
-    for descriptor in descriptors:
-        dtypes += (descriptor.base.dtype, *descriptor.block_shape)
-    return (id(kernel), *dtypes, *numbers, *constants.values(), *options.values())
 
 
 def are_aligned(pointers: Sequence[int]) -> bool:
