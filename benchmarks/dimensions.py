@@ -85,12 +85,12 @@ def _grouped_queries(config: Any, window: int | None, has_head_norms: bool) -> A
 
 
 def _latent(config: Any) -> Attention:
-    """DeepSeek's multi-head latent attention: queries, keys and values come out of two narrow projections."""
+    """DeepSeek's multi-head latent attention: keys and values, and mostly queries, come out of narrow projections."""
     width, heads, qk = config.hidden_size, config.num_attention_heads, config.qk_nope_head_dim + config.qk_rope_head_dim
+    narrow = config.q_lora_rank
     return Attention(
         linears=(
-            (width, config.q_lora_rank),
-            (config.q_lora_rank, heads * qk),
+            *(((width, narrow), (narrow, heads * qk)) if narrow else ((width, heads * qk),)),
             (width, config.kv_lora_rank + config.qk_rope_head_dim),
             (config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim)),
             (heads * config.v_head_dim, width),
@@ -123,12 +123,20 @@ def _gpt_oss(config: Any, index: int) -> Layer:
     return Layer(attention=attention, experts=experts, dense_width=0, norms=2)
 
 
-def _glm(config: Any, index: int) -> Layer:
-    if config.mlp_layer_types[index] == "dense":
+def _latent_moe(config: Any, *, is_dense: bool) -> Layer:
+    if is_dense:
         return Layer(attention=_latent(config), experts=None, dense_width=config.intermediate_size, norms=2)
     width = config.moe_intermediate_size
     experts = Experts(number=config.n_routed_experts, per_token=config.num_experts_per_tok, width=width)
     return Layer(attention=_latent(config), experts=experts, dense_width=config.n_shared_experts * width, norms=2)
+
+
+def _glm(config: Any, index: int) -> Layer:
+    return _latent_moe(config, is_dense=config.mlp_layer_types[index] == "dense")
+
+
+def _deepseek_v3(config: Any, index: int) -> Layer:
+    return _latent_moe(config, is_dense=index < config.first_k_dense_replace)
 
 
 def _gemma3(config: Any, index: int) -> Layer:
@@ -136,4 +144,10 @@ def _gemma3(config: Any, index: int) -> Layer:
     return Layer(attention=attention, experts=None, dense_width=config.intermediate_size, norms=4)
 
 
-_READERS = {"qwen3_moe": _qwen3_moe, "gpt_oss": _gpt_oss, "glm4_moe_lite": _glm, "gemma3_text": _gemma3}
+_READERS = {
+    "qwen3_moe": _qwen3_moe,
+    "gpt_oss": _gpt_oss,
+    "glm4_moe_lite": _glm,
+    "deepseek_v3": _deepseek_v3,
+    "gemma3_text": _gemma3,
+}

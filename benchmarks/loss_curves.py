@@ -1,7 +1,7 @@
 """Compare loss curves: expertune under each memory policy against stock Transformers + PEFT, through TRL's SFTTrainer.
 
-    python benchmarks/loss_curves.py [--shape tiny|qwen3|gptoss|glm] [--layers 2] [--steps 30] [--seeds 0,1,2,…]
-                                     [--data rows.jsonl] [--rank 8] [--context 256] [--batch 8]
+    python benchmarks/loss_curves.py [--shape tiny|qwen3|gptoss|glm|moonlight] [--layers 2] [--steps 30]
+                                     [--seeds 0,1,2,…] [--data rows.jsonl] [--rank 8] [--context 256] [--batch 8]
 
 A random-weight model in bfloat16 and, for each seed, an adapter of stock PEFT are written once and loaded by all; no
 factor is zero, so that the experts' adapters matter from the first step. Same rows in the same order, torch's AdamW,

@@ -1,6 +1,6 @@
 """Time the MoE block of one layer, forward and backward: stock Transformers + PEFT and each of our backends.
 
-    python benchmarks/moe_block.py [--shape tiny|qwen3|gptoss|glm] [--tokens 1024,4096] [--rank 64] [--skew 0]
+    python benchmarks/moe_block.py [--shape tiny|qwen3|gptoss|glm|moonlight] [--tokens 1024,4096] [--rank 64] [--skew 0]
 
 LoRA on gate_up and down of all experts, frozen base, no checkpointing. All variants run on the same weights and inputs;
 a variant is timed only after its output and gradients agreed with stock. Variants alternate, the L2 cache is flushed

@@ -1,6 +1,6 @@
 """Time a step of supervised fine-tuning through TRL's SFTTrainer: expertune and its peers, each in its own process.
 
-    python benchmarks/sft_step.py [--shape tiny|qwen3|gptoss|glm] [--layers 12] [--contexts 1024,4096]
+    python benchmarks/sft_step.py [--shape tiny|qwen3|gptoss|glm|moonlight] [--layers 12] [--contexts 1024,4096]
                                   [--peers transformers,expertune,unsloth] [--rank 64] [--memory auto] [--longest]
                                   [--adapter-dtype float32|bfloat16] [--rows whole|packed|padded] [--sample 64,511]
 

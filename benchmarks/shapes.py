@@ -62,6 +62,28 @@ _GLM = {
     "norm_topk_prob": True,
     "max_position_embeddings": 202752,
 }
+_MOONLIGHT = {
+    "vocab_size": 163840,
+    "hidden_size": 2048,
+    "intermediate_size": 11264,
+    "moe_intermediate_size": 1408,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "n_routed_experts": 64,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 6,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": None,
+    "kv_lora_rank": 512,
+    "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 128,
+    "v_head_dim": 128,
+    "routed_scaling_factor": 2.446,
+    "norm_topk_prob": True,
+    "max_position_embeddings": 8192,
+}
 _GEMMA3 = {
     "vocab_size": 262208,
     "hidden_size": 3840,
@@ -78,16 +100,18 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("qwen3_moe", _QWEN3),  # Qwen3-30B-A3B
     "gptoss": ("gpt_oss", _GPT_OSS),  # gpt-oss-20b
     "glm": ("glm4_moe_lite", _GLM),  # GLM-4.7-Flash
+    "moonlight": ("deepseek_v3", _MOONLIGHT),  # Moonlight-16B-A3B: DeepSeek-V3's layers at a size for one card
     "gemma3": ("gemma3_text", _GEMMA3),  # Gemma-3-12B, dense: what its attention alone is worth
 }
 _QKVO = ("q_proj", "k_proj", "v_proj", "o_proj")
-_MLA = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
+_KV_AND_OUT = ("kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
+_OTHER_TARGETS = {"glm": ("q_a_proj", "q_b_proj", *_KV_AND_OUT), "moonlight": ("q_proj", *_KV_AND_OUT)}
 _SPECIAL = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2, "tie_word_embeddings": False}
 
 
 def attention_targets(shape: str) -> list[str]:
     """The attention's linears that take LoRA."""
-    return list(_MLA if shape == "glm" else _QKVO)
+    return list(_OTHER_TARGETS.get(shape, _QKVO))
 
 
 def expert_targets(shape: str) -> list[str]:

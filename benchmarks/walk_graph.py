@@ -1,6 +1,7 @@
 """Time the walk alone, from the sort of rows to their sum, forward and backward: what the GPU takes without the CPU.
 
-    python benchmarks/walk_graph.py [--shape tiny|qwen3|gptoss|glm] [--tokens 1024,4096] [--rank 64] [--packs-twice]
+    python benchmarks/walk_graph.py [--shape tiny|qwen3|gptoss|glm|moonlight] [--tokens 1024,4096] [--rank 64]
+                                    [--packs-twice]
 
 Frozen experts in bfloat16 with LoRA in float32 on gate_up and down, even random routing, on the backend that `auto`
 takes. A pass is recorded as one CUDA graph. "rested" are replays each after 30 ms of nothing; "sustained" are runs of

@@ -85,7 +85,7 @@ def test_whole_samples_where_a_kernel_goes_beyond_sdpa(
     assert_equal_within(run(ours, inputs), expected, 1e-11)
     assert ran == ["tiles"] * ours.config.num_hidden_layers
     words = str(expertune.explain(ours))
-    assert re.search("whole samples, heads of [0-9]+: tiles", words)
+    assert re.search("whole samples, heads of [0-9]+( over values of 8)?: tiles", words)
 
 
 @pytest.mark.parametrize("family", ["gpt_oss", "gemma3"])
@@ -187,15 +187,18 @@ def test_it_is_saved_and_copied_as_the_host_s(checkpoint: Checkpoint, tmp_path: 
 def test_explain_says_whose_it_is(checkpoint: Checkpoint) -> None:
     words = str(expertune.explain(expertune.optimize(load_tiny(checkpoint("gpt_oss")))))
     assert "attention of GptOssModel: expertune" in words
-    assert (
-        "windows, heads of 8: tiles (hopper: needs heads of 64, 128 or 256, also of values; cudnn: needs a CUDA device"
-        in words
-    )
+    why = "hopper: needs heads of 64, 128 or 256, or of 192 over values of 128, got 8 over 8; cudnn: needs"
+    assert f"windows, heads of 8: tiles ({why}" in words
     words = str(expertune.explain(expertune.optimize(load_tiny(checkpoint("qwen3_moe")))))
     said = "attention of Qwen3MoeModel: the host's sdpa, and expertune for packed samples, in memory linear in"
-    why = "hopper: needs heads of 64, 128 or 256, also of values; cudnn: needs a CUDA device"
     assert f"{said} the length; packed samples, heads of 8: tiles ({why}" in words
     assert "Gemma3TextModel: expertune" in str(expertune.explain(expertune.optimize(gemma3())))
+
+
+def test_explain_names_the_width_of_values_where_it_is_another() -> None:
+    words = str(expertune.explain(expertune.optimize(tiny_model(families()["deepseek_v3"]))))
+    assert "packed samples, heads of 16 over values of 8: tiles (hopper: " in words
+    assert "got 16 over 8; " in words
 
 
 def test_explain_where_heads_differ_from_layer_to_layer() -> None:

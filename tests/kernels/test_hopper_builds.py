@@ -64,13 +64,20 @@ def check(run: Callable[[], object], number: int) -> None:
         assert kernel.metadata.shared <= _SHARED_BYTES
 
 
-def test_attention_s_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+def heads(width: int, of_values: int) -> tuple[Tensor, ...]:
+    """Queries, keys and values, which two heads share, and two tensors like what comes out."""
+    sizes = ((4, width), (2, width), (2, of_values), (4, of_values), (4, of_values))
+    return tuple(torch.zeros(1, number, 200, size, dtype=torch.bfloat16) for number, size in sizes)
+
+
+@pytest.mark.parametrize(("width", "of_values"), [(192, 128), (256, 256)])
+def test_attention_s_backward(width: int, of_values: int, monkeypatch: pytest.MonkeyPatch) -> None:
     from expertune.attention import backward
     from expertune.kernels.attention_spans import Spans
 
     monkeypatch.setattr(backward, "is_hopper", lambda _: True)
-    q, k, v, dout, out = (torch.zeros(1, heads, 200, 256, dtype=torch.bfloat16) for heads in (4, 2, 2, 4, 4))
-    # two heads share keys; both rounds, the second for keys and for queries
+    q, k, v, dout, out = heads(width, of_values)
+    # both rounds, the second for keys and for queries
     given = (dout.transpose(1, 2), q, k, v, out.transpose(1, 2), q[..., 0].float(), 1.0)
     spans = Spans(200, *torch.zeros(2, 200, dtype=torch.int32))
     check(lambda: backward.backward(*given, spans), 3)
@@ -82,19 +89,19 @@ def test_attention_s_backward_with_scores_formed_again(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(backward_again, "is_hopper", lambda _: True)
     monkeypatch.setattr(backward_again, "num_programs", lambda _: 1)
-    q, k, v, dout, out = (torch.zeros(1, heads, 200, 128, dtype=torch.bfloat16) for heads in (4, 2, 2, 4, 4))
+    q, k, v, dout, out = heads(128, 128)
     given = (dout.transpose(1, 2), q, k, v, out.transpose(1, 2), q[..., 0].float(), 1.0)
     spans = Spans(200, *torch.zeros(2, 200, dtype=torch.int32))
     check(lambda: backward.backward(*given, spans, forms_again=True), 2)
 
 
-@pytest.mark.parametrize("width", [64, 128, 256])
-def test_attention_s_forward(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("width", "of_values"), [(64, 64), (128, 128), (192, 128), (256, 256)])
+def test_attention_s_forward(width: int, of_values: int, monkeypatch: pytest.MonkeyPatch) -> None:
     from expertune.attention import forward
     from expertune.kernels.attention_spans import Spans
 
     monkeypatch.setattr(forward, "is_hopper", lambda _: True)
-    q, k, v = (torch.zeros(1, heads, 200, width, dtype=torch.bfloat16) for heads in (4, 2, 2))
+    q, k, v, *_ = heads(width, of_values)
     spans = Spans(200, *torch.zeros(2, 200, dtype=torch.int32))
     check(lambda: forward.forward(q, k, v, 1.0, spans), 1)
 

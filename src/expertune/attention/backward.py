@@ -56,11 +56,11 @@ class _Kernels(NamedTuple):
 
 
 def backward(
-    dout_BTHD: Tensor,
+    dout_BTHV: Tensor,
     q_BHTD: Tensor,
     k_BJTD: Tensor,
-    v_BJTD: Tensor,
-    out_BTHD: Tensor,
+    v_BJTV: Tensor,
+    out_BTHV: Tensor,
     lse_BHT: Tensor,
     scale: float,
     spans: Spans,
@@ -72,21 +72,22 @@ def backward(
     Two runs give the same bits.
 
     Args:
-        dout_BTHD: the gradient of the output.
-        q_BHTD, k_BJTD, v_BJTD: what attended; values are as wide as keys, and `H / J` heads of queries share a key.
-        out_BTHD, lse_BHT: what came out, and the logarithm of the sum of a query's exponentials, float32.
+        dout_BTHV: the gradient of the output.
+        q_BHTD, k_BJTD, v_BJTV: what attended; `H / J` heads of queries share a key.
+        out_BTHV, lse_BHT: what came out, and the logarithm of the sum of a query's exponentials, float32.
         scale: of scores.
         spans: of the rows of each; packed samples are one row of a batch.
-        forms_again: whether scores are formed again for queries (`backward_again.py`), instead of their gradient held.
+        forms_again: whether scores are formed again for queries (`backward_again.py`), instead of their gradient held;
+            values are as wide as keys there.
     """
-    q, k, v = (x.transpose(1, 2) for x in (q_BHTD, k_BJTD, v_BJTD))
+    q, k, v = (x.transpose(1, 2) for x in (q_BHTD, k_BJTD, v_BJTV))
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    tensors = [readable(x) for x in (q, k, v, dout_BTHD, out_BTHD)]
+    tensors = [readable(x) for x in (q, k, v, dout_BTHV, out_BTHV)]
     lse_BHT = F.pad(lse_BHT, (0, -lse_BHT.shape[-1] % 4))[..., : lse_BHT.shape[-1]]  # rows of whole 16 bytes
     run = backward_again.sample if forms_again else _sample
     for each in range(len(q)):
-        q_THD, k_TJD, v_TJD, dout_THD, out_THD = (x[each] for x in tensors)
-        heads = Heads(q_THD, k_TJD, v_TJD, dout_THD, lse_BHT[each], row_sums(dout_THD, out_THD))
+        q_THD, k_TJD, v_TJV, dout_THV, out_THV = (x[each] for x in tensors)
+        heads = Heads(q_THD, k_TJD, v_TJV, dout_THV, lse_BHT[each], row_sums(dout_THV, out_THV))
         run(heads, dq[each], Grads(dk[each], dv[each]), scale, spans)
     return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
@@ -95,17 +96,17 @@ def _sample(given: Heads, dq: Tensor, grads: Grads, scale: float, spans: Spans) 
     """Of one row of the batch, `(T, heads, D)`, in two rounds."""
     q, k, v, dout, lse_HT, delta_HT = given
     dk, dv = grads
-    (length, num_heads, width), group = q.shape, q.shape[1] // k.shape[1]
+    (length, num_heads, _), group = q.shape, q.shape[1] // k.shape[1]
     kernels = _kernels(q.device)
     cut = cut_into(length, num_heads, group, kernels.keys, num_programs(q.device), spans.band(kernels.keys))
     ds = q.new_empty(scratch_shape(cut.heads, length, cut.queries, kernels.keys, cut.band))
     are_summed = cut.queries < length or cut.summed < group
-    sums = q.new_empty((2, length, cut.heads // cut.summed, width), dtype=torch.float32) if are_summed else None
+    sums = backward_again.sums_of(grads, cut.heads // cut.summed) if are_summed else None
     for first in range(0, num_heads, cut.heads):
         own = slice(first, min(first + cut.heads, num_heads))
         shared = slice(first // group, ceil_div(own.stop, group))
         heads = Heads(q[:, own], k[:, shared], v[:, shared], dout[:, own], lse_HT[own], delta_HT[own])
-        to_sum = None if sums is None else Grads(*sums[:, :, : (own.stop - first) // cut.summed])
+        to_sum = None if sums is None else Grads(*[x[:, : (own.stop - first) // cut.summed] for x in sums])
         scratch = ds[: len(ds) // cut.heads * (own.stop - first)]
         is_last = own.stop % group == 0
         written = Grads(dk[:, shared], dv[:, shared])

@@ -45,16 +45,21 @@ def sample(heads: Heads, dq_THD: Tensor, grads: Grads, scale: float, spans: Span
 
 def _keys_and_values(rounds: _Rounds, heads: Heads, spans: Spans, grads: Grads, scale: float) -> None:
     """Of heads that share keys by one program, or where too few programs would be left by several, in float32."""
-    (length, num_heads, width), num_shared = heads.q_THD.shape, heads.k_TJD.shape[1]
+    (length, num_heads, _), num_shared = heads.q_THD.shape, heads.k_TJD.shape[1]
     num_blocks = ceil_div(length, rounds.keys) * num_heads
     fewest = _WAVES * num_programs(heads.q_THD.device)
     summed = heads_summed(num_heads // num_shared, num_blocks, fewest)
     if summed == num_heads // num_shared:
         rounds.keys_and_values(heads, spans, grads, scale)
         return
-    sums = Grads(*grads.dk.new_empty((2, length, num_heads // summed, width), dtype=torch.float32))
+    sums = sums_of(grads, num_heads // summed)
     rounds.keys_and_values(heads, spans, sums, scale)
     add_up(sums, grads)
+
+
+def sums_of(grads: Grads, number: int) -> Grads:
+    """Room for so many sums of keys' gradients, and of values', in float32."""
+    return Grads(*[x.new_empty((len(x), number, x.shape[2]), dtype=torch.float32) for x in grads])
 
 
 def add_up(sums: Grads, grads: Grads) -> None:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from expertune.attention.flash import padded, why_not_fused
+from expertune.attention.flash import why_not_fused
 from expertune.attention.kernels import Attended, Pattern
 
 
@@ -24,22 +24,21 @@ class Cudnn:
 
     def forward(self, q_BHTD: Tensor, k_BJSD: Tensor, v_BJSV: Tensor, pattern: Pattern) -> Attended:
         """Attend."""
-        v = padded(v_BJSV, q_BHTD)
         out, lse, _, _, _, _, *seed, _ = torch.ops.aten._scaled_dot_product_cudnn_attention(
-            q_BHTD, k_BJSD, v, None, True, 0.0, True, False, scale=pattern.scale
+            q_BHTD, k_BJSD, v_BJSV, None, True, 0.0, True, False, scale=pattern.scale
         )
-        return Attended(out.transpose(1, 2)[..., : v_BJSV.shape[-1]], lse.view(q_BHTD.shape[:3]), tuple(seed))
+        return Attended(out.transpose(1, 2), lse.view(q_BHTD.shape[:3]), tuple(seed))
 
     def backward(
         self, dout_BTHV: Tensor, q_BHTD: Tensor, k_BJSD: Tensor, v_BJSV: Tensor, attended: Attended, pattern: Pattern
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The gradients of queries, keys and values."""
-        dout, out = (padded(x, q_BHTD).contiguous().transpose(1, 2) for x in (dout_BTHV, attended.out_BTHV))
+        dout, out = (x.contiguous().transpose(1, 2) for x in (dout_BTHV, attended.out_BTHV))
         dq, dk, dv = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
             dout,
             q_BHTD,
             k_BJSD,
-            padded(v_BJSV, q_BHTD),
+            v_BJSV,
             out,
             attended.lse_BHT.contiguous()[..., None],
             *attended.state,
@@ -52,4 +51,4 @@ class Cudnn:
             True,
             scale=pattern.scale,
         )
-        return dq, dk, dv[..., : v_BJSV.shape[-1]]
+        return dq, dk, dv

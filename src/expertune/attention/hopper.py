@@ -1,4 +1,4 @@
-"""Attention with heads of 64, 128 and 256 on Hopper: our kernels, but for what cuDNN does as fast.
+"""Attention on Hopper: our kernels for heads of 64, 128 and 256, and of 192 over values of 128, or cuDNN's.
 
 Of packed samples and windows torch has FlashAttention-2 alone, with 290 TFLOP/s forward and 230 backward of heads of
 256 on an H200. Of whole samples cuDNN has a fast forward, and a fast backward of narrow heads; that of 256 reaches 390,
@@ -12,7 +12,8 @@ from expertune.attention.flash import why_not_fused
 from expertune.attention.kernels import Attended, Pattern
 from expertune.kernels import has_triton
 
-_NARROW, _WIDE = (64, 128), 256  # heads, for which our kernels are made
+# widths of heads and of their values, for which our kernels are made
+_NARROW, _WIDE = ((64, 64), (128, 128)), ((192, 128), (256, 256))
 
 
 class Hopper:
@@ -23,11 +24,11 @@ class Hopper:
 
     def why_not(self, q_BHTD: Tensor, v_BJSV: Tensor, pattern: Pattern) -> str | None:
         """Why it cannot run here."""
-        width = q_BHTD.shape[-1]
-        if width not in (*_NARROW, _WIDE) or v_BJSV.shape[-1] != width:
-            return f"needs heads of {', '.join(map(str, _NARROW))} or {_WIDE}, also of values"
-        if width in _NARROW and pattern.window is None and pattern.sequences is None:
-            return f"leaves whole samples with heads of {width} to others, which are as fast"
+        widths = (q_BHTD.shape[-1], v_BJSV.shape[-1])
+        if widths not in (*_NARROW, *_WIDE):
+            return f"needs heads of 64, 128 or 256, or of 192 over values of 128, got {widths[0]} over {widths[1]}"
+        if widths in _NARROW and pattern.window is None and pattern.sequences is None:
+            return f"leaves whole samples with heads of {widths[0]} to others, which are as fast"
         if (reason := why_not_fused(q_BHTD, v_BJSV, pattern, (9, 0))) is not None:
             return reason
         if not has_triton():
@@ -66,7 +67,8 @@ class Hopper:
         out_BTHV, lse_BHT, found = attended
         of_rows = Spans(_most(q_BHTD, pattern), *found)
         given = (dout_BTHV, q_BHTD, k_BJSD, v_BJSV, out_BTHV, lse_BHT)
-        return backward(*given, pattern.scale, of_rows, forms_again=q_BHTD.shape[-1] in _NARROW)
+        forms_again = (q_BHTD.shape[-1], v_BJSV.shape[-1]) in _NARROW
+        return backward(*given, pattern.scale, of_rows, forms_again=forms_again)
 
 
 def _most(q_BHTD: Tensor, pattern: Pattern) -> int:

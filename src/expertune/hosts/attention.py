@@ -63,6 +63,12 @@ def attentions_of(module: nn.Module) -> list[Any]:
     return [each for each in module.modules() if hasattr(each, "is_causal")]
 
 
+def widths_of(attention: Any) -> tuple[int, int] | None:
+    """Of its heads, and of their values; None where it does not say. (A config whose layers differ refuses to.)"""
+    width = getattr(attention, "qk_head_dim", getattr(attention, "head_dim", None))
+    return (width, getattr(attention, "v_head_dim", width)) if isinstance(width, int) else None
+
+
 def take_over(decoder: PreTrainedModel) -> str:
     """Let a decoder attend through ours; the name of what it had comes back, for `give_back`."""
     register()
@@ -90,8 +96,7 @@ def is_ours(decoder: PreTrainedModel) -> bool:
 def kernels_of(decoder: PreTrainedModel) -> str:
     """Which kernels its layers take in the dtype and on the device of its weights, for what ours attends to."""
     weight = next(decoder.parameters())
-    # not the config: one whose layers differ refuses to say
-    widths = {getattr(each, "qk_head_dim", getattr(each, "head_dim", None)) for each in attentions_of(decoder)}
+    widths = {widths for each in attentions_of(decoder) if (widths := widths_of(each)) is not None}
     if forms_scores(decoder):
         kinds = {"full": Pattern(scale=1.0)}
         kinds |= {"windows": Pattern(scale=1.0, window=1)} if _has_windows(decoder.config) else {}
@@ -100,13 +105,16 @@ def kernels_of(decoder: PreTrainedModel) -> str:
         kinds = {"packed samples": Pattern(scale=1.0, sequences=Sequences(start_C=starts, longest=0))}
         kinds |= {"whole samples": Pattern(scale=1.0)}
     words = []
-    for (kind, pattern), width in product(kinds.items(), sorted(width for width in widths if isinstance(width, int))):
-        q_BHTD = torch.empty(1, 1, 1, width, dtype=weight.dtype, device=weight.device).expand(-1, -1, 2**16, -1)
-        if kind == "whole samples" and not goes_beyond_sdpa(q_BHTD, q_BHTD):
+    for (kind, pattern), (width, of_values) in product(kinds.items(), sorted(widths)):
+        row = torch.empty(1, 1, 1, width, dtype=weight.dtype, device=weight.device)
+        q_BHTD = row.expand(-1, -1, 2**16, -1)
+        v_BJSV = row[..., :of_values].expand(-1, -1, 2**16, -1)
+        if kind == "whole samples" and not goes_beyond_sdpa(q_BHTD, v_BJSV):
             continue
-        kernel, passed_over = choose(PREFERRED, q_BHTD, q_BHTD, pattern)
+        kernel, passed_over = choose(PREFERRED, q_BHTD, v_BJSV, pattern)
         reasons = f" ({'; '.join(passed_over)})" if passed_over else ""
-        words.append(f"{kind}, heads of {width}: {kernel.name}{reasons}")
+        heads = f"heads of {width}" + (f" over values of {of_values}" if of_values != width else "")
+        words.append(f"{kind}, {heads}: {kernel.name}{reasons}")
     return " · ".join(words)
 
 

@@ -85,10 +85,10 @@ def _attentions(model: PreTrainedModel) -> Iterator[Call]:
         if attention.is_ours(decoder):
             function = _with_sinks if attention.forms_scores(decoder) else _whole
         for module in attention.attentions_of(decoder):
-            width = getattr(module, "qk_head_dim", getattr(module, "head_dim", None))
-            if not (isinstance(width, int) and isinstance(num_heads, int)):
+            widths = attention.widths_of(module)
+            if widths is None or not isinstance(num_heads, int):
                 continue
-            value_width = getattr(module, "v_head_dim", width)
+            width, value_width = widths
             num_shared = num_heads // getattr(module, "num_key_value_groups", 1)
             sizes = ((num_heads, width), (num_shared, width), (num_shared, value_width))
             shapes = tuple((1, _NUM_TOKENS, *size) for size in sizes)

@@ -16,7 +16,7 @@ A key is attended to by a run of queries: itself and those behind it, as far as 
 block of keys has a last query, and each block of queries a first key; between them each round walks whole blocks.
 
 Shape letters: `T` rows of a sample, or of packed ones · `H` heads of queries, of some of the heads only · `J` of keys,
-each shared by `H/J` of those · `D` width of a head.
+each shared by `H/J` of those · `D` width of a head · `V` of its values.
 """
 
 from typing import NamedTuple
@@ -76,22 +76,22 @@ class Heads(NamedTuple):
     """Some heads of queries of a sample, and the keys and values that they share. In any strides but the last.
 
     Args:
-        q_THD, k_TJD, v_TJD: what attended.
-        dout_THD: the gradient of what came out.
+        q_THD, k_TJD, v_TJV: what attended.
+        dout_THV: the gradient of what came out.
         lse_HT: the logarithm of the sum of the exponentials of scaled scores, natural, float32.
         delta_HT: `⟨dout, out⟩`, float32.
     """
 
     q_THD: Tensor
     k_TJD: Tensor
-    v_TJD: Tensor
-    dout_THD: Tensor
+    v_TJV: Tensor
+    dout_THV: Tensor
     lse_HT: Tensor
     delta_HT: Tensor
 
 
 class Grads(NamedTuple):
-    """Of keys and of values, `(T, sums, D)`: each is the sum of what as many heads of queries in a row give."""
+    """Of keys and of values, `(T, sums, D or V)`: each is the sum of what as many heads of queries in a row give."""
 
     dk: Tensor
     dv: Tensor
@@ -191,8 +191,8 @@ def _attention_keys_kernel(
     first_block, end, num_heads, T, pitch_blocks, rows_blocks, adds,
     q_row, q_head, k_row, k_head, v_row, v_head, dout_row, dout_head, lse_head, delta_head, sum_row, sum_head, out_row,
     out_head, scale,
-    D: tl.constexpr, BD: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, IS_BAND: tl.constexpr,
-    SUMS_KEYS: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr,
+    IS_BAND: tl.constexpr, SUMS_KEYS: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr,
 ):  # fmt: skip
     """One program a block of keys of a sum; those of whole samples with most queries first.
 
@@ -203,8 +203,8 @@ def _attention_keys_kernel(
     ds_row, ds_shift = place(block, first_block, tl.cdiv(end, KEYS) - first_block, IS_BAND, KEYS)
     key = block * KEYS + tl.arange(0, KEYS)
     k = load_rows(k_ptr, key, own * HEADS // GROUP, T, k_row, k_head, D, BD)
-    v = load_rows(v_ptr, key, own * HEADS // GROUP, T, v_row, v_head, D, BD)
-    dv = tl.zeros((KEYS, BD), dtype=tl.float32)
+    v = load_rows(v_ptr, key, own * HEADS // GROUP, T, v_row, v_head, V, BV)
+    dv = tl.zeros((KEYS, BV), dtype=tl.float32)
     dk = tl.zeros((KEYS, BD), dtype=tl.float32)
     first, last = tl.maximum(block, first_block) * KEYS, last_query(reach_ptr, block, end, T, KEYS)
     reach = tl.load(reach_ptr + key, mask=key < T, other=0)
@@ -213,7 +213,7 @@ def _attention_keys_kernel(
         for start in range(first, last, QUERIES):
             query = start + tl.arange(0, QUERIES)
             q = load_rows(q_ptr, query, head, T, q_row, q_head, D, BD)
-            dout = load_rows(dout_ptr, query, head, T, dout_row, dout_head, D, BD)
+            dout = load_rows(dout_ptr, query, head, T, dout_row, dout_head, V, BV)
             lse = tl.load(lse_ptr + head.to(tl.int64) * lse_head + query, mask=query < T, other=0.0)
             delta = tl.load(delta_ptr + head.to(tl.int64) * delta_head + query, mask=query < T, other=0.0)
             scores = tl.dot(k, tl.trans(q), input_precision="ieee")
@@ -229,9 +229,14 @@ def _attention_keys_kernel(
                 row = (head.to(tl.int64) * rows_blocks * KEYS + ds_row + tl.arange(0, KEYS)) * pitch_blocks * KEYS
                 tl.store(ds_ptr + row[:, None] + (query + ds_shift)[None, :], ds)
     has_before = (block < first_block) | (adds > 0)
-    write(sum_ptr, dv_ptr, dv, key, own, T, has_before, sum_row, sum_head, out_row, out_head, D, BD)
+    write(sum_ptr, dv_ptr, dv, key, own, T, has_before, sum_row, sum_head, out_row, out_head, V, BV)
     if SUMS_KEYS:
         write(dk_ptr, dk_ptr, dk * scale, key, own, T, False, out_row, out_head, out_row, out_head, D, BD)
+
+
+def padded_width(width: int) -> int:
+    """Of a head, as products take it."""
+    return max(16, next_power_of_2(width))
 
 
 def row_sums(x_THD: Tensor, y_THD: Tensor) -> Tensor:
@@ -266,7 +271,7 @@ def values(part: Part, heads: Heads, spans: Spans, sums: Grads | None, grads: Gr
 
 
 def keys_and_values(heads: Heads, spans: Spans, grads: Grads, scale: float) -> None:
-    """Write what heads of queries give `dk` and `dv`; both in the same strides.
+    """Write what heads of queries give `dk` and `dv`; both in the same strides, and values are as wide as keys.
 
     Args:
         heads, spans, scale: as for `values`.
@@ -289,7 +294,9 @@ def _walk(
         (*strides, scale),
         {
             "D": width,
-            "BD": max(16, next_power_of_2(width)),
+            "BD": padded_width(width),
+            "V": grads.dv.shape[2],
+            "BV": padded_width(grads.dv.shape[2]),
             "GROUP": num_heads // heads.k_TJD.shape[1],
             "HEADS": num_heads // num_sums,
             "IS_BAND": part.is_band,

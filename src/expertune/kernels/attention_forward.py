@@ -8,9 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from expertune.kernels.attention import first_key, load_rows, write
+from expertune.kernels.attention import first_key, load_rows, padded_width, write
 from expertune.kernels.attention_spans import Spans
-from expertune.kernels.launch import ceil_div, launch, next_power_of_2
+from expertune.kernels.launch import ceil_div, launch
 
 _QUERIES = 32  # of a block
 _KEYS = 16  # of a tile
@@ -22,7 +22,8 @@ def _attention_forward_kernel(
     q_ptr, k_ptr, v_ptr, first_ptr, out_ptr, lse_ptr,
     num_heads, T,
     q_row, q_head, k_row, k_head, v_row, v_head, out_row, out_head, lse_head, scale,
-    D: tl.constexpr, BD: tl.constexpr, GROUP: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, GROUP: tl.constexpr, QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
 ):  # fmt: skip
     """One program a block of queries of a head."""
     block, head = tl.program_id(0) // num_heads, tl.program_id(0) % num_heads
@@ -31,7 +32,7 @@ def _attention_forward_kernel(
     q = load_rows(q_ptr, query, head, T, q_row, q_head, D, BD)
     highest = tl.full((QUERIES,), LOWEST, tl.float32)
     total = tl.zeros((QUERIES,), tl.float32)
-    out = tl.zeros((QUERIES, BD), tl.float32)
+    out = tl.zeros((QUERIES, BV), tl.float32)
     for start in range(first_key(first_ptr, block, QUERIES, KEYS), (block + 1) * QUERIES, KEYS):
         key = start + tl.arange(0, KEYS)
         k = load_rows(k_ptr, key, head // GROUP, T, k_row, k_head, D, BD)
@@ -43,22 +44,22 @@ def _attention_forward_kernel(
         p = tl.exp(scores - highest[:, None])
         fading = tl.exp(before - highest)
         total = total * fading + tl.sum(p, 1)
-        v = load_rows(v_ptr, key, head // GROUP, T, v_row, v_head, D, BD)
+        v = load_rows(v_ptr, key, head // GROUP, T, v_row, v_head, V, BV)
         out = tl.dot(p.to(v.dtype), v, out * fading[:, None], input_precision="ieee")
     tl.store(lse_ptr + head.to(tl.int64) * lse_head + query, highest + tl.log(total), mask=query < T)
     out /= total[:, None]
-    write(out_ptr, out_ptr, out, query, head, T, False, out_row, out_head, out_row, out_head, D, BD)
+    write(out_ptr, out_ptr, out, query, head, T, False, out_row, out_head, out_row, out_head, V, BV)
 
 
 def forward(
-    q_THD: Tensor, k_TJD: Tensor, v_TJD: Tensor, spans: Spans, out_THD: Tensor, lse_HT: Tensor, scale: float
+    q_THD: Tensor, k_TJD: Tensor, v_TJV: Tensor, spans: Spans, out_THV: Tensor, lse_HT: Tensor, scale: float
 ) -> None:
     """Write what attention gives, and the logarithm of the sum of each query's exponentials.
 
     Args:
-        q_THD, k_TJD, v_TJD: what attends; values are as wide as keys. In any strides but the last.
+        q_THD, k_TJD, v_TJV: what attends. In any strides but the last.
         spans: of their rows.
-        out_THD: in the dtype of the queries.
+        out_THV: in the dtype of the queries.
         lse_HT: natural, float32.
         scale: of scores.
     """
@@ -66,12 +67,14 @@ def forward(
     launch(
         _attention_forward_kernel,
         (ceil_div(length, _QUERIES) * num_heads, 1, 1),
-        (q_THD, k_TJD, v_TJD, spans.first_T, out_THD, lse_HT),
+        (q_THD, k_TJD, v_TJV, spans.first_T, out_THV, lse_HT),
         (num_heads, length),
-        (*[stride for x in (q_THD, k_TJD, v_TJD, out_THD) for stride in x.stride()[:2]], lse_HT.stride(0), scale),
+        (*[stride for x in (q_THD, k_TJD, v_TJV, out_THV) for stride in x.stride()[:2]], lse_HT.stride(0), scale),
         {
             "D": width,
-            "BD": max(16, next_power_of_2(width)),
+            "BD": padded_width(width),
+            "V": v_TJV.shape[2],
+            "BV": padded_width(v_TJV.shape[2]),
             "GROUP": num_heads // k_TJD.shape[1],
             "QUERIES": _QUERIES,
             "KEYS": _KEYS,

@@ -1,8 +1,9 @@
-"""Attention's forward for Hopper (compute capability 9.0, 16 bits, heads of 64, 128 and 256), in Gluon.
+"""Attention's forward for Hopper (compute capability 9.0, 16 bits), in Gluon.
 
-The same equations as `attention_forward.py`, its tested twin. One warp copies; two groups of four warps have 64 of a
-block's 128 queries each, and the sums of their output in half of their registers. While one group computes
-exponentials, the other multiplies. (The division of work is FlashAttention-3's, arXiv 2407.08608.)
+For heads of 64, 128 and 256, and of 192 over values of 128. The same equations as `attention_forward.py`, its tested
+twin. One warp copies; two groups of four warps have 64 of a block's 128 queries each, and the sums of their output in
+half of their registers. While one group computes exponentials, the other multiplies. (The division of work is
+FlashAttention-3's, arXiv 2407.08608.)
 """
 
 from torch import Tensor
@@ -16,36 +17,49 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from expertune.kernels.attention import first_key
 from expertune.kernels.attention_forward import LOWEST
-from expertune.kernels.attention_hopper import LOG2_E, following, head_tiles, ring
+from expertune.kernels.attention_hopper import (
+    LOG2_E,
+    following,
+    has_rest,
+    head_tiles,
+    rests,
+    ring,
+    split_head_tiles,
+)
 from expertune.kernels.attention_spans import Spans
 from expertune.kernels.hopper_names import copy_tile
 from expertune.kernels.hopper_store import places
 from expertune.kernels.launch import ceil_div, launch
 
 _QUERIES = 128  # of a block
-_KEYS = {64: 128, 128: 128, 256: 64}  # of a tile, by the width of heads
-_SLOTS = 5  # for tiles of keys and of values, in turn
+# by the width of heads: keys of a tile, and slots for tiles of keys and of values, in turn
+_CUTS = {64: (128, 5), 128: (128, 5), 192: (128, 4), 256: (64, 5)}
 
 
 @gluon.jit
-def copy_keys(descriptors, slots, barriers, where, strides, GROUP: gl.constexpr):
+def copy_keys(descriptors, buffers, barriers, where, strides, GROUP: gl.constexpr, HAS_REST: gl.constexpr):
     """Of the copying warp: a tile of keys and one of values for each step."""
-    k_desc, v_desc = descriptors
+    k_desc, v_desc, rest_desc = descriptors
+    slots, k_rests = buffers
     full, empty = barriers
     first, end, head = where
     k_head, v_head = strides
     SLOTS: gl.constexpr = slots.type.shape[0]
     KEYS: gl.constexpr = slots.type.shape[1]
+    k_bytes: gl.constexpr = k_desc.block_type.nbytes + HAS_REST * rest_desc.block_type.nbytes
     slot = 0
     parity = 1
     for key in range(first, end, KEYS):
         for part in gl.static_range(2):
             bar, tile = full.index(slot), slots.index(slot)
             mbarrier.wait(empty.index(slot), parity)
-            mbarrier.expect(bar, k_desc.block_type.nbytes)
             if part == 0:
+                mbarrier.expect(bar, k_bytes)
                 copy_tile(k_desc, [key, head // GROUP * k_head], bar, tile)
+                if HAS_REST:
+                    copy_tile(rest_desc, [key, head // GROUP * k_head], bar, k_rests.index(slot // 2))
             else:
+                mbarrier.expect(bar, v_desc.block_type.nbytes)
                 copy_tile(v_desc, [key, head // GROUP * v_head], bar, tile)
             slot, parity = following(slot, parity, SLOTS)
 
@@ -91,22 +105,25 @@ def is_seen(query, key, i, j, back):
 
 
 @gluon.jit
-def _copy(descriptors, buffers, barriers, where, strides, GROUP: gl.constexpr):
+def _copy(descriptors, buffers, barriers, where, strides, GROUP: gl.constexpr, HAS_REST: gl.constexpr):
     """The copying warp: the block's queries, then tiles of keys and values."""
-    q_desc, k_desc, v_desc = descriptors
-    q_buf, slots = buffers
+    q_desc, k_desc, v_desc, q_rest_desc, k_rest_desc = descriptors
+    q_buf, slots, q_rest, k_rests = buffers
     resident, full, empty = barriers
     query, first, end, head = where
     q_head, k_head, v_head = strides
-    mbarrier.expect(resident, q_desc.block_type.nbytes)
+    mbarrier.expect(resident, q_desc.block_type.nbytes + HAS_REST * q_rest_desc.block_type.nbytes)
     copy_tile(q_desc, [query, head * q_head], resident, q_buf)
-    copy_keys((k_desc, v_desc), slots, (full, empty), (first, end, head), (k_head, v_head), GROUP)
+    if HAS_REST:
+        copy_tile(q_rest_desc, [query, head * q_head], resident, q_rest.index(0))
+    tiles = (k_desc, v_desc, k_rest_desc)
+    copy_keys(tiles, (slots, k_rests), (full, empty), (first, end, head), (k_head, v_head), GROUP, HAS_REST)
 
 
 @gluon.jit
-def _multiply(ME: gl.constexpr, buffers, barriers, where, pointers, sizes, scale):
+def _multiply(ME: gl.constexpr, buffers, barriers, where, pointers, sizes, scale, HAS_REST: gl.constexpr):
     """One of the two groups that multiply: half of the block's queries."""
-    q_buf, slots = buffers
+    q_buf, slots, q_rest, k_rests = buffers
     resident, full, empty = barriers
     query, first, end, head = where
     first_ptr, out_ptr, lse_ptr = pointers
@@ -137,6 +154,9 @@ def _multiply(ME: gl.constexpr, buffers, barriers, where, pointers, sizes, scale
         mbarrier.wait(full.index(slot), parity)
         keys = slots.index(slot).permute((1, 0))
         scores = warpgroup_mma(q_buf, keys, nothing, use_acc=False, is_async=True)
+        if HAS_REST:
+            q_end, k_end = q_rest.index(0).slice(ME * QUERIES, QUERIES), k_rests.index(slot // 2).permute((1, 0))
+            scores = warpgroup_mma(q_end, k_end, scores, is_async=True)
         scores = warpgroup_mma_wait(num_outstanding=0, deps=(scores,))
         mbarrier.arrive(empty.index(slot), count=1)
         slot, parity = following(slot, parity, SLOTS)
@@ -162,24 +182,27 @@ def _multiply(ME: gl.constexpr, buffers, barriers, where, pointers, sizes, scale
 
 @gluon.jit(do_not_specialize=["num_heads", "T"])
 def _attention_forward_kernel(
-    q_desc, k_desc, v_desc,
+    q_desc, k_desc, v_desc, q_rest_desc, k_rest_desc,
     first_ptr, out_ptr, lse_ptr,
     num_heads, T,
     q_head, k_head, v_head, out_row, out_head, lse_head, scale,
-    GROUP: gl.constexpr, SLOTS: gl.constexpr,
+    GROUP: gl.constexpr, HAS_REST: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
     """One program a block of queries of a head; those of whole samples with most keys first."""
     where = own_block(first_ptr, num_heads, T, q_desc.block_type.shape[0], k_desc.block_type.shape[0])
     q_buf = gl.allocate_shared_memory(q_desc.dtype, q_desc.block_type.shape, q_desc.layout)
     slots, barriers = ring(k_desc, SLOTS)
-    buffers = (q_buf, slots)
+    # with a rest of each tile of keys, which lie in every other slot
+    q_rest, k_rests = rests(slots, q_rest_desc, 1, HAS_REST), rests(slots, k_rest_desc, SLOTS // 2, HAS_REST)
+    descriptors = (q_desc, k_desc, v_desc, q_rest_desc, k_rest_desc)
+    buffers = (q_buf, slots, q_rest, k_rests)
     pointers = (first_ptr, out_ptr, lse_ptr)
     sizes = (T, out_row, out_head, lse_head)
     gl.warp_specialize(
         [
-            (_multiply, (0, buffers, barriers, where, pointers, sizes, scale)),
-            (_multiply, (1, buffers, barriers, where, pointers, sizes, scale)),
-            (_copy, ((q_desc, k_desc, v_desc), buffers, barriers, where, (q_head, k_head, v_head), GROUP)),
+            (_multiply, (0, buffers, barriers, where, pointers, sizes, scale, HAS_REST)),
+            (_multiply, (1, buffers, barriers, where, pointers, sizes, scale, HAS_REST)),
+            (_copy, (descriptors, buffers, barriers, where, (q_head, k_head, v_head), GROUP, HAS_REST)),
         ],
         [4, 1],
         [240, 24],  # registers a thread; what the launch has beyond them, the first group gets
@@ -187,20 +210,25 @@ def _attention_forward_kernel(
 
 
 def forward(
-    q_THD: Tensor, k_TJD: Tensor, v_TJD: Tensor, spans: Spans, out_THD: Tensor, lse_HT: Tensor, scale: float
+    q_THD: Tensor, k_TJD: Tensor, v_TJV: Tensor, spans: Spans, out_THV: Tensor, lse_HT: Tensor, scale: float
 ) -> None:
     """As `attention_forward.forward`; rows of what attends begin at multiples of 16 bytes, in any of these widths."""
     length, num_heads, width = q_THD.shape
-    operands, keys = (q_THD, k_TJD, v_TJD), _KEYS[width]
-    tiles = [head_tiles(x, rows) for x, rows in zip(operands, (_QUERIES, keys, keys), strict=True)]
+    keys, num_slots = _CUTS[width]
+    (q, q_rest), (k, k_rest) = split_head_tiles(q_THD, _QUERIES), split_head_tiles(k_TJD, keys)
     launch(
         _attention_forward_kernel,
         (ceil_div(length, _QUERIES) * num_heads, 1, 1),
-        (spans.first_T, out_THD, lse_HT),
+        (spans.first_T, out_THV, lse_HT),
         (num_heads, length),
-        (*[x.stride(1) for x in operands], *out_THD.stride()[:2], lse_HT.stride(0), scale * LOG2_E.value),
-        {"GROUP": num_heads // k_TJD.shape[1], "SLOTS": _SLOTS},
-        descriptors=tuple(tiles),
+        (
+            *[x.stride(1) for x in (q_THD, k_TJD, v_TJV)],
+            *out_THV.stride()[:2],
+            lse_HT.stride(0),
+            scale * LOG2_E.value,
+        ),
+        {"GROUP": num_heads // k_TJD.shape[1], "HAS_REST": has_rest(width), "SLOTS": num_slots},
+        descriptors=(q, k, head_tiles(v_TJV, keys), q_rest, k_rest),
         num_warps=4,
         maxnreg=168,
     )

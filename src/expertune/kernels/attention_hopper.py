@@ -1,11 +1,13 @@
-"""Attention's backward by blocks of keys for Hopper (compute capability 9.0, 16 bits, heads of 64, 128, 256), in Gluon.
+"""Attention's backward by blocks of keys for Hopper (compute capability 9.0, 16 bits), in Gluon.
 
-The same equations as `attention.py`, its tested twin: of wide heads the first round, which sums `dV` and writes the
-gradient of scores; of narrow ones all that keys and values get. One warp copies; two groups of four warps have 64 of a
-block's 128 keys each, and the sums in half of their registers. Scores lie transposed, by key and query: so
-probabilities are the left operand of `dV`'s product as they are, and the gradient of scores that of `dK`'s, without a
-way through shared memory. While one group computes exponentials, the other multiplies. (The transposed scores are
-FlashAttention-3's, arXiv 2407.08608.)
+For heads of 64, 128 and 256, and of 192 over values of 128 (latent attention). The same equations as `attention.py`,
+its tested twin: of wide heads the first round, which sums `dV` and writes the gradient of scores; of narrow ones all
+that keys and values get. One warp copies; two groups of four warps have 64 of a block's 128 keys each, and the sums in
+half of their registers. Scores lie transposed, by key and query: so probabilities are the left operand of `dV`'s
+product as they are, and the gradient of scores that of `dK`'s, without a way through shared memory. While one group
+computes exponentials, the other multiplies. (The transposed scores are FlashAttention-3's, arXiv 2407.08608.)
+
+A tile is a power of two wide, so of heads of 192 it has two parts: 128 elements, and a rest of 64.
 """
 
 from torch import Tensor
@@ -27,9 +29,10 @@ from expertune.kernels.hopper_store import places
 from expertune.kernels.launch import are_aligned, launch
 
 KEYS = 128  # of a block
-NARROW, WIDE = (64, 128), 256  # heads: of narrow ones, registers hold the sums of `dK` beside those of `dV`
+NARROW, WIDE = (64, 128), (192, 256)  # heads: of narrow ones, registers hold the sums of `dK` beside those of `dV`
 _QUERIES = 64  # of a tile
-_SLOTS = {64: 8, 128: 6, WIDE: 3}  # for tiles of queries and of gradients, in turn
+_SPLIT, _FIRST = 192, 128  # a width that is no power of two, as tiles are, and the part that is
+_SLOTS = {64: 8, 128: 6, 192: 6, 256: 3}  # for tiles of queries and of gradients, in turn
 LOG2_E = gl.constexpr(1.4426950408889634)  # exponentials are powers of two
 
 
@@ -59,20 +62,37 @@ def ring(desc, SLOTS: gl.constexpr):
 
 
 @gluon.jit
-def _copy(descriptors, buffers, barriers, where, end, strides, GROUP: gl.constexpr, HEADS: gl.constexpr):
+def rests(slots, desc, number: gl.constexpr, HAS_REST: gl.constexpr):
+    """Slots for the rests of tiles; where there are none, `slots`, which are not read as such."""
+    if HAS_REST:  # noqa: SIM108
+        found = gl.allocate_shared_memory(desc.dtype, [number] + desc.block_type.shape, desc.layout)
+    else:
+        found = slots
+    return found
+
+
+@gluon.jit
+def _copy(
+    descriptors, buffers, barriers, where, end, strides, GROUP: gl.constexpr, HEADS: gl.constexpr,
+    HAS_REST: gl.constexpr,
+):  # fmt: skip
     """The copying warp: the block's keys and values, then a tile of queries and one of gradients for each step."""
-    q_desc, k_desc, v_desc, dout_desc, lse_desc, delta_desc, reach_desc = descriptors
-    k_buf, v_buf, slots, rows, reaches = buffers
+    q_desc, k_desc, v_desc, dout_desc, q_rest_desc, k_rest_desc, lse_desc, delta_desc, reach_desc = descriptors
+    k_buf, v_buf, slots, k_rest, q_rests, rows, reaches = buffers
     resident, full, empty = barriers
     key, first, first_head = where
     q_head, k_head, v_head, dout_head = strides
     SLOTS: gl.constexpr = slots.type.shape[0]
     QUERIES: gl.constexpr = slots.type.shape[1]
     TURNS: gl.constexpr = rows.type.shape[0] // 2
-    mbarrier.expect(resident, k_desc.block_type.nbytes + v_desc.block_type.nbytes + reach_desc.block_type.nbytes)
+    k_bytes: gl.constexpr = k_desc.block_type.nbytes + HAS_REST * k_rest_desc.block_type.nbytes
+    q_bytes: gl.constexpr = q_desc.block_type.nbytes + HAS_REST * q_rest_desc.block_type.nbytes
+    mbarrier.expect(resident, k_bytes + v_desc.block_type.nbytes + reach_desc.block_type.nbytes)
     copy_tile(reach_desc, [0, key], resident, reaches)
     copy_tile(k_desc, [key, first_head // GROUP * k_head], resident, k_buf)
     copy_tile(v_desc, [key, first_head // GROUP * v_head], resident, v_buf)
+    if HAS_REST:
+        copy_tile(k_rest_desc, [key, first_head // GROUP * k_head], resident, k_rest.index(0))
     slot = 0
     parity = 1
     turn = 0
@@ -81,11 +101,14 @@ def _copy(descriptors, buffers, barriers, where, end, strides, GROUP: gl.constex
             for part in gl.static_range(2):
                 bar, tile, row = full.index(slot), slots.index(slot), rows.index(2 * turn + part)
                 mbarrier.wait(empty.index(slot), parity)
-                mbarrier.expect(bar, q_desc.block_type.nbytes + lse_desc.block_type.nbytes)
                 if part == 0:
+                    mbarrier.expect(bar, q_bytes + lse_desc.block_type.nbytes)
                     copy_tile(lse_desc, [head, query], bar, row)
                     copy_tile(q_desc, [query, head * q_head], bar, tile)
+                    if HAS_REST:
+                        copy_tile(q_rest_desc, [query, head * q_head], bar, q_rests.index(turn))
                 else:
+                    mbarrier.expect(bar, dout_desc.block_type.nbytes + delta_desc.block_type.nbytes)
                     copy_tile(delta_desc, [head, query], bar, row)
                     copy_tile(dout_desc, [query, head * dout_head], bar, tile)
                 slot, parity = following(slot, parity, SLOTS)
@@ -133,10 +156,10 @@ def write(total, row, head, T, has_before, pointers, strides):
 @gluon.jit
 def _multiply(
     ME: gl.constexpr, reach, buffers, barriers, where, pointers, sizes, strides, scale, HEADS: gl.constexpr,
-    SUMS_KEYS: gl.constexpr,
+    SUMS_KEYS: gl.constexpr, HAS_REST: gl.constexpr,
 ):  # fmt: skip
     """One of the two groups that multiply: half of the block's keys. With `SUMS_KEYS` as in `attention.py`."""
-    k_buf, v_buf, slots, rows, reaches = buffers
+    k_buf, v_buf, slots, k_rest, q_rests, rows, reaches = buffers
     resident, full, empty = barriers
     key, first, head = where
     ds_ptr, sum_ptr, dv_ptr, dk_ptr = pointers
@@ -172,6 +195,9 @@ def _multiply(
             mbarrier.wait(full.index(slot), parity)
             q = slots.index(slot)
             scores = warpgroup_mma(k_buf, q.permute((1, 0)), nothing, use_acc=False, is_async=True)
+            if HAS_REST:
+                k_end, q_end = k_rest.index(0).slice(ME * KEYS, KEYS), q_rests.index(turn).permute((1, 0))
+                scores = warpgroup_mma(k_end, q_end, scores, is_async=True)
             q_slot = slot
             slot, parity = following(slot, parity, SLOTS)
             mbarrier.wait(full.index(slot), parity)
@@ -209,11 +235,12 @@ def _multiply(
 
 @gluon.jit(do_not_specialize=["first_block", "end", "num_heads", "T", "pitch_blocks", "rows_blocks", "adds"])
 def _attention_keys_kernel(
-    q_desc, k_desc, v_desc, dout_desc, lse_desc, delta_desc, reach_desc,
+    q_desc, k_desc, v_desc, dout_desc, q_rest_desc, k_rest_desc, lse_desc, delta_desc, reach_desc,
     reach_ptr, ds_ptr, sum_ptr, dv_ptr, dk_ptr,
     first_block, end, num_heads, T, pitch_blocks, rows_blocks, adds,
     q_head, k_head, v_head, dout_head, sum_row, sum_head, out_row, out_head, scale,
-    GROUP: gl.constexpr, HEADS: gl.constexpr, IS_BAND: gl.constexpr, SUMS_KEYS: gl.constexpr, SLOTS: gl.constexpr,
+    GROUP: gl.constexpr, HEADS: gl.constexpr, IS_BAND: gl.constexpr, SUMS_KEYS: gl.constexpr, HAS_REST: gl.constexpr,
+    SLOTS: gl.constexpr,
 ):  # fmt: skip
     """One program a block of keys of `HEADS` heads; those of whole samples with most queries first."""
     KEYS: gl.constexpr = k_desc.block_type.shape[0]
@@ -224,12 +251,14 @@ def _attention_keys_kernel(
     end = last_query(reach_ptr, block, end, T, KEYS)
     k_buf = gl.allocate_shared_memory(k_desc.dtype, k_desc.block_type.shape, k_desc.layout)
     v_buf = gl.allocate_shared_memory(v_desc.dtype, v_desc.block_type.shape, v_desc.layout)
-    turns: gl.constexpr = (SLOTS + 1) // 2  # of steps that are under way at most, each with a row of both
+    # of steps, each with a row of both: a slot of queries may be let go, and copied to, before their rows are read
+    turns: gl.constexpr = SLOTS // 2 + 1
     rows = gl.allocate_shared_memory(gl.float32, [2 * turns] + lse_desc.block_type.shape, lse_desc.layout)
     reaches = gl.allocate_shared_memory(gl.int32, reach_desc.block_type.shape, reach_desc.layout)
     slots, barriers = ring(q_desc, SLOTS)
-    descriptors = (q_desc, k_desc, v_desc, dout_desc, lse_desc, delta_desc, reach_desc)
-    buffers = (k_buf, v_buf, slots, rows, reaches)
+    k_rest, q_rests = rests(slots, k_rest_desc, 1, HAS_REST), rests(slots, q_rest_desc, turns, HAS_REST)
+    descriptors = (q_desc, k_desc, v_desc, dout_desc, q_rest_desc, k_rest_desc, lse_desc, delta_desc, reach_desc)
+    buffers = (k_buf, v_buf, slots, k_rest, q_rests, rows, reaches)
     where = (block * KEYS, first, head)
     pitch = pitch_blocks * KEYS
     ds_head = (rows_blocks * KEYS).to(gl.int64) * pitch
@@ -243,9 +272,11 @@ def _attention_keys_kernel(
     # fmt: off
     gl.warp_specialize(
         [
-            (_multiply, (0, reach_0, buffers, barriers, where, pointers, sizes, strides, scale, HEADS, SUMS_KEYS)),
-            (_multiply, (1, reach_1, buffers, barriers, where, pointers, sizes, strides, scale, HEADS, SUMS_KEYS)),
-            (_copy, (descriptors, buffers, barriers, where, end, copied, GROUP, HEADS)),
+            (_multiply, (0, reach_0, buffers, barriers, where, pointers, sizes, strides, scale, HEADS, SUMS_KEYS,
+                         HAS_REST)),
+            (_multiply, (1, reach_1, buffers, barriers, where, pointers, sizes, strides, scale, HEADS, SUMS_KEYS,
+                         HAS_REST)),
+            (_copy, (descriptors, buffers, barriers, where, end, copied, GROUP, HEADS, HAS_REST)),
         ],
         [4, 1],
         [240, 24],  # registers a thread; what the launch has beyond them, the first group gets
@@ -271,6 +302,18 @@ def head_tiles(x_THD: Tensor, rows: int) -> TensorDescriptor:
     return TensorDescriptor(x_THD, [length, (num_heads - 1) * head + width], [row, 1], [rows, width], layout)
 
 
+def has_rest(width: int) -> bool:
+    """Whether tiles of heads of that width have a second part."""
+    return width == _SPLIT
+
+
+def split_head_tiles(x_THD: Tensor, rows: int) -> tuple[TensorDescriptor, TensorDescriptor]:
+    """Of the first 128 elements of heads of 192, and of the rest; of heads of other widths twice of all."""
+    if not has_rest(x_THD.shape[-1]):
+        return head_tiles(x_THD, rows), head_tiles(x_THD, rows)
+    return head_tiles(x_THD[..., :_FIRST], rows), head_tiles(x_THD[..., _FIRST:], rows)
+
+
 def _row_tiles(x_HT: Tensor, columns: int) -> TensorDescriptor:
     layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
     return TensorDescriptor(x_HT, list(x_HT.shape), list(x_HT.stride()), [1, columns], layout)
@@ -278,7 +321,7 @@ def _row_tiles(x_HT: Tensor, columns: int) -> TensorDescriptor:
 
 def values(part: Part, heads: Heads, spans: Spans, sums: Grads | None, grads: Grads, scale: float) -> None:
     """As `attention.values`; rows of what attended begin at multiples of 16 bytes, heads are `WIDE`."""
-    assert part.keys == KEYS and heads.q_THD.shape[-1] == WIDE
+    assert part.keys == KEYS and heads.q_THD.shape[-1] in WIDE
     _walk(part, heads, spans, (grads if sums is None else sums).dv, grads, scale)
 
 
@@ -290,8 +333,9 @@ def keys_and_values(heads: Heads, spans: Spans, grads: Grads, scale: float) -> N
 
 def _walk(part: Part, heads: Heads, spans: Spans, dv_sum: Tensor, grads: Grads, scale: float) -> None:
     length, num_heads, width = heads.q_THD.shape
-    operands = (heads.q_THD, heads.k_TJD, heads.v_TJD, heads.dout_THD)
-    tiles = [head_tiles(x, rows) for x, rows in zip(operands, (_QUERIES, KEYS, KEYS, _QUERIES), strict=True)]
+    operands = (heads.q_THD, heads.k_TJD, heads.v_TJV, heads.dout_THV)
+    (q, q_rest), (k, k_rest) = split_head_tiles(heads.q_THD, _QUERIES), split_head_tiles(heads.k_TJD, KEYS)
+    tiles = (q, k, head_tiles(heads.v_TJV, KEYS), head_tiles(heads.dout_THV, _QUERIES), q_rest, k_rest)
     delta, reach = heads.delta_HT, spans.reach_T
     of_rows = [(heads.lse_HT, _QUERIES), (delta, _QUERIES), (reach.as_strided((1, length), delta.stride()), KEYS)]
     num_sums = grads.dv.shape[1]
@@ -306,6 +350,7 @@ def _walk(part: Part, heads: Heads, spans: Spans, dv_sum: Tensor, grads: Grads, 
             "HEADS": num_heads // num_sums,
             "IS_BAND": part.is_band,
             "SUMS_KEYS": width in NARROW,
+            "HAS_REST": has_rest(width),
             "SLOTS": _SLOTS[width],
         },
         descriptors=(*tiles, *[_row_tiles(x, columns) for x, columns in of_rows]),

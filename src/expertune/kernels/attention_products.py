@@ -8,9 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from expertune.kernels.attention import Part, first_key, last_query, load_rows, place, write
+from expertune.kernels.attention import Part, first_key, last_query, load_rows, padded_width, place, write
 from expertune.kernels.attention_spans import Spans
-from expertune.kernels.launch import launch, next_power_of_2
+from expertune.kernels.launch import launch
 
 
 @triton.jit(do_not_specialize=["first_block", "end", "num_heads", "T", "pitch_blocks", "rows_blocks", "adds"])
@@ -82,7 +82,7 @@ def products(
         (*strides, scale),
         {
             "D": width,
-            "BD": max(16, next_power_of_2(width)),
+            "BD": padded_width(width),
             "OF_QUERIES": of_queries,
             "GROUP": num_heads // x_TXD.shape[1],
             "HEADS": num_heads // num_sums,

@@ -17,23 +17,23 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from expertune.kernels.attention import Part, first_key, last_query, place
-from expertune.kernels.attention_hopper import KEYS, head_tiles, write
+from expertune.kernels.attention_hopper import KEYS, has_rest, rests, split_head_tiles, write
 from expertune.kernels.attention_spans import Spans
 from expertune.kernels.hopper_names import copy_tile
 from expertune.kernels.launch import launch
 
 _DEPTH = 64  # of a step
-_STAGES = 4
+_STAGES = {192: 5, 256: 4}  # by the width of heads
 
 
 @gluon.jit
 def _copy(
     descriptors, buffers, barriers, where, sizes, OF_QUERIES: gl.constexpr, GROUP: gl.constexpr, HEADS: gl.constexpr,
-    IS_BAND: gl.constexpr,
+    IS_BAND: gl.constexpr, HAS_REST: gl.constexpr,
 ):  # fmt: skip
     """The copying warp: for each step both groups' tiles of `dS`, and one of keys or queries."""
-    ds_desc, x_desc = descriptors
-    ds_bufs, x_bufs = buffers
+    ds_desc, x_desc, rest_desc = descriptors
+    ds_bufs, x_bufs, rest_bufs = buffers
     ready, empty = barriers
     block, own, first, num_steps = where
     head_rows, first_block, num_diagonal, x_head = sizes
@@ -41,6 +41,7 @@ def _copy(
     DEPTH: gl.constexpr = x_bufs.type.shape[1]
     HALF: gl.constexpr = ds_desc.block_type.shape[0]
     KEYS: gl.constexpr = 2 * HALF
+    x_bytes: gl.constexpr = x_desc.block_type.nbytes + HAS_REST * rest_desc.block_type.nbytes
     block_row, block_shift = place(block, first_block, num_diagonal, IS_BAND, KEYS)
     step = 0
     for head in range(own * HEADS, (own + 1) * HEADS):
@@ -48,7 +49,7 @@ def _copy(
             stage = step % STAGES
             mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
             bar, x_buf = ready.index(stage), x_bufs.index(stage)
-            mbarrier.expect(bar, 2 * ds_desc.block_type.nbytes + x_desc.block_type.nbytes)
+            mbarrier.expect(bar, 2 * ds_desc.block_type.nbytes + x_bytes)
             if OF_QUERIES:
                 row, shift = place(at // KEYS, first_block, num_diagonal, IS_BAND, KEYS)
                 row += head * head_rows + at % KEYS
@@ -60,16 +61,18 @@ def _copy(
                     row = head * head_rows + block_row + half * HALF
                     copy_tile(ds_desc, [row, at + block_shift], bar, ds_bufs.index(2 * stage + half))
             copy_tile(x_desc, [at, head // GROUP * x_head], bar, x_buf)
+            if HAS_REST:
+                copy_tile(rest_desc, [at, head // GROUP * x_head], bar, rest_bufs.index(stage))
             step += 1
 
 
 @gluon.jit
 def _multiply(
     ME: gl.constexpr, buffers, barriers, where, pointers, sizes, strides, scale, OF_QUERIES: gl.constexpr,
-    HEADS: gl.constexpr,
+    HEADS: gl.constexpr, HAS_REST: gl.constexpr,
 ):  # fmt: skip
     """One of the two groups that multiply: half of the block's rows."""
-    ds_bufs, x_bufs = buffers
+    ds_bufs, x_bufs, rest_bufs = buffers
     ready, empty = barriers
     block, own, _first, num_steps = where
     T, has_before = sizes
@@ -78,6 +81,10 @@ def _multiply(
     ROWS: gl.constexpr = 64
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
     total = warpgroup_mma_init(gl.zeros((ROWS, WIDTH), gl.float32, layout))
+    if HAS_REST:
+        REST: gl.constexpr = rest_bufs.type.shape[2]
+        of_rest: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, REST, 16])
+        rest = warpgroup_mma_init(gl.zeros((ROWS, REST), gl.float32, of_rest))
     for step in range(num_steps * HEADS):
         stage = step % STAGES
         mbarrier.wait(ready.index(stage), (step // STAGES) & 1)
@@ -85,19 +92,31 @@ def _multiply(
         if OF_QUERIES:
             ds_buf = ds_buf.permute((1, 0))
         total = warpgroup_mma(ds_buf, x_bufs.index(stage), total, is_async=True)
-        total = warpgroup_mma_init(warpgroup_mma_wait(num_outstanding=1, deps=(total,)))
+        if HAS_REST:
+            rest = warpgroup_mma(ds_buf, rest_bufs.index(stage), rest, is_async=True)
+            total, rest = warpgroup_mma_wait(num_outstanding=2, deps=(total, rest))
+            rest = warpgroup_mma_init(rest)
+            total = warpgroup_mma_init(total)
+        else:
+            total = warpgroup_mma_init(warpgroup_mma_wait(num_outstanding=1, deps=(total,)))
         mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1, pred=step > 0)
     total = warpgroup_mma_wait(num_outstanding=0, deps=(total,)) * scale
-    write(total, block * 2 * ROWS + ME * ROWS, own, T, has_before, pointers, strides)
+    row = block * 2 * ROWS + ME * ROWS
+    write(total, row, own, T, has_before, pointers, strides)
+    if HAS_REST:
+        rest = warpgroup_mma_wait(num_outstanding=0, deps=(rest,)) * scale
+        sum_ptr, out_ptr = pointers
+        write(rest, row, own, T, has_before, (sum_ptr + WIDTH, out_ptr + WIDTH), strides)
 
 
 @gluon.jit(do_not_specialize=["first_block", "end", "num_heads", "T", "_pitch_blocks", "rows_blocks", "adds"])
 def _attention_products_kernel(
-    ds_desc, x_desc,
+    ds_desc, x_desc, rest_desc,
     row_ptr, sum_ptr, out_ptr,
     first_block, end, num_heads, T, _pitch_blocks, rows_blocks, adds,
     x_head, sum_row, sum_head, out_row, out_head, scale,
-    OF_QUERIES: gl.constexpr, GROUP: gl.constexpr, HEADS: gl.constexpr, IS_BAND: gl.constexpr, STAGES: gl.constexpr,
+    OF_QUERIES: gl.constexpr, GROUP: gl.constexpr, HEADS: gl.constexpr, IS_BAND: gl.constexpr, HAS_REST: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
     """One program a block of rows of a sum; those of whole samples with most to sum first."""
     DEPTH: gl.constexpr = x_desc.block_type.shape[0]
@@ -122,7 +141,8 @@ def _attention_products_kernel(
         mbarrier.init(ready.index(stage), count=1)
         mbarrier.init(empty.index(stage), count=2)
     fence_async_shared()
-    buffers = (ds_bufs, x_bufs)
+    descriptors = (ds_desc, x_desc, rest_desc)
+    buffers = (ds_bufs, x_bufs, rests(x_bufs, rest_desc, STAGES, HAS_REST))
     barriers = (ready, empty)
     where = (block, own, first, num_steps)
     pointers = (sum_ptr, out_ptr)
@@ -132,9 +152,9 @@ def _attention_products_kernel(
     # fmt: off
     gl.warp_specialize(
         [
-            (_multiply, (0, buffers, barriers, where, pointers, written, strides, scale, OF_QUERIES, HEADS)),
-            (_multiply, (1, buffers, barriers, where, pointers, written, strides, scale, OF_QUERIES, HEADS)),
-            (_copy, ((ds_desc, x_desc), buffers, barriers, where, copied, OF_QUERIES, GROUP, HEADS, IS_BAND)),
+            (_multiply, (0, buffers, barriers, where, pointers, written, strides, scale, OF_QUERIES, HEADS, HAS_REST)),
+            (_multiply, (1, buffers, barriers, where, pointers, written, strides, scale, OF_QUERIES, HEADS, HAS_REST)),
+            (_copy, (descriptors, buffers, barriers, where, copied, OF_QUERIES, GROUP, HEADS, IS_BAND, HAS_REST)),
         ],
         [4, 1],
         [232, 40],
@@ -165,9 +185,10 @@ def products(
             "GROUP": num_heads // x_TXD.shape[1],
             "HEADS": num_heads // num_sums,
             "IS_BAND": part.is_band,
-            "STAGES": _STAGES,
+            "HAS_REST": has_rest(x_TXD.shape[2]),
+            "STAGES": _STAGES[x_TXD.shape[2]],
         },
-        descriptors=(ds_tiles, head_tiles(x_TXD, _DEPTH)),
+        descriptors=(ds_tiles, *split_head_tiles(x_TXD, _DEPTH)),
         num_warps=4,
         maxnreg=168,
     )

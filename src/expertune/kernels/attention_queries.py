@@ -8,9 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from expertune.kernels.attention import Heads, first_key, load_rows, write
+from expertune.kernels.attention import Heads, first_key, load_rows, padded_width, write
 from expertune.kernels.attention_spans import Spans
-from expertune.kernels.launch import ceil_div, launch, next_power_of_2
+from expertune.kernels.launch import ceil_div, launch
 
 _QUERIES = 32  # of a block
 _KEYS = 16  # of a tile
@@ -63,7 +63,7 @@ def queries(heads: Heads, spans: Spans, dq_THD: Tensor, scale: float) -> None:
         (*strides, scale),
         {
             "D": width,
-            "BD": max(16, next_power_of_2(width)),
+            "BD": padded_width(width),
             "GROUP": num_heads // heads.k_TJD.shape[1],
             "QUERIES": _QUERIES,
             "KEYS": _KEYS,

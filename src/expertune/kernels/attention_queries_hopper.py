@@ -38,7 +38,8 @@ def _copy(descriptors, buffers, barriers, where, strides, GROUP: gl.constexpr):
     mbarrier.expect(resident, q_desc.block_type.nbytes + dout_desc.block_type.nbytes)
     copy_tile(q_desc, [query, head * q_head], resident, q_buf)
     copy_tile(dout_desc, [query, head * dout_head], resident, dout_buf)
-    copy_keys((k_desc, v_desc), slots, (full, empty), (first, end, head), (k_head, v_head), GROUP)
+    tiles = (k_desc, v_desc, k_desc)
+    copy_keys(tiles, (slots, slots), (full, empty), (first, end, head), (k_head, v_head), GROUP, False)
 
 
 @gluon.jit
@@ -126,7 +127,7 @@ def _attention_queries_kernel(
 def queries(heads: Heads, spans: Spans, dq_THD: Tensor, scale: float) -> None:
     """As `attention_queries.queries`; rows of what attended begin at multiples of 16 bytes."""
     length, num_heads, _ = dq_THD.shape
-    operands = (heads.q_THD, heads.dout_THD, heads.k_TJD, heads.v_TJD)
+    operands = (heads.q_THD, heads.dout_THV, heads.k_TJD, heads.v_TJV)
     tiles = [head_tiles(x, rows) for x, rows in zip(operands, (_QUERIES, _QUERIES, _KEYS, _KEYS), strict=True)]
     launch(
         _attention_queries_kernel,
