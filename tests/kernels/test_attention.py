@@ -207,6 +207,20 @@ def test_as_many_heads_are_summed_as_leave_enough_programs(
     assert heads_summed(group, num_blocks, fewest) == heads
 
 
+@pytest.mark.parametrize(
+    ("num_blocks", "num_heads", "num_shared", "together"),
+    [(32, 20, 20, 7), (128, 20, 20, 2), (8, 20, 20, 20), (128, 32, 4, 16), (64, 64, 64, 4), (500, 3, 3, 2)],
+)
+def test_a_few_heads_come_first(
+    num_blocks: int, num_heads: int, num_shared: int, together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from expertune.kernels import attention_order
+
+    monkeypatch.setattr(attention_order, "num_programs", lambda _: 132)
+    found = attention_order.heads_together(num_blocks, num_heads, num_shared, torch.device("cpu"))
+    assert found == together
+
+
 def test_any_strides_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     from expertune.attention import backward as module
 

@@ -33,11 +33,11 @@ def check(tensors: list[Tensor], scale: float, case: Case) -> tuple[Tensor, Tens
     ("batch", "length", "num_heads", "num_shared", "width", "case"),
     [
         (2, 41, 4, 2, Width(24, 16), WHOLE),
-        (1, 100, 1, 1, 16, Case(window=20)),
+        (1, 100, 5, 5, 16, Case(window=20)),
         (1, 100, 2, 1, 16, Case((1, 32, 2, 40, 25, 0, 0))),
         (1, 70, 1, 1, 8, Case((60, 10), window=33)),
     ],
-    ids=["whole", "window", "samples", "samples in a window"],
+    ids=["whole", "window, two heads of five at a time", "samples", "samples in a window"],
 )
 def test_it_is_no_worse_than_the_formula(
     batch: int, length: int, num_heads: int, num_shared: int, width: int | Width, case: Case, dtype: torch.dtype,
@@ -56,12 +56,13 @@ def test_it_is_no_worse_than_the_formula(
     [
         (2, 1000, 4, 2, WHOLE),
         (1, 63, 3, 1, WHOLE),
+        (1, 4200, 12, 12, WHOLE),
         (1, 1200, 8, 4, Case(window=100)),
         (1, 1201, 2, 2, Case(window=1000)),
         (1, 1200, 8, 4, Case((1, 500, 128, 127, 64, 130, 250, 0, 0))),
         (1, 1200, 8, 1, Case((700, 500), window=256)),
     ],
-    ids=["whole", "a tile", "short window", "long window", "samples", "samples in a window"],
+    ids=["whole", "a tile", "some heads after others", "short window", "long window", "samples", "samples in a window"],
 )
 @pytest.mark.parametrize("width", [64, 128, LATENT, 256], ids=str)
 def test_on_hopper(

@@ -7,7 +7,6 @@ where the forward reaches 640.
 
 from torch import Tensor
 
-from expertune.attention.cudnn import Cudnn
 from expertune.attention.flash import why_not_fused
 from expertune.attention.kernels import Attended, Pattern
 from expertune.kernels import has_triton
@@ -17,10 +16,9 @@ _NARROW, _WIDE = ((64, 64), (128, 128)), ((192, 128), (256, 256))
 
 
 class Hopper:
-    """cuDNN's forward, or ours where cuDNN has none, and a backward without atomics."""
+    """A forward over spans of keys, and a backward without atomics."""
 
     name = "hopper"
-    _cudnn = Cudnn()
 
     def why_not(self, q_BHTD: Tensor, v_BJSV: Tensor, pattern: Pattern) -> str | None:
         """Why it cannot run here."""
@@ -51,10 +49,7 @@ class Hopper:
 
         start_C = None if pattern.sequences is None else pattern.sequences.start_C
         of_rows = spans(q_BHTD.shape[2], _most(q_BHTD, pattern), start_C, q_BHTD.device)
-        if pattern.window is None and pattern.sequences is None:
-            out_BTHV, lse_BHT, _ = self._cudnn.forward(q_BHTD, k_BJSD, v_BJSV, pattern)
-        else:
-            out_BTHV, lse_BHT = forward(q_BHTD, k_BJSD, v_BJSV, pattern.scale, of_rows)
+        out_BTHV, lse_BHT = forward(q_BHTD, k_BJSD, v_BJSV, pattern.scale, of_rows)
         return Attended(out_BTHV, lse_BHT, of_rows[1:])
 
     def backward(

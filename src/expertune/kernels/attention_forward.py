@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from expertune.kernels.attention import first_key, load_rows, padded_width, write
+from expertune.kernels.attention_order import heads_together, own_block
 from expertune.kernels.attention_spans import Spans
 from expertune.kernels.launch import ceil_div, launch
 
@@ -17,16 +18,16 @@ _KEYS = 16  # of a tile
 LOWEST = tl.constexpr(-1e30)  # of a score before the first, so that no difference is of two infinities
 
 
-@triton.jit(do_not_specialize=["num_heads", "T"])
+@triton.jit(do_not_specialize=["num_heads", "T", "together"])
 def _attention_forward_kernel(
     q_ptr, k_ptr, v_ptr, first_ptr, out_ptr, lse_ptr,
-    num_heads, T,
+    num_heads, T, together,
     q_row, q_head, k_row, k_head, v_row, v_head, out_row, out_head, lse_head, scale,
     D: tl.constexpr, BD: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, GROUP: tl.constexpr, QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
 ):  # fmt: skip
     """One program a block of queries of a head."""
-    block, head = tl.program_id(0) // num_heads, tl.program_id(0) % num_heads
+    block, head = own_block(tl.cdiv(T, QUERIES), num_heads, together)
     query = block * QUERIES + tl.arange(0, QUERIES)
     first = tl.load(first_ptr + query, mask=query < T, other=0)
     q = load_rows(q_ptr, query, head, T, q_row, q_head, D, BD)
@@ -63,19 +64,20 @@ def forward(
         lse_HT: natural, float32.
         scale: of scores.
     """
-    length, num_heads, width = q_THD.shape
+    (length, num_heads, width), num_shared = q_THD.shape, k_TJD.shape[1]
+    num_blocks = ceil_div(length, _QUERIES)
     launch(
         _attention_forward_kernel,
-        (ceil_div(length, _QUERIES) * num_heads, 1, 1),
+        (num_blocks * num_heads, 1, 1),
         (q_THD, k_TJD, v_TJV, spans.first_T, out_THV, lse_HT),
-        (num_heads, length),
+        (num_heads, length, heads_together(num_blocks, num_heads, num_shared, q_THD.device)),
         (*[stride for x in (q_THD, k_TJD, v_TJV, out_THV) for stride in x.stride()[:2]], lse_HT.stride(0), scale),
         {
             "D": width,
             "BD": padded_width(width),
             "V": v_TJV.shape[2],
             "BV": padded_width(v_TJV.shape[2]),
-            "GROUP": num_heads // k_TJD.shape[1],
+            "GROUP": num_heads // num_shared,
             "QUERIES": _QUERIES,
             "KEYS": _KEYS,
         },

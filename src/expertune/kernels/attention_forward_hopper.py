@@ -26,6 +26,7 @@ from expertune.kernels.attention_hopper import (
     ring,
     split_head_tiles,
 )
+from expertune.kernels.attention_order import heads_together, own_block
 from expertune.kernels.attention_spans import Spans
 from expertune.kernels.hopper_names import copy_tile
 from expertune.kernels.hopper_store import places
@@ -82,10 +83,9 @@ def skip_keys(key, end, slot, parity, barriers, SLOTS: gl.constexpr, KEYS: gl.co
 
 
 @gluon.jit
-def own_block(first_ptr, num_heads, T, QUERIES: gl.constexpr, KEYS: gl.constexpr):
-    """A program's first query, where the keys of its block begin and end, and its head; the last queries come first."""
-    head = gl.program_id(0) % num_heads
-    block = gl.cdiv(T, QUERIES) - 1 - gl.program_id(0) // num_heads
+def own_part(first_ptr, num_heads, T, together, QUERIES: gl.constexpr, KEYS: gl.constexpr):
+    """A program's first query, where the keys of its block begin and end, and its head."""
+    block, head = own_block(gl.cdiv(T, QUERIES), num_heads, together)
     query = block * QUERIES
     return query, first_key(first_ptr, block, QUERIES, KEYS), query + QUERIES, head
 
@@ -121,8 +121,35 @@ def _copy(descriptors, buffers, barriers, where, strides, GROUP: gl.constexpr, H
 
 
 @gluon.jit
+def _scores(q_buf, q_rest, k_buf, k_rest, nothing, HAS_REST: gl.constexpr):
+    """Begin the products of queries and a tile of keys."""
+    scores = warpgroup_mma(q_buf, k_buf.permute((1, 0)), nothing, use_acc=False, is_async=True)
+    if HAS_REST:
+        scores = warpgroup_mma(q_rest, k_rest.permute((1, 0)), scores, is_async=True)
+    return scores
+
+
+@gluon.jit
+def _softmax(scores, highest, total, key, rows, scale):
+    """Exponentials of a tile of scores, the highest score and the sum of all so far, and how sums before are scaled."""
+    query, i, j, back, seen_by_all = rows
+    KEYS: gl.constexpr = scores.type.shape[1]
+    if (key + KEYS > query + 1) | (key < seen_by_all):
+        scores = gl.where(is_seen(query, key, i, j, back), scores, float("-inf"))
+    before = highest
+    highest = gl.maximum(highest, gl.max(scores, 1) * scale)
+    p = gl.exp2(scores * scale - gl.expand_dims(highest, 1))
+    fading = gl.exp2(before - highest)
+    return p, highest, total * fading + gl.sum(p, 1), fading
+
+
+@gluon.jit
 def _multiply(ME: gl.constexpr, buffers, barriers, where, pointers, sizes, scale, HAS_REST: gl.constexpr):
-    """One of the two groups that multiply: half of the block's queries."""
+    """One of the two groups that multiply: half of the block's queries.
+
+    A tile's scores are formed beside the product of the tile before with its values, which is under way during the
+    softmax.
+    """
     q_buf, slots, q_rest, k_rests = buffers
     resident, full, empty = barriers
     query, first, end, head = where
@@ -136,60 +163,65 @@ def _multiply(ME: gl.constexpr, buffers, barriers, where, pointers, sizes, scale
     by_key: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     by_width: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
     left: gl.constexpr = gl.DotOperandLayout(0, by_width, 2)
-    rows: gl.constexpr = gl.SliceLayout(1, by_key)
-    wide_rows: gl.constexpr = gl.SliceLayout(1, by_width)
+    of_keys: gl.constexpr = gl.SliceLayout(1, by_key)
+    of_width: gl.constexpr = gl.SliceLayout(1, by_width)
     query += ME * QUERIES
     q_buf = q_buf.slice(ME * QUERIES, QUERIES)
-    i = gl.arange(0, QUERIES, layout=rows)
+    if HAS_REST:
+        q_rest = q_rest.index(0).slice(ME * QUERIES, QUERIES)
+    i = gl.arange(0, QUERIES, layout=of_keys)
     back, seen_by_all = reach_back(first_ptr, query, T, i, QUERIES)
     j = gl.expand_dims(gl.arange(0, KEYS, layout=gl.SliceLayout(0, by_key)), 0)
+    rows = (query, i, j, back, seen_by_all)
     nothing = gl.zeros((QUERIES, KEYS), gl.float32, by_key)
-    highest = gl.full((QUERIES,), LOWEST, gl.float32, rows)
-    total = gl.zeros((QUERIES,), gl.float32, rows)
+    highest = gl.full((QUERIES,), LOWEST, gl.float32, of_keys)
+    total = gl.zeros((QUERIES,), gl.float32, of_keys)
     out = gl.zeros((QUERIES, WIDTH), gl.float32, by_width)
     mbarrier.wait(resident, 0)
-    slot = 0
-    parity = 0
-    for key in range(first, query + QUERIES, KEYS):
+    mbarrier.wait(full.index(0), 0)
+    scores = _scores(q_buf, q_rest, slots.index(0), k_rests.index(0), nothing, HAS_REST)
+    scores = warpgroup_mma_wait(num_outstanding=0, deps=(scores,))
+    mbarrier.arrive(empty.index(0), count=1)
+    p, highest, total, _fading = _softmax(scores, highest, total, first, rows, scale)
+    p = gl.convert_layout(p.to(dtype), left)
+    v_slot = 1  # of the tile before
+    v_parity = 0
+    for key in range(first + KEYS, query + QUERIES, KEYS):
+        slot, parity = following(v_slot, v_parity, SLOTS)
         mbarrier.wait(full.index(slot), parity)
-        keys = slots.index(slot).permute((1, 0))
-        scores = warpgroup_mma(q_buf, keys, nothing, use_acc=False, is_async=True)
-        if HAS_REST:
-            q_end, k_end = q_rest.index(0).slice(ME * QUERIES, QUERIES), k_rests.index(slot // 2).permute((1, 0))
-            scores = warpgroup_mma(q_end, k_end, scores, is_async=True)
-        scores = warpgroup_mma_wait(num_outstanding=0, deps=(scores,))
+        scores = _scores(q_buf, q_rest, slots.index(slot), k_rests.index(slot // 2), nothing, HAS_REST)
+        mbarrier.wait(full.index(v_slot), v_parity)
+        out = warpgroup_mma(p, slots.index(v_slot), out, is_async=True)
+        scores = warpgroup_mma_wait(num_outstanding=1, deps=(scores,))
         mbarrier.arrive(empty.index(slot), count=1)
-        slot, parity = following(slot, parity, SLOTS)
-        if (key + KEYS > query + 1) | (key < seen_by_all):
-            scores = gl.where(is_seen(query, key, i, j, back), scores, float("-inf"))
-        before = highest
-        highest = gl.maximum(highest, gl.max(scores, 1) * scale)
-        p = gl.exp2(scores * scale - gl.expand_dims(highest, 1))
-        fading = gl.exp2(before - highest)
-        total = total * fading + gl.sum(p, 1)
-        out = out * gl.expand_dims(gl.convert_layout(fading, wide_rows), 1)
-        mbarrier.wait(full.index(slot), parity)
-        out = warpgroup_mma(gl.convert_layout(p.to(dtype), left), slots.index(slot), out, is_async=True)
+        exponentials, highest, total, fading = _softmax(scores, highest, total, key, rows, scale)
         out = warpgroup_mma_wait(num_outstanding=0, deps=(out,))
-        mbarrier.arrive(empty.index(slot), count=1)
-        slot, parity = following(slot, parity, SLOTS)
+        mbarrier.arrive(empty.index(v_slot), count=1)
+        out = out * gl.expand_dims(gl.convert_layout(fading, of_width), 1)
+        p = gl.convert_layout(exponentials.to(dtype), left)
+        v_slot, v_parity = following(slot, parity, SLOTS)
+    mbarrier.wait(full.index(v_slot), v_parity)
+    out = warpgroup_mma(p, slots.index(v_slot), out, is_async=True)
+    out = warpgroup_mma_wait(num_outstanding=0, deps=(out,))
+    mbarrier.arrive(empty.index(v_slot), count=1)
+    slot, parity = following(v_slot, v_parity, SLOTS)
     skip_keys(after(first, query + QUERIES, KEYS), end, slot, parity, (full, empty), SLOTS, KEYS)
     gl.store(lse_ptr + head * lse_head + query + i, (highest + gl.log2(total)) / LOG2_E, mask=query + i < T)
-    out = out * gl.expand_dims(gl.convert_layout(1 / total, wide_rows), 1)
+    out = out * gl.expand_dims(gl.convert_layout(1 / total, of_width), 1)
     at, mask = places(query, T, 0, WIDTH, out_row, QUERIES, WIDTH, by_width)
     gl.store(out_ptr + head * out_head + at, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@gluon.jit(do_not_specialize=["num_heads", "T"])
+@gluon.jit(do_not_specialize=["num_heads", "T", "together"])
 def _attention_forward_kernel(
     q_desc, k_desc, v_desc, q_rest_desc, k_rest_desc,
     first_ptr, out_ptr, lse_ptr,
-    num_heads, T,
+    num_heads, T, together,
     q_head, k_head, v_head, out_row, out_head, lse_head, scale,
     GROUP: gl.constexpr, HAS_REST: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
-    """One program a block of queries of a head; those of whole samples with most keys first."""
-    where = own_block(first_ptr, num_heads, T, q_desc.block_type.shape[0], k_desc.block_type.shape[0])
+    """One program a block of queries of a head."""
+    where = own_part(first_ptr, num_heads, T, together, q_desc.block_type.shape[0], k_desc.block_type.shape[0])
     q_buf = gl.allocate_shared_memory(q_desc.dtype, q_desc.block_type.shape, q_desc.layout)
     slots, barriers = ring(k_desc, SLOTS)
     # with a rest of each tile of keys, which lie in every other slot
@@ -213,21 +245,21 @@ def forward(
     q_THD: Tensor, k_TJD: Tensor, v_TJV: Tensor, spans: Spans, out_THV: Tensor, lse_HT: Tensor, scale: float
 ) -> None:
     """As `attention_forward.forward`; rows of what attends begin at multiples of 16 bytes, in any of these widths."""
-    length, num_heads, width = q_THD.shape
-    keys, num_slots = _CUTS[width]
+    (length, num_heads, width), num_shared = q_THD.shape, k_TJD.shape[1]
+    (keys, num_slots), num_blocks = _CUTS[width], ceil_div(length, _QUERIES)
     (q, q_rest), (k, k_rest) = split_head_tiles(q_THD, _QUERIES), split_head_tiles(k_TJD, keys)
     launch(
         _attention_forward_kernel,
-        (ceil_div(length, _QUERIES) * num_heads, 1, 1),
+        (num_blocks * num_heads, 1, 1),
         (spans.first_T, out_THV, lse_HT),
-        (num_heads, length),
+        (num_heads, length, heads_together(num_blocks, num_heads, num_shared, q_THD.device)),
         (
             *[x.stride(1) for x in (q_THD, k_TJD, v_TJV)],
             *out_THV.stride()[:2],
             lse_HT.stride(0),
             scale * LOG2_E.value,
         ),
-        {"GROUP": num_heads // k_TJD.shape[1], "HAS_REST": has_rest(width), "SLOTS": num_slots},
+        {"GROUP": num_heads // num_shared, "HAS_REST": has_rest(width), "SLOTS": num_slots},
         descriptors=(q, k, head_tiles(v_TJV, keys), q_rest, k_rest),
         num_warps=4,
         maxnreg=168,

@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from expertune.kernels.attention import Heads, first_key, load_rows, padded_width, write
+from expertune.kernels.attention_order import heads_together, own_block
 from expertune.kernels.attention_spans import Spans
 from expertune.kernels.launch import ceil_div, launch
 
@@ -16,15 +17,15 @@ _QUERIES = 32  # of a block
 _KEYS = 16  # of a tile
 
 
-@triton.jit(do_not_specialize=["num_heads", "T"])
+@triton.jit(do_not_specialize=["num_heads", "T", "together"])
 def _attention_queries_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, first_ptr, dq_ptr,
-    num_heads, T,
+    num_heads, T, together,
     q_row, q_head, k_row, k_head, v_row, v_head, dout_row, dout_head, lse_head, delta_head, dq_row, dq_head, scale,
     D: tl.constexpr, BD: tl.constexpr, GROUP: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """One program a block of queries of a head."""
-    block, head = tl.program_id(0) // num_heads, tl.program_id(0) % num_heads
+    block, head = own_block(tl.cdiv(T, QUERIES), num_heads, together)
     query = block * QUERIES + tl.arange(0, QUERIES)
     is_inside = query < T
     first = tl.load(first_ptr + query, mask=is_inside, other=0)
@@ -53,18 +54,19 @@ def queries(heads: Heads, spans: Spans, dq_THD: Tensor, scale: float) -> None:
         dq_THD: in the dtype of the queries.
         scale: of scores.
     """
-    length, num_heads, width = dq_THD.shape
+    (length, num_heads, width), num_shared = dq_THD.shape, heads.k_TJD.shape[1]
+    num_blocks = ceil_div(length, _QUERIES)
     strides = [stride for x in (*heads, dq_THD) for stride in x.stride()[: x.dim() - 1]]
     launch(
         _attention_queries_kernel,
-        (ceil_div(length, _QUERIES) * num_heads, 1, 1),
+        (num_blocks * num_heads, 1, 1),
         (*heads, spans.first_T, dq_THD),
-        (num_heads, length),
+        (num_heads, length, heads_together(num_blocks, num_heads, num_shared, dq_THD.device)),
         (*strides, scale),
         {
             "D": width,
             "BD": padded_width(width),
-            "GROUP": num_heads // heads.k_TJD.shape[1],
+            "GROUP": num_heads // num_shared,
             "QUERIES": _QUERIES,
             "KEYS": _KEYS,
         },

@@ -15,8 +15,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from expertune.kernels.attention import Heads
-from expertune.kernels.attention_forward_hopper import after, copy_keys, is_seen, own_block, reach_back, skip_keys
+from expertune.kernels.attention_forward_hopper import (
+    after,
+    copy_keys,
+    is_seen,
+    own_part,
+    reach_back,
+    skip_keys,
+)
 from expertune.kernels.attention_hopper import LOG2_E, following, head_tiles, ring
+from expertune.kernels.attention_order import heads_together
 from expertune.kernels.attention_spans import Spans
 from expertune.kernels.hopper_names import copy_tile
 from expertune.kernels.hopper_store import places
@@ -96,16 +104,16 @@ def _multiply(ME: gl.constexpr, buffers, barriers, where, pointers, sizes, scale
     gl.store(dq_ptr + head * dq_head + at, dq.to(dq_ptr.dtype.element_ty), mask=mask)
 
 
-@gluon.jit(do_not_specialize=["num_heads", "T"])
+@gluon.jit(do_not_specialize=["num_heads", "T", "together"])
 def _attention_queries_kernel(
     q_desc, dout_desc, k_desc, v_desc,
     first_ptr, lse_ptr, delta_ptr, dq_ptr,
-    num_heads, T,
+    num_heads, T, together,
     q_head, dout_head, k_head, v_head, dq_row, dq_head, lse_head, delta_head, scale,
     GROUP: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
-    """One program a block of queries of a head; those of whole samples with most keys first."""
-    where = own_block(first_ptr, num_heads, T, q_desc.block_type.shape[0], k_desc.block_type.shape[0])
+    """One program a block of queries of a head."""
+    where = own_part(first_ptr, num_heads, T, together, q_desc.block_type.shape[0], k_desc.block_type.shape[0])
     q_buf = gl.allocate_shared_memory(q_desc.dtype, q_desc.block_type.shape, q_desc.layout)
     dout_buf = gl.allocate_shared_memory(dout_desc.dtype, dout_desc.block_type.shape, dout_desc.layout)
     slots, barriers = ring(k_desc, SLOTS)
@@ -126,14 +134,15 @@ def _attention_queries_kernel(
 
 def queries(heads: Heads, spans: Spans, dq_THD: Tensor, scale: float) -> None:
     """As `attention_queries.queries`; rows of what attended begin at multiples of 16 bytes."""
-    length, num_heads, _ = dq_THD.shape
+    (length, num_heads, _), num_shared = dq_THD.shape, heads.k_TJD.shape[1]
+    num_blocks = ceil_div(length, _QUERIES)
     operands = (heads.q_THD, heads.dout_THV, heads.k_TJD, heads.v_TJV)
     tiles = [head_tiles(x, rows) for x, rows in zip(operands, (_QUERIES, _QUERIES, _KEYS, _KEYS), strict=True)]
     launch(
         _attention_queries_kernel,
-        (ceil_div(length, _QUERIES) * num_heads, 1, 1),
+        (num_blocks * num_heads, 1, 1),
         (spans.first_T, heads.lse_HT, heads.delta_HT, dq_THD),
-        (num_heads, length),
+        (num_heads, length, heads_together(num_blocks, num_heads, num_shared, dq_THD.device)),
         (
             *[x.stride(1) for x in operands],
             *dq_THD.stride()[:2],
@@ -141,7 +150,7 @@ def queries(heads: Heads, spans: Spans, dq_THD: Tensor, scale: float) -> None:
             heads.delta_HT.stride(0),
             scale,
         ),
-        {"GROUP": num_heads // heads.k_TJD.shape[1], "SLOTS": _SLOTS},
+        {"GROUP": num_heads // num_shared, "SLOTS": _SLOTS},
         descriptors=tuple(tiles),
         num_warps=4,
         maxnreg=168,
