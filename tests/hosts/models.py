@@ -71,6 +71,8 @@ NAMED: dict[str, dict[str, Any]] = {
     "qwen2_moe": CONFIGS["qwen3_moe"] | {"shared_expert_intermediate_size": 40, "mlp_only_layers": [0]},
     "mixtral": {"num_key_value_heads": 2, "intermediate_size": 24, "num_local_experts": 8, "num_experts_per_tok": 2},
 }
+# For what is about its attention alone.
+LATENT: dict[str, dict[str, Any]] = {"deepseek_v2": {**MLA, "first_k_dense_replace": 1}}
 # Without experts: one that the host runs well, one with sliding windows.
 _DENSE = {"num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 48}
 DENSE: dict[str, dict[str, Any]] = {
@@ -81,7 +83,7 @@ DENSE: dict[str, dict[str, Any]] = {
 
 def save_tiny(model_type: str, folder: Path, seed: int = 0, **overrides: Any) -> Path:
     """A checkpoint of random weights."""
-    config = AutoConfig.for_model(model_type, **SHARED | (CONFIGS | NAMED | DENSE)[model_type] | overrides)
+    config = AutoConfig.for_model(model_type, **SHARED | (CONFIGS | NAMED | LATENT | DENSE)[model_type] | overrides)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float64)
     randomize(model)

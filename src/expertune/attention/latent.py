@@ -25,7 +25,7 @@ def assemble(
         q_BTHD: a head's own part and, behind it, the one to be rotated.
         kv_BTHC: a head's own part of its key and, behind it, its value.
         rot_BTR: the part of keys to be rotated, of all heads.
-        cos_BTR: of the angles; `B` may be 1, and `R` half of what is rotated.
+        cos_BTR: of the angles, in their dtype or in float32; `B` may be 1, and `R` half of what is rotated.
         sin_BTR: the same.
         rotation: what is rotated with what.
     """
@@ -41,7 +41,7 @@ def why_not(
 ) -> str | None:
     """Why no kernel takes these, in words; None if one does."""
     tensors = (q_BTHD, kv_BTHC, rot_BTR)
-    if (reason := why_no_kernel(tensors, (cos_BTR, sin_BTR))) is not None:
+    if (reason := why_no_kernel(tensors, (cos_BTR, sin_BTR), also=torch.float32)) is not None:
         return reason
     if any(x.stride(-1) != 1 for x in tensors):
         return "strides are of another kind"
@@ -58,8 +58,8 @@ def assemble_in_torch(
     q_BHTD, kv_BHTC = q_BTHD.transpose(1, 2), kv_BTHC.transpose(1, 2)
     q_rot = formula(q_BHTD[..., num_passed:], cos_BTR, sin_BTR, rotation)
     k_rot = formula(rot_BTR.unsqueeze(1), cos_BTR, sin_BTR, rotation).expand(*kv_BHTC.shape[:-1], -1)
-    q = torch.cat((q_BHTD[..., :num_passed], q_rot), dim=-1)
-    k = torch.cat((kv_BHTC[..., :num_passed], k_rot), dim=-1)
+    q = torch.cat((q_BHTD[..., :num_passed], q_rot.to(q_BHTD.dtype)), dim=-1)
+    k = torch.cat((kv_BHTC[..., :num_passed], k_rot.to(kv_BHTC.dtype)), dim=-1)
     return q, k, kv_BHTC[..., num_passed:]
 
 

@@ -46,13 +46,23 @@ def why_not(q_BHTD: Tensor, k_BHTD: Tensor, cos_BTR: Tensor, sin_BTR: Tensor, ro
     return None
 
 
-def why_no_kernel(rotated: tuple[Tensor, ...], angles: tuple[Tensor, Tensor]) -> str | None:
-    """Why no kernel that rotates takes tensors of these dtypes on this device; None if one does."""
+def why_no_kernel(
+    rotated: tuple[Tensor, ...], angles: tuple[Tensor, Tensor], also: torch.dtype | None = None
+) -> str | None:
+    """Why no kernel that rotates takes tensors of these dtypes on this device; None if one does.
+
+    Args:
+        rotated: what is.
+        angles: cosines and sines, in the same dtype.
+        also: another dtype that they may have.
+    """
     first = rotated[0]
     if not first.is_cuda or not has_triton():
         return "there is no Triton here"
-    if any(x.dtype != first.dtype for x in (*rotated, *angles)) or first.dtype == torch.float64:
-        return "dtypes differ, or are wider than float32"
+    if any(x.dtype != first.dtype for x in rotated) or any(x.dtype not in (first.dtype, also) for x in angles):
+        return "dtypes differ"
+    if first.dtype == torch.float64:
+        return "dtypes are wider than float32"
     if any(x.requires_grad for x in angles):
         return "angles are trained"
     return None

@@ -1,4 +1,4 @@
-"""Multi-head latent attention (DeepSeek-V3, GLM-4.7-Flash and their kin), whose heads are put together in one pass.
+"""Multi-head latent attention (DeepSeek, GLM-4.7-Flash and their kin), whose heads are put together in one pass.
 
 Hosts split what the projections give, rotate a part, and join it to the rest in new tensors of all heads, for queries
 and for keys. The classes are several and nearly all alike. One is taken over if a small instance of it, on random
@@ -35,6 +35,7 @@ _SMALL = {
 _PARTS = ("kv_a_proj_with_mqa", "kv_a_layernorm", "kv_b_proj", "o_proj", "config", "scaling", "qk_nope_head_dim")
 _TAKES_ANY_WIDTHS = ("eager", "sdpa", ours.IMPLEMENTATION, ours.BESIDE_SDPA)
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS"
+_BY_COMPLEX = "apply_rotary_emb"  # DeepSeek-V2's function: neighbours are turned as complex numbers
 _AGREES = 1e-5  # float32 rounding, relative
 
 
@@ -56,7 +57,7 @@ def find(model: nn.Module) -> list[nn.Module]:
 def forward(
     attention: Any,
     hidden_states: Tensor,
-    position_embeddings: tuple[Tensor, Tensor],
+    position_embeddings: tuple[Tensor, Tensor] | Tensor,
     attention_mask: Tensor | None = None,
     past_key_values: Any = None,
     **kwargs: Any,
@@ -66,7 +67,7 @@ def forward(
     Args:
         attention: the module.
         hidden_states: `(B, T, D)`.
-        position_embeddings: cosines and sines, `(B, T, R)`.
+        position_embeddings: cosines and sines, `(B, T, R)`, or both as complex numbers, `(B, T, R/2)`.
         attention_mask: as the attention that runs it takes it.
         past_key_values: a cache of keys and values; newer hosts call it `cache`.
         kwargs: are handed down.
@@ -92,7 +93,7 @@ def _forward(
     attention: Any,
     rotation: Rotation,
     hidden_states: Tensor,
-    position_embeddings: tuple[Tensor, Tensor],
+    position_embeddings: tuple[Tensor, Tensor] | Tensor,
     attention_mask: Tensor | None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
@@ -103,6 +104,8 @@ def _forward(
     )
     kv = attention.kv_b_proj(attention.kv_a_layernorm(latent_BTL))
     kv = kv.view(*shape, attention.qk_nope_head_dim + attention.v_head_dim)
+    if isinstance(position_embeddings, Tensor):
+        position_embeddings = (position_embeddings.real, position_embeddings.imag)
     q_BHTD, k_BHTD, v_BHTV = assemble(q, kv, rot_BTR, *position_embeddings, rotation)
     names = _globals(type(attention).forward)
     attend = names[_INTERFACE].get_interface(attention.config._attn_implementation, names["eager_attention_forward"])
@@ -126,9 +129,15 @@ def _queries(attention: Any, hidden_states: Tensor) -> Tensor:
 
 
 def rotation_of(attention: Any) -> Rotation | None:
-    """By which formula an attention rotates; None if it is not known."""
+    """By which formula an attention rotates; None if it is not known.
+
+    Scores are the same in whichever order both queries and keys are left.
+    """
     name = "apply_rotary_pos_emb" + ("_interleave" if getattr(attention.config, "rope_interleave", False) else "")
-    function: Callable[..., Any] | None = _globals(type(attention).forward).get(name)
+    names = _globals(type(attention).forward)
+    if name not in names and _BY_COMPLEX in names:
+        return Rotation(interleaved=True, shared=False, half_width=True, passes=False)
+    function: Callable[..., Any] | None = names.get(name)
     return None if function is None else rotary.rotation_of(function)
 
 
@@ -157,10 +166,11 @@ def _follows(kind: type, config: Any) -> bool:
         width = 2 if rotation.half_width else 4
         draw = torch.Generator().manual_seed(0)
         x, cos, sin = (torch.randn(2, 3, n, generator=draw) for n in (16, width, width))
+        angles = torch.complex(cos, sin) if _BY_COMPLEX in names else (cos, sin)
         given = kind.forward(  # type: ignore[attr-defined]
-            attention, hidden_states=x, position_embeddings=(cos, sin), attention_mask=None
+            attention, hidden_states=x, position_embeddings=angles, attention_mask=None
         )[0]
-        mine = _forward(attention, rotation, x, (cos, sin), None)[0]
+        mine = _forward(attention, rotation, x, angles, None)[0]
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):  # it is built or called in another way
         return False
     return given.shape == mine.shape and torch.allclose(given, mine, rtol=_AGREES, atol=_AGREES)
