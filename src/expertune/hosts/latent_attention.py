@@ -35,7 +35,7 @@ _SMALL = {
 _PARTS = ("kv_a_proj_with_mqa", "kv_a_layernorm", "kv_b_proj", "o_proj", "config", "scaling", "qk_nope_head_dim")
 _TAKES_ANY_WIDTHS = ("eager", "sdpa", ours.IMPLEMENTATION, ours.BESIDE_SDPA)
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS"
-_BY_COMPLEX = "apply_rotary_emb"  # DeepSeek-V2's function: neighbours are turned as complex numbers
+_ROTATES, _ROTATES_COMPLEX = "apply_rotary_pos_emb", "apply_rotary_emb"  # the second is DeepSeek-V2's
 _AGREES = 1e-5  # float32 rounding, relative
 
 
@@ -133,12 +133,16 @@ def rotation_of(attention: Any) -> Rotation | None:
 
     Scores are the same in whichever order both queries and keys are left.
     """
-    name = "apply_rotary_pos_emb" + ("_interleave" if getattr(attention.config, "rope_interleave", False) else "")
-    names = _globals(type(attention).forward)
-    if name not in names and _BY_COMPLEX in names:
+    if _takes_complex_angles(type(attention)):  # neighbours are turned as complex numbers
         return Rotation(interleaved=True, shared=False, half_width=True, passes=False)
-    function: Callable[..., Any] | None = names.get(name)
+    name = _ROTATES + ("_interleave" if getattr(attention.config, "rope_interleave", False) else "")
+    function: Callable[..., Any] | None = _globals(type(attention).forward).get(name)
     return None if function is None else rotary.rotation_of(function)
+
+
+def _takes_complex_angles(kind: type) -> bool:
+    names = _globals(kind.forward)  # type: ignore[attr-defined]
+    return _ROTATES_COMPLEX in names and _ROTATES not in names
 
 
 @cache
@@ -166,7 +170,7 @@ def _follows(kind: type, config: Any) -> bool:
         width = 2 if rotation.half_width else 4
         draw = torch.Generator().manual_seed(0)
         x, cos, sin = (torch.randn(2, 3, n, generator=draw) for n in (16, width, width))
-        angles = torch.complex(cos, sin) if _BY_COMPLEX in names else (cos, sin)
+        angles = torch.complex(cos, sin) if _takes_complex_angles(kind) else (cos, sin)
         given = kind.forward(  # type: ignore[attr-defined]
             attention, hidden_states=x, position_embeddings=angles, attention_mask=None
         )[0]

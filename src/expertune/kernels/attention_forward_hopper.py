@@ -33,7 +33,7 @@ from expertune.kernels.hopper_store import places
 from expertune.kernels.launch import ceil_div, launch
 
 _QUERIES = 128  # of a block
-# by the width of heads: keys of a tile, and slots for tiles of keys and of values, in turn
+# by the width of heads: keys of a tile, and slots for tiles of keys and of values, in turn; with a rest an even number
 _CUTS = {64: (128, 5), 128: (128, 5), 192: (128, 4), 256: (64, 5)}
 
 

@@ -308,9 +308,9 @@ def has_rest(width: int) -> bool:
 
 
 def split_head_tiles(x_THD: Tensor, rows: int) -> tuple[TensorDescriptor, TensorDescriptor]:
-    """Of the first 128 elements of heads of 192, and of the rest; of heads of other widths twice of all."""
+    """Of the first 128 elements of heads of 192, and of the rest; of heads of other widths twice the same, of all."""
     if not has_rest(x_THD.shape[-1]):
-        return head_tiles(x_THD, rows), head_tiles(x_THD, rows)
+        return (head_tiles(x_THD, rows),) * 2
     return head_tiles(x_THD[..., :_FIRST], rows), head_tiles(x_THD[..., _FIRST:], rows)
 
 
