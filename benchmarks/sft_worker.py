@@ -123,6 +123,10 @@ def train(peer: str, model: Any, args: argparse.Namespace, context: int, steps: 
     trainer = SFTTrainer(
         model=model, args=config, train_dataset=data, processing_class=tokenizer, callbacks=[clock], **ours
     )
+    if ours:
+        import expertune
+
+        expertune.clip_in_step(trainer)
     try:
         trainer.train()
     finally:

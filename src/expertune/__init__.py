@@ -8,13 +8,28 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from expertune.api import add_lora, explain, load, optimize, restore, trained
+    from expertune.hosts.clipping import clip_in_step
     from expertune.hosts.trl import GradientProof
     from expertune.optim.adamw_8bit import AdamW8bit
 
-__all__ = ["AdamW8bit", "GradientProof", "add_lora", "explain", "load", "optimize", "restore", "trained"]
+__all__ = [
+    "AdamW8bit",
+    "GradientProof",
+    "add_lora",
+    "clip_in_step",
+    "explain",
+    "load",
+    "optimize",
+    "restore",
+    "trained",
+]
 __version__ = "0.1.0"
 
-_ELSEWHERE = {"AdamW8bit": "expertune.optim.adamw_8bit", "GradientProof": "expertune.hosts.trl"}
+_ELSEWHERE = {
+    "AdamW8bit": "expertune.optim.adamw_8bit",
+    "GradientProof": "expertune.hosts.trl",
+    "clip_in_step": "expertune.hosts.clipping",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -45,7 +45,9 @@ def sft_trainer(model: nn.Module, folder: Path, num_steps: int, **settings: Any)
         "disable_tqdm": True,
         "seed": 1,
     }
-    extra = {key: settings.pop(key) for key in ("peft_config", "callbacks") if key in settings}
+    extra = {
+        key: settings.pop(key) for key in ("peft_config", "callbacks", "optimizer_cls_and_kwargs") if key in settings
+    }
     return Recording(
         model=model,
         args=SFTConfig(**arguments | settings),

@@ -14,6 +14,7 @@ from expertune.kernels.adamw_8bit import Stepped, _to_bfloat16, adamw_8bit  # no
 pytestmark = needs_kernels
 SIZES = (1, 256, 300, 2048, 5000)
 UPDATE = (0.999, 0.9, 0.98, 1e-2, 1.5, 1e-8, 7)
+ONE, CLIPPED = torch.tensor(1.0, device=DEVICE), torch.tensor(0.3, device=DEVICE)
 
 
 def draw(numel: int, seed: int) -> Tensor:
@@ -30,9 +31,9 @@ def row(numel: int, seed: int, dtype: torch.dtype) -> list[Tensor]:
     return [param, grad, mean, square, mean_maximum, square_maximum]
 
 
-def step(rows: list[list[Tensor]], update: tuple[float, ...]) -> None:
+def step(rows: list[list[Tensor]], update: tuple[float, ...], clip_coef: Tensor = ONE) -> None:
     params, grads, *moments = zip(*rows, strict=True)
-    adamw_8bit(Stepped(params, [*zip(*moments, strict=True)]), grads, tables(DEVICE), update)
+    adamw_8bit(Stepped(params, [*zip(*moments, strict=True)]), grads, clip_coef, tables(DEVICE), update)
 
 
 @pytest.mark.parametrize("is_aligned", [True, False])
@@ -43,8 +44,8 @@ def test_all_parameters_step_as_each_in_torch(dtype: torch.dtype, is_aligned: bo
         rows[2][1] = torch.cat((rows[2][1][:1], rows[2][1]))[1:]
     expected = [[t.clone() for t in each] for each in rows]
     for param, grad, *moments in expected:
-        plain_step(param, grad, moments, UPDATE)
-    step(rows, UPDATE)
+        plain_step(param, grad, CLIPPED, moments, UPDATE)
+    step(rows, UPDATE, CLIPPED)
     for ours, theirs in zip(rows, expected, strict=True):
         torch.testing.assert_close(ours[0], theirs[0])
         for codes, maximum, is_signed in ((2, 4, True), (3, 5, False)):

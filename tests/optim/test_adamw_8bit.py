@@ -47,6 +47,22 @@ def test_later_steps_are_torchs_on_rounded_moments() -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("max_norm", [0.5, 1e3])
+def test_clipped_in_the_step_as_before_it(max_norm: float) -> None:
+    ours, theirs = ([nn.Parameter(draw(40, 30, seed=i)) for i in range(2)] for _ in range(2))
+    optimizer, reference = AdamW8bit(ours, **SETTINGS), AdamW8bit(theirs, **SETTINGS)
+    for seed in range(1, 4):
+        for i, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
+            mine.grad, other.grad = draw(40, 30, seed=10 * seed + i), draw(40, 30, seed=10 * seed + i)
+        norm = nn.utils.clip_grad_norm_(theirs, max_norm)
+        optimizer.clip_coef = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        optimizer.step()
+        reference.step()
+        assert all(map(torch.equal, ours, theirs))
+        assert optimizer.clip_coef is None, "it is of one step"
+    assert all(map(torch.equal, tensors(optimizer), tensors(reference)))
+
+
 def test_the_state_takes_two_bytes_a_parameter() -> None:
     param = nn.Parameter(draw(256, 64))
     param.grad = draw(256, 64, seed=1)

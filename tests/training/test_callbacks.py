@@ -7,6 +7,7 @@ import torch
 from rich.console import Console
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from expertune import AdamW8bit
 from expertune.training.callbacks import FiniteGradients, PeriodicSave, Recorder
 from expertune.training.errors import UserError
 from expertune.training.progress import Display
@@ -25,6 +26,20 @@ def test_stops_before_the_step_of_a_gradient_that_is_not_finite() -> None:
     model[1].weight.grad[0, 0] = torch.inf
     with pytest.raises(UserError, match=r"gradient of 1\.weight is not finite in step 4"):
         FiniteGradients().on_pre_optimizer_step(ARGUMENTS, state(3), TrainerControl(), model=model)
+
+
+@pytest.mark.parametrize("worst", [torch.inf, torch.nan])
+def test_stops_where_the_optimizer_is_to_clip_by_the_norm_of_such_a_gradient(worst: float) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer = AdamW8bit(model.parameters())
+    given = (ARGUMENTS, state(3), TrainerControl())
+    optimizer.clip_coef = torch.tensor(1.0)
+    FiniteGradients().on_pre_optimizer_step(*given, model=model, optimizer=optimizer)
+    model[1].weight.grad[0, 0] = worst
+    optimizer.clip_coef = (1 / torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])).clamp(max=1.0)
+    with pytest.raises(UserError, match=r"gradient of 1\.weight is not finite in step 4"):
+        FiniteGradients().on_pre_optimizer_step(*given, model=model, optimizer=optimizer)
 
 
 def test_saves_every_few_steps_but_not_the_last() -> None:

@@ -78,7 +78,7 @@ def _of_each(x, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["num_params", "decay", "beta1", "beta2", "step_size", "root_correction", "eps", "count"])
 def _adamw_8bit_kernel(
-    address_ptr, tile_ptr, numel_ptr, mean_value_ptr, square_value_ptr,
+    address_ptr, tile_ptr, numel_ptr, clip_coef_ptr, mean_value_ptr, square_value_ptr,
     num_params, decay, beta1, beta2, step_size, root_correction, eps, count,
     PARAM_DTYPE: tl.constexpr, GRAD_DTYPE: tl.constexpr, IS_ALIGNED: tl.constexpr,
     TILE: tl.constexpr, BLOCK: tl.constexpr,
@@ -104,7 +104,7 @@ def _adamw_8bit_kernel(
     mean_maximum_ptr = tl.load(moments_ptr + 2).to(tl.pointer_type(tl.float32)) + block
     square_maximum_ptr = tl.load(moments_ptr + 3).to(tl.pointer_type(tl.float32)) + block
 
-    g = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    g = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32) * tl.load(clip_coef_ptr).to(tl.float32)
     p = tl.load(param_ptr + at, mask=inside, other=0.0).to(tl.float32)
     m = tl.load(mean_value_ptr + tl.load(mean_ptr + at, mask=inside, other=127).to(tl.int32))
     m *= _of_each(tl.load(mean_maximum_ptr, mask=has_numbers, other=0.0), BLOCK)
@@ -152,12 +152,15 @@ def _addresses(tensors: Sequence[Tensor]) -> array:  # type: ignore[type-arg]
     return array("q", map(Tensor.data_ptr, tensors))
 
 
-def adamw_8bit(stepped: Stepped, grads: Sequence[Tensor], tables: Sequence[Tensor], update: tuple[float, ...]) -> None:
+def adamw_8bit(
+    stepped: Stepped, grads: Sequence[Tensor], clip_coef: Tensor, tables: Sequence[Tensor], update: tuple[float, ...]
+) -> None:
     """Step parameters in place.
 
     Args:
         stepped: the parameters.
         grads: of one dtype, each in the order of the parameter's numbers.
+        clip_coef: a number that multiplies all of them.
         tables: the values of the codes, of the signed first moment and of the second, on the device.
         update: what a parameter is first multiplied by, both betas, `lr / (1 - beta1^t)`, `(1 - beta2^t)^(-1/2)`, eps,
             and `t`.
@@ -171,7 +174,7 @@ def adamw_8bit(stepped: Stepped, grads: Sequence[Tensor], tables: Sequence[Tenso
     launch(
         _adamw_8bit_kernel,
         (tiles.shape[0], 1, 1),
-        (addresses, tiles, numel_of, *tables),
+        (addresses, tiles, numel_of, clip_coef, *tables),
         (len(stepped.numels), *update),
         (),
         {

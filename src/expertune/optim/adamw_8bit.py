@@ -31,6 +31,9 @@ class AdamW8bit(Optimizer):
 
     For a trainer of Transformers or TRL: `optimizer_cls_and_kwargs=(expertune.AdamW8bit, {"lr": 2e-4})`.
 
+    `clip_coef`, a number on any device, multiplies the gradients of the next step, which stay as they are; None leaves
+    them. `expertune.clip_in_step` sets it. (torch's name, in `clip_grad_norm_`.)
+
     Args:
         params: parameters or groups of them, in float32, bfloat16 or float16; their gradients in any of these. In
             bfloat16 updates are rounded up or down by chance, the same in every run, so that small ones count.
@@ -57,12 +60,13 @@ class AdamW8bit(Optimizer):
                 f"got {lr=}, {eps=}, {weight_decay=}, {betas=}."
             )
         self._known: dict[int, _Known] = {}
+        self.clip_coef: Tensor | None = None
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """What was known of parameters and states is looked at anew."""
         super().__setstate__(state)
-        self._known = {}
+        self._known, self.clip_coef = {}, None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refuses what the step does not read: other dtypes, and numbers that do not fill their memory."""
@@ -86,11 +90,12 @@ class AdamW8bit(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        clip_coef, self.clip_coef = self.clip_coef, None
         for number, group in enumerate(self.param_groups):
             params = [param for param in group["params"] if param.grad is not None]
             grads = [param.grad for param in params]
             for alike in self._alike(number, params, grads):
-                alike.step(grads, group)
+                alike.step(grads, clip_coef, group)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -162,11 +167,12 @@ class _Alike:
         self._turned = [n for n, i in enumerate(places) if grads[i].stride() != params[n].stride()]
         self._launch = _launcher(params, [*map(_moments, states)])
 
-    def step(self, grads: list[Tensor], group: dict[str, Any]) -> None:
+    def step(self, grads: list[Tensor], clip_coef: Tensor | None, group: dict[str, Any]) -> None:
         """One step.
 
         Args:
             grads: of all parameters of the group that have one.
+            clip_coef: what multiplies them.
             group: has the settings.
         """
         for state in self._states:
@@ -174,7 +180,9 @@ class _Alike:
         mine = [grads[i] for i in self._places]
         for n in self._turned:  # so that its numbers lie in the order of the parameter's
             mine[n] = torch.empty_like(self._params[n]).copy_(mine[n])
-        self._launch(mine, _update(group, self._states[0]["step"]))
+        device = self._params[0].device
+        clip_coef = _one(device) if clip_coef is None else clip_coef.to(device, non_blocking=True)
+        self._launch(mine, clip_coef, _update(group, self._states[0]["step"]))
 
 
 class _Known(NamedTuple):
@@ -215,20 +223,25 @@ def _update(group: dict[str, Any], count: int) -> tuple[float, ...]:
 
 def _launcher(
     params: Sequence[Tensor], moments: Sequence[Sequence[Tensor]]
-) -> Callable[[Sequence[Tensor], tuple[float, ...]], None]:
-    """What steps such parameters, of their gradients and the numbers of the step."""
+) -> Callable[[Sequence[Tensor], Tensor, tuple[float, ...]], None]:
+    """What steps such parameters, of their gradients, what multiplies these, and the numbers of the step."""
     device = params[0].device
     if device.type == "cuda" and has_triton():
         from expertune.kernels.adamw_8bit import Stepped, adamw_8bit  # imports Triton, which is optional
 
         stepped = Stepped(params, moments)
-        return lambda grads, update: adamw_8bit(stepped, grads, tables(device), update)
+        return lambda grads, clip_coef, update: adamw_8bit(stepped, grads, clip_coef, tables(device), update)
 
-    def step_each(grads: Sequence[Tensor], update: tuple[float, ...]) -> None:
+    def step_each(grads: Sequence[Tensor], clip_coef: Tensor, update: tuple[float, ...]) -> None:
         for param, grad, each in zip(params, grads, moments, strict=True):
-            plain_step(param, grad, each, update)
+            plain_step(param, grad, clip_coef, each, update)
 
     return step_each
+
+
+@lru_cache
+def _one(device: torch.device) -> Tensor:
+    return torch.ones((), device=device)
 
 
 @lru_cache
@@ -238,18 +251,21 @@ def tables(device: torch.device) -> tuple[Tensor, Tensor]:
     return signed, unsigned
 
 
-def plain_step(param: Tensor, grad: Tensor, moments: Sequence[Tensor], update: tuple[float, ...]) -> None:
+def plain_step(
+    param: Tensor, grad: Tensor, clip_coef: Tensor, moments: Sequence[Tensor], update: tuple[float, ...]
+) -> None:
     """The step of one parameter in plain torch, in place: what the kernel is held against.
 
     Args:
         param: dense.
         grad: laid out as `param` is.
+        clip_coef: what multiplies it.
         moments: their codes and the maxima of their blocks.
         update: the numbers of the step.
     """
     decay, beta1, beta2, step_size, root_correction, eps, count = update
     mean_codes, square_codes, mean_maximum, square_maximum = moments
-    g, p = _in_memory(grad).float(), _in_memory(param)
+    g, p = _in_memory(grad).float() * clip_coef.float(), _in_memory(param)
     mean = dynamic_8bit.decode(mean_codes, mean_maximum, is_signed=True)
     square = dynamic_8bit.decode(square_codes, square_maximum, is_signed=False)
     mean = beta1 * mean + (1 - beta1) * g

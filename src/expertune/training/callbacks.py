@@ -10,6 +10,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import SFTTrainer
 
+from expertune.hosts.clipping import adamw_8bit_of
 from expertune.training.errors import UserError
 from expertune.training.metrics import Record, append_json, peak_gib
 from expertune.training.progress import Display
@@ -35,12 +36,16 @@ class FiniteGradients(TrainerCallback):
     def on_pre_optimizer_step(
         self, _args: TrainingArguments, state: TrainerState, _control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Look at the norm of all gradients; name the first bad one."""
-        model = kwargs["model"]
-        grads = [p.grad for p in model.parameters() if p.grad is not None]
-        if not math.isfinite(torch.nn.utils.get_total_norm(grads)):
+        """Look at the norm of all gradients, or at what it clips them by; name the first bad one."""
+        model, optimizer = kwargs["model"], adamw_8bit_of(kwargs.get("optimizer"))
+        if optimizer is not None and optimizer.clip_coef is not None:
+            is_finite = bool(optimizer.clip_coef > 0)  # zero or not a number where the norm is infinite or none
+        else:
+            grads = [p.grad for p in model.parameters() if p.grad is not None]
+            is_finite = math.isfinite(torch.nn.utils.get_total_norm(grads))
+        if not is_finite:
             named = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
-            # one bad gradient makes all of them bad when they are scaled to max_grad_norm; without it, the name helps
+            # where all were multiplied to clip them, one bad gradient has made all of them bad; else the name helps
             bad = [name for name, grad in named if not grad.isfinite().all()]
             which = f"the gradient of {bad[0]}" if len(bad) < len(named) else "the gradient"
             raise not_finite(f"{which} is not finite", state.global_step)

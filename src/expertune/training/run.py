@@ -22,6 +22,7 @@ from transformers.training_args import OptimizerNames
 from trl import pack_dataset
 
 import expertune
+from expertune.hosts.clipping import clip_in_step
 from expertune.hosts.peft import adapter_and_base
 from expertune.hosts.sizes import model_bytes
 from expertune.hosts.transformers import num_positions
@@ -202,6 +203,7 @@ def _train(recipe: Recipe, trainer: Trainer, folder: OutputFolder, recorder: Rec
         saves.append(folder.write_folder(name, lambda path: _save(trainer, path)))
         return saves[-1]
 
+    clip_in_step(trainer)
     trainer.add_callback(FiniteGradients())
     if recipe.finetuning_type == "lora":
         trainer.add_callback(GradientProof())
