@@ -19,7 +19,9 @@ from expertune.kernels.attention import first_key
 from expertune.kernels.attention_forward import LOWEST
 from expertune.kernels.attention_hopper import (
     LOG2_E,
+    copy_head,
     following,
+    form_scores,
     has_rest,
     head_tiles,
     rests,
@@ -28,6 +30,7 @@ from expertune.kernels.attention_hopper import (
 )
 from expertune.kernels.attention_order import heads_together, own_block
 from expertune.kernels.attention_spans import Spans
+from expertune.kernels.hopper_multiply import sums_layout
 from expertune.kernels.hopper_names import copy_tile
 from expertune.kernels.hopper_store import places
 from expertune.kernels.launch import ceil_div, launch
@@ -56,9 +59,8 @@ def copy_keys(descriptors, buffers, barriers, where, strides, GROUP: gl.constexp
             mbarrier.wait(empty.index(slot), parity)
             if part == 0:
                 mbarrier.expect(bar, k_bytes)
-                copy_tile(k_desc, [key, head // GROUP * k_head], bar, tile)
-                if HAS_REST:
-                    copy_tile(rest_desc, [key, head // GROUP * k_head], bar, k_rests.index(slot // 2))
+                k_at = [key, head // GROUP * k_head]
+                copy_head((k_desc, rest_desc), k_at, bar, tile, k_rests.index(slot // 2), HAS_REST)
             else:
                 mbarrier.expect(bar, v_desc.block_type.nbytes)
                 copy_tile(v_desc, [key, head // GROUP * v_head], bar, tile)
@@ -113,20 +115,9 @@ def _copy(descriptors, buffers, barriers, where, strides, GROUP: gl.constexpr, H
     query, first, end, head = where
     q_head, k_head, v_head = strides
     mbarrier.expect(resident, q_desc.block_type.nbytes + HAS_REST * q_rest_desc.block_type.nbytes)
-    copy_tile(q_desc, [query, head * q_head], resident, q_buf)
-    if HAS_REST:
-        copy_tile(q_rest_desc, [query, head * q_head], resident, q_rest.index(0))
+    copy_head((q_desc, q_rest_desc), [query, head * q_head], resident, q_buf, q_rest.index(0), HAS_REST)
     tiles = (k_desc, v_desc, k_rest_desc)
     copy_keys(tiles, (slots, k_rests), (full, empty), (first, end, head), (k_head, v_head), GROUP, HAS_REST)
-
-
-@gluon.jit
-def _scores(q_buf, q_rest, k_buf, k_rest, nothing, HAS_REST: gl.constexpr):
-    """Begin the products of queries and a tile of keys."""
-    scores = warpgroup_mma(q_buf, k_buf.permute((1, 0)), nothing, use_acc=False, is_async=True)
-    if HAS_REST:
-        scores = warpgroup_mma(q_rest, k_rest.permute((1, 0)), scores, is_async=True)
-    return scores
 
 
 @gluon.jit
@@ -160,8 +151,8 @@ def _multiply(ME: gl.constexpr, buffers, barriers, where, pointers, sizes, scale
     WIDTH: gl.constexpr = slots.type.shape[2]
     QUERIES: gl.constexpr = q_buf.type.shape[0] // 2
     dtype: gl.constexpr = slots.dtype
-    by_key: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
-    by_width: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
+    by_key: gl.constexpr = sums_layout(KEYS)
+    by_width: gl.constexpr = sums_layout(WIDTH)
     left: gl.constexpr = gl.DotOperandLayout(0, by_width, 2)
     of_keys: gl.constexpr = gl.SliceLayout(1, by_key)
     of_width: gl.constexpr = gl.SliceLayout(1, by_width)
@@ -179,7 +170,7 @@ def _multiply(ME: gl.constexpr, buffers, barriers, where, pointers, sizes, scale
     out = gl.zeros((QUERIES, WIDTH), gl.float32, by_width)
     mbarrier.wait(resident, 0)
     mbarrier.wait(full.index(0), 0)
-    scores = _scores(q_buf, q_rest, slots.index(0), k_rests.index(0), nothing, HAS_REST)
+    scores = form_scores(q_buf, q_rest, slots.index(0), k_rests.index(0), nothing, HAS_REST)
     scores = warpgroup_mma_wait(num_outstanding=0, deps=(scores,))
     mbarrier.arrive(empty.index(0), count=1)
     p, highest, total, _fading = _softmax(scores, highest, total, first, rows, scale)
@@ -189,7 +180,7 @@ def _multiply(ME: gl.constexpr, buffers, barriers, where, pointers, sizes, scale
     for key in range(first + KEYS, query + QUERIES, KEYS):
         slot, parity = following(v_slot, v_parity, SLOTS)
         mbarrier.wait(full.index(slot), parity)
-        scores = _scores(q_buf, q_rest, slots.index(slot), k_rests.index(slot // 2), nothing, HAS_REST)
+        scores = form_scores(q_buf, q_rest, slots.index(slot), k_rests.index(slot // 2), nothing, HAS_REST)
         mbarrier.wait(full.index(v_slot), v_parity)
         out = warpgroup_mma(p, slots.index(v_slot), out, is_async=True)
         scores = warpgroup_mma_wait(num_outstanding=1, deps=(scores,))

@@ -24,6 +24,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from expertune.kernels.attention import Grads, Heads, Part, last_query, place
 from expertune.kernels.attention_spans import Spans
+from expertune.kernels.hopper_multiply import sums_layout
 from expertune.kernels.hopper_names import copy_tile
 from expertune.kernels.hopper_store import places
 from expertune.kernels.launch import are_aligned, launch
@@ -72,6 +73,24 @@ def rests(slots, desc, number: gl.constexpr, HAS_REST: gl.constexpr):
 
 
 @gluon.jit
+def copy_head(descs, at, bar, tile, rest, HAS_REST: gl.constexpr):
+    """The copy of a tile of a head, and of its rest."""
+    desc, rest_desc = descs
+    copy_tile(desc, at, bar, tile)
+    if HAS_REST:
+        copy_tile(rest_desc, at, bar, rest)
+
+
+@gluon.jit
+def form_scores(left, left_rest, right, right_rest, nothing, HAS_REST: gl.constexpr):
+    """Begin the products of two tiles of heads, row by row."""
+    scores = warpgroup_mma(left, right.permute((1, 0)), nothing, use_acc=False, is_async=True)
+    if HAS_REST:
+        scores = warpgroup_mma(left_rest, right_rest.permute((1, 0)), scores, is_async=True)
+    return scores
+
+
+@gluon.jit
 def _copy(
     descriptors, buffers, barriers, where, end, strides, GROUP: gl.constexpr, HEADS: gl.constexpr,
     HAS_REST: gl.constexpr,
@@ -89,10 +108,9 @@ def _copy(
     q_bytes: gl.constexpr = q_desc.block_type.nbytes + HAS_REST * q_rest_desc.block_type.nbytes
     mbarrier.expect(resident, k_bytes + v_desc.block_type.nbytes + reach_desc.block_type.nbytes)
     copy_tile(reach_desc, [0, key], resident, reaches)
-    copy_tile(k_desc, [key, first_head // GROUP * k_head], resident, k_buf)
+    k_at = [key, first_head // GROUP * k_head]
+    copy_head((k_desc, k_rest_desc), k_at, resident, k_buf, k_rest.index(0), HAS_REST)
     copy_tile(v_desc, [key, first_head // GROUP * v_head], resident, v_buf)
-    if HAS_REST:
-        copy_tile(k_rest_desc, [key, first_head // GROUP * k_head], resident, k_rest.index(0))
     slot = 0
     parity = 1
     turn = 0
@@ -104,9 +122,8 @@ def _copy(
                 if part == 0:
                     mbarrier.expect(bar, q_bytes + lse_desc.block_type.nbytes)
                     copy_tile(lse_desc, [head, query], bar, row)
-                    copy_tile(q_desc, [query, head * q_head], bar, tile)
-                    if HAS_REST:
-                        copy_tile(q_rest_desc, [query, head * q_head], bar, q_rests.index(turn))
+                    q_at = [query, head * q_head]
+                    copy_head((q_desc, q_rest_desc), q_at, bar, tile, q_rests.index(turn), HAS_REST)
                 else:
                     mbarrier.expect(bar, dout_desc.block_type.nbytes + delta_desc.block_type.nbytes)
                     copy_tile(delta_desc, [head, query], bar, row)
@@ -170,14 +187,16 @@ def _multiply(
     KEYS: gl.constexpr = k_buf.type.shape[0] // 2
     TURNS: gl.constexpr = rows.type.shape[0] // 2
     dtype: gl.constexpr = slots.dtype
-    by_query: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, QUERIES, 16])
-    by_width: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
+    by_query: gl.constexpr = sums_layout(QUERIES)
+    by_width: gl.constexpr = sums_layout(WIDTH)
     left: gl.constexpr = gl.DotOperandLayout(0, by_width, 2)
     key += ME * KEYS
     ds_row += ME * KEYS
     ds_column = key + ds_shift
     k_buf = k_buf.slice(ME * KEYS, KEYS)
     v_buf = v_buf.slice(ME * KEYS, KEYS)
+    if HAS_REST:
+        k_rest = k_rest.index(0).slice(ME * KEYS, KEYS)
     reaches = reaches.slice(ME * KEYS, KEYS, 1).permute((1, 0))
     i = gl.expand_dims(gl.arange(0, KEYS, layout=gl.SliceLayout(1, by_query)), 1)
     j = gl.expand_dims(gl.arange(0, QUERIES, layout=gl.SliceLayout(0, by_query)), 0)
@@ -194,10 +213,7 @@ def _multiply(
         for behind in range(first - key, end - key, QUERIES):  # of a tile's first query to the first key
             mbarrier.wait(full.index(slot), parity)
             q = slots.index(slot)
-            scores = warpgroup_mma(k_buf, q.permute((1, 0)), nothing, use_acc=False, is_async=True)
-            if HAS_REST:
-                k_end, q_end = k_rest.index(0).slice(ME * KEYS, KEYS), q_rests.index(turn).permute((1, 0))
-                scores = warpgroup_mma(k_end, q_end, scores, is_async=True)
+            scores = form_scores(k_buf, k_rest, q, q_rests.index(turn), nothing, HAS_REST)
             q_slot = slot
             slot, parity = following(slot, parity, SLOTS)
             mbarrier.wait(full.index(slot), parity)

@@ -17,8 +17,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from expertune.kernels.attention import Part, first_key, last_query, place
-from expertune.kernels.attention_hopper import KEYS, has_rest, rests, split_head_tiles, write
+from expertune.kernels.attention_hopper import KEYS, copy_head, has_rest, rests, split_head_tiles, write
 from expertune.kernels.attention_spans import Spans
+from expertune.kernels.hopper_multiply import sums_layout
 from expertune.kernels.hopper_names import copy_tile
 from expertune.kernels.launch import launch
 
@@ -60,9 +61,8 @@ def _copy(
                 for half in gl.static_range(2):
                     row = head * head_rows + block_row + half * HALF
                     copy_tile(ds_desc, [row, at + block_shift], bar, ds_bufs.index(2 * stage + half))
-            copy_tile(x_desc, [at, head // GROUP * x_head], bar, x_buf)
-            if HAS_REST:
-                copy_tile(rest_desc, [at, head // GROUP * x_head], bar, rest_bufs.index(stage))
+            x_at = [at, head // GROUP * x_head]
+            copy_head((x_desc, rest_desc), x_at, bar, x_buf, rest_bufs.index(stage), HAS_REST)
             step += 1
 
 
@@ -79,11 +79,11 @@ def _multiply(
     STAGES: gl.constexpr = x_bufs.type.shape[0]
     WIDTH: gl.constexpr = x_bufs.type.shape[2]
     ROWS: gl.constexpr = 64
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
+    layout: gl.constexpr = sums_layout(WIDTH)
     total = warpgroup_mma_init(gl.zeros((ROWS, WIDTH), gl.float32, layout))
     if HAS_REST:
         REST: gl.constexpr = rest_bufs.type.shape[2]
-        of_rest: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, REST, 16])
+        of_rest: gl.constexpr = sums_layout(REST)
         rest = warpgroup_mma_init(gl.zeros((ROWS, REST), gl.float32, of_rest))
     for step in range(num_steps * HEADS):
         stage = step % STAGES

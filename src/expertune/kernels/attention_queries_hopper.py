@@ -26,6 +26,7 @@ from expertune.kernels.attention_forward_hopper import (
 from expertune.kernels.attention_hopper import LOG2_E, following, head_tiles, ring
 from expertune.kernels.attention_order import heads_together
 from expertune.kernels.attention_spans import Spans
+from expertune.kernels.hopper_multiply import sums_layout
 from expertune.kernels.hopper_names import copy_tile
 from expertune.kernels.hopper_store import places
 from expertune.kernels.launch import ceil_div, launch
@@ -63,8 +64,8 @@ def _multiply(ME: gl.constexpr, buffers, barriers, where, pointers, sizes, scale
     WIDTH: gl.constexpr = slots.type.shape[2]
     QUERIES: gl.constexpr = q_buf.type.shape[0] // 2
     dtype: gl.constexpr = slots.dtype
-    by_key: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
-    by_width: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
+    by_key: gl.constexpr = sums_layout(KEYS)
+    by_width: gl.constexpr = sums_layout(WIDTH)
     left: gl.constexpr = gl.DotOperandLayout(0, by_width, 2)
     query += ME * QUERIES
     q_buf = q_buf.slice(ME * QUERIES, QUERIES)

@@ -23,6 +23,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from expertune.kernels.hopper_names import copy_tile
 
 
+@gluon.constexpr_function
+def sums_layout(columns):
+    """Of a tile so many columns wide as four warps hold the sums of its products."""
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 16])
+
+
 @gluon.jit
 def _num_column_tiles(O, IS_SPLIT: gl.constexpr, COLUMNS: gl.constexpr):  # noqa: E741
     if IS_SPLIT:
@@ -151,7 +157,7 @@ def multiply(
     NUM_TURNS: gl.constexpr = 1 if IS_COOPERATIVE else 2
     DEPTH: gl.constexpr = x_bufs.type.shape[2]
     COLUMNS: gl.constexpr = w_bufs.type.shape[1] if IS_K_CONTIGUOUS else w_bufs.type.shape[2]
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
+    layout: gl.constexpr = sums_layout(COLUMNS)
     num_steps = gl.cdiv(I, DEPTH) + gl.cdiv(R, DEPTH)
     num_columns = _num_column_tiles(O, IS_SPLIT, COLUMNS)
     total = gl.load(num_tiles_ptr) * num_columns
