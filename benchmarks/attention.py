@@ -25,7 +25,8 @@ from expertune.attention.attend import PREFERRED
 from expertune.attention.kernels import Attended, Kernel, Pattern
 from expertune.attention.sequences import Sequences
 from provenance import provenance
-from timing import time_ms
+from sft_worker import sample_lengths
+from timing import taken_bytes, time_ms
 from walk_graph import replayed
 
 _AHEAD_CYCLES = 200_000  # in which a replay is submitted before it may begin
@@ -55,18 +56,10 @@ class Rows(NamedTuple):
         shortest, _, longest = rest.partition("-")
         if kind != "packed" or not (shortest.isdigit() and longest.isdigit()):
             raise ValueError(f"expected whole, window:TOKENS or packed:FROM-TO, got {words!r}.")
-        lengths = sample_lengths(num_tokens, int(shortest), int(longest))
+        lengths = sample_lengths(num_tokens, (int(shortest), int(longest)), torch.Generator().manual_seed(0))
         position_BT = torch.cat([torch.arange(length) for length in lengths])[None].to(device)
         found = Sequences.of_positions(position_BT)  # None where one sample fills the row
         return cls(found and found.rounded(num_tokens), None, sum(map(_triangle, lengths)))
-
-
-def sample_lengths(num_tokens: int, shortest: int, longest: int) -> list[int]:
-    """Of samples that fill so many tokens; the last is what remains."""
-    draw, lengths = torch.Generator().manual_seed(0), []
-    while (rest := num_tokens - sum(lengths)) > 0:
-        lengths.append(min(rest, int(torch.randint(shortest, longest + 1, (), generator=draw))))
-    return lengths
 
 
 def _triangle(length: int) -> int:
@@ -146,19 +139,9 @@ def measure(case: Case, num_times: int) -> dict[str, dict[str, Any]]:
         for name, count in case.num_operations.items():
             us = statistics.median(times[kernel.name, name])
             row[f"{name}_us"], row[f"{name}_tflops"] = round(us, 1), round(count / us / 1e6, 1)
-        row["backward_mib"] = _taken_mib(case.passes(kernel)["backward"])
+        taken = taken_bytes(case.passes(kernel)["backward"])
+        row["backward_mib"] = None if taken is None else taken >> 20
     return rows
-
-
-def _taken_mib(run: Callable[[], Any]) -> int | None:
-    """What a pass takes at most beside what was there."""
-    if not torch.cuda.is_available():
-        return None
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    run()
-    return (torch.cuda.max_memory_allocated() - before) >> 20
 
 
 def _pair(words: str) -> tuple[int, int]:

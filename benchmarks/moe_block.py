@@ -23,7 +23,7 @@ import expertune
 from expertune.backends import PREFERRED
 from provenance import provenance
 from shapes import expert_targets, frozen_model
-from timing import arguments, time_ms
+from timing import arguments, taken_bytes, time_ms
 
 STOCK = "transformers + peft"
 _AGREES = 0.03  # bf16 rounding of a block, relative to the norm; a wrong expert or scale is off by more than a third
@@ -92,7 +92,7 @@ def measure(block: Block, names: list[str], inputs: tuple[Tensor, Tensor], repea
             block.use(name)
             for _ in range(2):
                 block.run(*inputs)
-            peak[name] = _peak_gib(block, inputs)
+            peak[name] = round((taken_bytes(lambda: block.run(*inputs)) or 0) / 2**30, 3)
             for _ in range(repeats if round_number else 0):
                 flush.zero_()
                 times[name].append(time_ms(lambda: block.run(*inputs)))
@@ -104,17 +104,6 @@ def measure(block: Block, names: list[str], inputs: tuple[Tensor, Tensor], repea
         }
         for name in names
     }
-
-
-def _peak_gib(block: Block, inputs: tuple[Tensor, Tensor]) -> float:
-    if inputs[0].device.type != "cuda":
-        return 0.0
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    block.run(*inputs)
-    torch.cuda.synchronize()
-    return round((torch.cuda.max_memory_allocated() - before) / 2**30, 3)
 
 
 def plot(results: dict[int, dict[str, dict[str, float]]], path: Path, title: str) -> None:

@@ -1,4 +1,4 @@
-"""What benchmarks of the experts of one layer share: what they are asked, and how a pass is timed."""
+"""What benchmarks of one layer share: what they are asked, how a pass is timed, and what memory it takes."""
 
 import argparse
 import time
@@ -50,3 +50,15 @@ def time_ms(run: Callable[[], Any], count: int = 1, *, ahead_cycles: int = 0) ->
     end.record()
     end.synchronize()
     return float(begin.elapsed_time(end)) / count
+
+
+def taken_bytes(run: Callable[[], Any]) -> int | None:
+    """Of the GPU's memory what a run takes at most beside what is there; None without a GPU."""
+    if not torch.cuda.is_available():
+        return None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before

@@ -22,7 +22,7 @@ class Hopper:
 
     def why_not(self, q_BHTD: Tensor, v_BJSV: Tensor, pattern: Pattern) -> str | None:
         """Why it cannot run here."""
-        widths = (q_BHTD.shape[-1], v_BJSV.shape[-1])
+        widths = _widths(q_BHTD, v_BJSV)
         if widths not in (*_NARROW, *_WIDE):
             return f"needs heads of 64, 128 or 256, or of 192 over values of 128, got {widths[0]} over {widths[1]}"
         if widths in _NARROW and pattern.window is None and pattern.sequences is None:
@@ -62,8 +62,11 @@ class Hopper:
         out_BTHV, lse_BHT, found = attended
         of_rows = Spans(_most(q_BHTD, pattern), *found)
         given = (dout_BTHV, q_BHTD, k_BJSD, v_BJSV, out_BTHV, lse_BHT)
-        forms_again = (q_BHTD.shape[-1], v_BJSV.shape[-1]) in _NARROW
-        return backward(*given, pattern.scale, of_rows, forms_again=forms_again)
+        return backward(*given, pattern.scale, of_rows, forms_again=_widths(q_BHTD, v_BJSV) in _NARROW)
+
+
+def _widths(q_BHTD: Tensor, v_BJSV: Tensor) -> tuple[int, int]:
+    return q_BHTD.shape[-1], v_BJSV.shape[-1]
 
 
 def _most(q_BHTD: Tensor, pattern: Pattern) -> int:

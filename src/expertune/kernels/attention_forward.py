@@ -9,9 +9,9 @@ import triton.language as tl
 from torch import Tensor
 
 from expertune.kernels.attention import first_key, load_rows, padded_width, write
-from expertune.kernels.attention_order import heads_together, own_block
+from expertune.kernels.attention_order import in_order, own_block
 from expertune.kernels.attention_spans import Spans
-from expertune.kernels.launch import ceil_div, launch
+from expertune.kernels.launch import launch
 
 _QUERIES = 32  # of a block
 _KEYS = 16  # of a tile
@@ -64,13 +64,13 @@ def forward(
         lse_HT: natural, float32.
         scale: of scores.
     """
-    (length, num_heads, width), num_shared = q_THD.shape, k_TJD.shape[1]
-    num_blocks = ceil_div(length, _QUERIES)
+    (_, num_heads, width), num_shared = q_THD.shape, k_TJD.shape[1]
+    grid, sizes = in_order(q_THD, num_shared, _QUERIES)
     launch(
         _attention_forward_kernel,
-        (num_blocks * num_heads, 1, 1),
+        grid,
         (q_THD, k_TJD, v_TJV, spans.first_T, out_THV, lse_HT),
-        (num_heads, length, heads_together(num_blocks, num_heads, num_shared, q_THD.device)),
+        sizes,
         (*[stride for x in (q_THD, k_TJD, v_TJV, out_THV) for stride in x.stride()[:2]], lse_HT.stride(0), scale),
         {
             "D": width,

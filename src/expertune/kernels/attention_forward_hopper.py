@@ -28,12 +28,12 @@ from expertune.kernels.attention_hopper import (
     ring,
     split_head_tiles,
 )
-from expertune.kernels.attention_order import heads_together, own_block
+from expertune.kernels.attention_order import in_order, own_block
 from expertune.kernels.attention_spans import Spans
 from expertune.kernels.hopper_multiply import sums_layout
 from expertune.kernels.hopper_names import copy_tile
 from expertune.kernels.hopper_store import places
-from expertune.kernels.launch import ceil_div, launch
+from expertune.kernels.launch import launch
 
 _QUERIES = 128  # of a block
 # by the width of heads: keys of a tile, and slots for tiles of keys and of values, in turn; with a rest an even number
@@ -236,14 +236,15 @@ def forward(
     q_THD: Tensor, k_TJD: Tensor, v_TJV: Tensor, spans: Spans, out_THV: Tensor, lse_HT: Tensor, scale: float
 ) -> None:
     """As `attention_forward.forward`; rows of what attends begin at multiples of 16 bytes, in any of these widths."""
-    (length, num_heads, width), num_shared = q_THD.shape, k_TJD.shape[1]
-    (keys, num_slots), num_blocks = _CUTS[width], ceil_div(length, _QUERIES)
+    (_, num_heads, width), num_shared = q_THD.shape, k_TJD.shape[1]
+    keys, num_slots = _CUTS[width]
+    grid, sizes = in_order(q_THD, num_shared, _QUERIES)
     (q, q_rest), (k, k_rest) = split_head_tiles(q_THD, _QUERIES), split_head_tiles(k_TJD, keys)
     launch(
         _attention_forward_kernel,
-        (num_blocks * num_heads, 1, 1),
+        grid,
         (spans.first_T, out_THV, lse_HT),
-        (num_heads, length, heads_together(num_blocks, num_heads, num_shared, q_THD.device)),
+        sizes,
         (
             *[x.stride(1) for x in (q_THD, k_TJD, v_TJV)],
             *out_THV.stride()[:2],

@@ -8,6 +8,7 @@ have most keys, and what is short comes last.
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from expertune.kernels.device import num_programs
 from expertune.kernels.launch import ceil_div
@@ -23,6 +24,20 @@ def own_block(num_blocks, num_heads, together):
     first = program // (num_blocks * together) * together
     own, num_together = program - first * num_blocks, tl.minimum(together, num_heads - first)
     return num_blocks - 1 - own // num_together, first + own % num_together
+
+
+def in_order(q_THD: Tensor, num_shared: int, queries: int) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    """The grid of a kernel whose programs find their blocks by `own_block`, and what it is told: heads, rows, together.
+
+    Args:
+        q_THD: queries.
+        num_shared: heads of keys.
+        queries: of a block.
+    """
+    length, num_heads, _ = q_THD.shape
+    num_blocks = ceil_div(length, queries)
+    together = heads_together(num_blocks, num_heads, num_shared, q_THD.device)
+    return (num_blocks * num_heads, 1, 1), (num_heads, length, together)
 
 
 def heads_together(num_blocks: int, num_heads: int, num_shared: int, device: torch.device) -> int:

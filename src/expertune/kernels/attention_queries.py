@@ -9,9 +9,9 @@ import triton.language as tl
 from torch import Tensor
 
 from expertune.kernels.attention import Heads, first_key, load_rows, padded_width, write
-from expertune.kernels.attention_order import heads_together, own_block
+from expertune.kernels.attention_order import in_order, own_block
 from expertune.kernels.attention_spans import Spans
-from expertune.kernels.launch import ceil_div, launch
+from expertune.kernels.launch import launch
 
 _QUERIES = 32  # of a block
 _KEYS = 16  # of a tile
@@ -54,14 +54,14 @@ def queries(heads: Heads, spans: Spans, dq_THD: Tensor, scale: float) -> None:
         dq_THD: in the dtype of the queries.
         scale: of scores.
     """
-    (length, num_heads, width), num_shared = dq_THD.shape, heads.k_TJD.shape[1]
-    num_blocks = ceil_div(length, _QUERIES)
+    (_, num_heads, width), num_shared = dq_THD.shape, heads.k_TJD.shape[1]
+    grid, sizes = in_order(dq_THD, num_shared, _QUERIES)
     strides = [stride for x in (*heads, dq_THD) for stride in x.stride()[: x.dim() - 1]]
     launch(
         _attention_queries_kernel,
-        (num_blocks * num_heads, 1, 1),
+        grid,
         (*heads, spans.first_T, dq_THD),
-        (num_heads, length, heads_together(num_blocks, num_heads, num_shared, dq_THD.device)),
+        sizes,
         (*strides, scale),
         {
             "D": width,

@@ -24,12 +24,12 @@ from expertune.kernels.attention_forward_hopper import (
     skip_keys,
 )
 from expertune.kernels.attention_hopper import LOG2_E, following, head_tiles, ring
-from expertune.kernels.attention_order import heads_together
+from expertune.kernels.attention_order import in_order
 from expertune.kernels.attention_spans import Spans
 from expertune.kernels.hopper_multiply import sums_layout
 from expertune.kernels.hopper_names import copy_tile
 from expertune.kernels.hopper_store import places
-from expertune.kernels.launch import ceil_div, launch
+from expertune.kernels.launch import launch
 
 _QUERIES = 128  # of a block
 _KEYS = 64  # of a tile
@@ -135,15 +135,15 @@ def _attention_queries_kernel(
 
 def queries(heads: Heads, spans: Spans, dq_THD: Tensor, scale: float) -> None:
     """As `attention_queries.queries`; rows of what attended begin at multiples of 16 bytes."""
-    (length, num_heads, _), num_shared = dq_THD.shape, heads.k_TJD.shape[1]
-    num_blocks = ceil_div(length, _QUERIES)
+    (_, num_heads, _), num_shared = dq_THD.shape, heads.k_TJD.shape[1]
+    grid, sizes = in_order(dq_THD, num_shared, _QUERIES)
     operands = (heads.q_THD, heads.dout_THV, heads.k_TJD, heads.v_TJV)
     tiles = [head_tiles(x, rows) for x, rows in zip(operands, (_QUERIES, _QUERIES, _KEYS, _KEYS), strict=True)]
     launch(
         _attention_queries_kernel,
-        (num_blocks * num_heads, 1, 1),
+        grid,
         (spans.first_T, heads.lse_HT, heads.delta_HT, dq_THD),
-        (num_heads, length, heads_together(num_blocks, num_heads, num_shared, dq_THD.device)),
+        sizes,
         (
             *[x.stride(1) for x in operands],
             *dq_THD.stride()[:2],
