@@ -65,11 +65,15 @@ class Case(NamedTuple):
 WHOLE = Case()
 
 
-def formula(q: Tensor, k: Tensor, v: Tensor, scale: float, case: Case) -> tuple[Tensor, Tensor]:
+def formula(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, case: Case, sinks_H: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The output and the logarithm of the sum of each query's exponentials."""
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     scores = (q @ k.mT * scale).masked_fill(case.hidden(q.shape[2]), -math.inf)
-    return scores.softmax(-1) @ v, scores.logsumexp(-1)
+    if sinks_H is not None:
+        scores = torch.cat([scores, sinks_H.to(q)[:, None, None].expand(*scores.shape[:3], 1)], -1)
+    return scores.softmax(-1)[..., : k.shape[2]] @ v, scores.logsumexp(-1)
 
 
 def gradients(tensors: list[Tensor], scale: float, case: Case) -> list[Tensor]:

@@ -4,28 +4,34 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.cases import KERNEL_DTYPES, needs_kernels
+from tests.cases import DEVICE, KERNEL_DTYPES, needs_kernels
 from tests.kernels.test_attention import LATENT, WHOLE, Case, Width, formula, inputs, needs_hopper
 from tests.numerics import assert_no_worse
 
 pytestmark = needs_kernels
 
 
-def ours(tensors: list[Tensor], scale: float, case: Case) -> tuple[Tensor, Tensor]:
+def ours(tensors: list[Tensor], scale: float, case: Case, sinks_H: Tensor | None = None) -> tuple[Tensor, Tensor]:
     from expertune.attention.forward import forward
 
     q, k, v, _ = tensors
-    return forward(q, k, v, scale, case.spans(q.shape[2]))
+    return forward(q, k, v, scale, case.spans(q.shape[2]), sinks_H)
 
 
-def check(tensors: list[Tensor], scale: float, case: Case) -> tuple[Tensor, Tensor]:
-    out, lse = ours(tensors, scale, case)
+def check(tensors: list[Tensor], scale: float, case: Case, sinks_H: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    out, lse = ours(tensors, scale, case, sinks_H)
     q, k, v, _ = tensors
-    plain, truth = formula(q, k, v, scale, case), formula(q.double(), k.double(), v.double(), scale, case)
+    plain = formula(q, k, v, scale, case, sinks_H)
+    truth = formula(q.double(), k.double(), v.double(), scale, case, sinks_H)
     assert (out.dtype, lse.dtype) == (q.dtype, torch.float32)
     assert_no_worse(out.transpose(1, 2), plain[0], truth[0], "out")
     torch.testing.assert_close(lse, truth[1].float(), rtol=1e-5, atol=1e-5)
     return out, lse
+
+
+def sinks(num_heads: int, dtype: torch.dtype) -> Tensor:
+    """From some that take nothing to some that take all, in every other number of a tensor."""
+    return torch.linspace(-30, 30, 2 * num_heads, dtype=dtype, device=DEVICE)[::2]
 
 
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
@@ -49,6 +55,15 @@ def test_it_is_no_worse_than_the_formula(
     check(inputs(batch, length, num_heads, num_shared, width, dtype), 0.25, case)
 
 
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+@pytest.mark.parametrize("case", [WHOLE, Case((30, 15), window=20)], ids=["whole", "samples in a window"])
+def test_a_sink_takes_its_share(case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    from expertune.attention import forward
+
+    monkeypatch.setattr(forward, "is_hopper", lambda _: False)
+    check(inputs(1, 45, 6, 3, 16, dtype), 0.25, case, sinks(6, dtype))
+
+
 @needs_hopper
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
@@ -65,10 +80,13 @@ def test_it_is_no_worse_than_the_formula(
     ids=["whole", "a tile", "some heads after others", "short window", "long window", "samples", "samples in a window"],
 )
 @pytest.mark.parametrize("width", [64, 128, LATENT, 256], ids=str)
+@pytest.mark.parametrize("has_sinks", [False, True], ids=["plain", "sinks"])
 def test_on_hopper(
-    width: int | Width, batch: int, length: int, num_heads: int, num_shared: int, case: Case, dtype: torch.dtype
-) -> None:
-    tensors = inputs(batch, length, num_heads, num_shared, width, dtype)
-    first = check(tensors, 0.1, case)
+    has_sinks: bool, width: int | Width, batch: int, length: int, num_heads: int, num_shared: int, case: Case,
+    dtype: torch.dtype,
+) -> None:  # fmt: skip
+    given = (inputs(batch, length, num_heads, num_shared, width, dtype), 0.1, case)
+    sinks_H = sinks(num_heads, dtype) if has_sinks else None
+    first = check(*given, sinks_H)
     for _ in range(30):  # what a group or the copying warp took too early would be other numbers now and then
-        assert all(torch.equal(x, y) for x, y in zip(ours(tensors, 0.1, case), first, strict=True))
+        assert all(torch.equal(x, y) for x, y in zip(ours(*given, sinks_H), first, strict=True))

@@ -1,10 +1,4 @@
-"""Attention with sinks, as one node of autograd over any kernel.
-
-A sink is one more score of each head, whose value is zero: it only takes its share of the softmax. So a kernel that
-knows none is told in forward's place what it would have found: its output times the share that keys keep, and the
-log-sum-exp with the sink in it. From these two its backward yields the right gradients, because it forms the
-probabilities from the one and their row sums from the other. (The idea is FlashAttention-3's.)
-"""
+"""Attention as one node of autograd over any kernel, with sinks or without."""
 
 from typing import Any
 
@@ -13,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from expertune.attention import sinks
 from expertune.attention.cudnn import Cudnn
 from expertune.attention.flash import Flash
 from expertune.attention.hopper import Hopper
@@ -99,11 +94,7 @@ class _Attend(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks_H: Tensor | None, pattern: Pattern, kernel: Kernel
     ) -> Tensor:
-        out, lse, state = kernel.forward(q, k, v, pattern)
-        if sinks_H is not None:
-            whole_BHT = torch.logaddexp(lse, sinks_H.to(lse.dtype)[:, None])
-            share_BTH = (lse - whole_BHT).exp_().transpose(1, 2)
-            out, lse = out.mul_(share_BTH[..., None]), whole_BHT
+        out, lse, state = kernel.forward(q, k, v, pattern, sinks_H)
         ctx.save_for_backward(q, k, v, sinks_H, out, lse, *state)
         ctx.pattern, ctx.kernel = pattern, kernel
         return out
@@ -112,10 +103,7 @@ class _Attend(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, sinks_H, out, lse, *state = ctx.saved_tensors
-        dq, dk, dv = ctx.kernel.backward(dout, q, k, v, Attended(out, lse, tuple(state)), ctx.pattern)
-        dsinks = None
-        if ctx.needs_input_grad[3]:
-            taken_BTH = torch.linalg.vecdot(dout.to(lse.dtype), out.to(lse.dtype))
-            share_BHT = (sinks_H.to(lse.dtype)[:, None] - lse).exp_()
-            dsinks = -(share_BHT * taken_BTH.transpose(1, 2)).sum((0, 2)).to(sinks_H.dtype)
+        attended = Attended(out, lse, tuple(state))
+        dq, dk, dv = ctx.kernel.backward(dout, q, k, v, attended, ctx.pattern)
+        dsinks = sinks.gradient(dout, attended, sinks_H) if ctx.needs_input_grad[3] else None
         return dq, dk, dv, dsinks, None, None

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from expertune.attention.flash import why_not_fused
 from expertune.attention.kernels import Attended, Pattern
+from expertune.attention.sinks import with_sinks
 
 
 class Cudnn:
@@ -22,12 +23,14 @@ class Cudnn:
             return "takes no sliding window"
         return None
 
-    def forward(self, q_BHTD: Tensor, k_BJSD: Tensor, v_BJSV: Tensor, pattern: Pattern) -> Attended:
+    def forward(
+        self, q_BHTD: Tensor, k_BJSD: Tensor, v_BJSV: Tensor, pattern: Pattern, sinks_H: Tensor | None = None
+    ) -> Attended:
         """Attend."""
         out, lse, _, _, _, _, *seed, _ = torch.ops.aten._scaled_dot_product_cudnn_attention(
             q_BHTD, k_BJSD, v_BJSV, None, True, 0.0, True, False, scale=pattern.scale
         )
-        return Attended(out.transpose(1, 2), lse.view(q_BHTD.shape[:3]), tuple(seed))
+        return with_sinks(Attended(out.transpose(1, 2), lse.view(q_BHTD.shape[:3]), tuple(seed)), sinks_H)
 
     def backward(
         self, dout_BTHV: Tensor, q_BHTD: Tensor, k_BJSD: Tensor, v_BJSV: Tensor, attended: Attended, pattern: Pattern

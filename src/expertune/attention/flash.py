@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from expertune.attention.kernels import Attended, Pattern
+from expertune.attention.sinks import with_sinks
 
 _WIDEST = 256  # head, of any
 
@@ -23,7 +24,9 @@ class Flash:
         """Why it cannot run here."""
         return why_not_fused(q_BHTD, v_BJSV, pattern, (8, 0))
 
-    def forward(self, q_BHTD: Tensor, k_BJSD: Tensor, v_BJSV: Tensor, pattern: Pattern) -> Attended:
+    def forward(
+        self, q_BHTD: Tensor, k_BJSD: Tensor, v_BJSV: Tensor, pattern: Pattern, sinks_H: Tensor | None = None
+    ) -> Attended:
         """Attend."""
         width = v_BJSV.shape[-1]
         q, k, v = (_rows(x, pattern) for x in (q_BHTD, k_BJSD, padded(v_BJSV, q_BHTD)))
@@ -32,7 +35,7 @@ class Flash:
         )
         if pattern.sequences is not None:
             out, lse = out[None], lse[None]
-        return Attended(out[..., :width], lse, tuple(state))
+        return with_sinks(Attended(out[..., :width], lse, tuple(state)), sinks_H)
 
     def backward(
         self, dout_BTHV: Tensor, q_BHTD: Tensor, k_BJSD: Tensor, v_BJSV: Tensor, attended: Attended, pattern: Pattern

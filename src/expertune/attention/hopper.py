@@ -42,14 +42,16 @@ class Hopper:
             return f"keeps the card busy with more blocks of {KEYS} keys than {num_blocks}"
         return None
 
-    def forward(self, q_BHTD: Tensor, k_BJSD: Tensor, v_BJSV: Tensor, pattern: Pattern) -> Attended:
+    def forward(
+        self, q_BHTD: Tensor, k_BJSD: Tensor, v_BJSV: Tensor, pattern: Pattern, sinks_H: Tensor | None = None
+    ) -> Attended:
         """Attend."""
         from expertune.attention.forward import forward
         from expertune.kernels.attention_spans import spans
 
         start_C = None if pattern.sequences is None else pattern.sequences.start_C
         of_rows = spans(q_BHTD.shape[2], _most(q_BHTD, pattern), start_C, q_BHTD.device)
-        out_BTHV, lse_BHT = forward(q_BHTD, k_BJSD, v_BJSV, pattern.scale, of_rows)
+        out_BTHV, lse_BHT = forward(q_BHTD, k_BJSD, v_BJSV, pattern.scale, of_rows, sinks_H)
         return Attended(out_BTHV, lse_BHT, of_rows[1:])
 
     def backward(

@@ -43,7 +43,7 @@ class Attended(NamedTuple):
 
 
 class Kernel(Protocol):
-    """One way to attend. A backward takes any `out` and `lse`, which is how sinks come in; see `attend.py`."""
+    """One way to attend. A backward takes any `out` and `lse`, which is how sinks come in; see `sinks.py`."""
 
     name: str
 
@@ -51,7 +51,9 @@ class Kernel(Protocol):
         """Why it cannot run here, in words; None if it can."""
         ...
 
-    def forward(self, q_BHTD: Tensor, k_BJSD: Tensor, v_BJSV: Tensor, pattern: Pattern) -> Attended:
+    def forward(
+        self, q_BHTD: Tensor, k_BJSD: Tensor, v_BJSV: Tensor, pattern: Pattern, sinks_H: Tensor | None = None
+    ) -> Attended:
         """Attend."""
         ...
 

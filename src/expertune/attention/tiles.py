@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from expertune.attention.kernels import Attended, Pattern
+from expertune.attention.sinks import with_sinks
 
 _SCORES = 2**25  # of a tile, over all heads
 
@@ -19,7 +20,9 @@ class Tiles:
         """It always runs."""
         return None
 
-    def forward(self, q_BHTD: Tensor, k_BJSD: Tensor, v_BJSV: Tensor, pattern: Pattern) -> Attended:
+    def forward(
+        self, q_BHTD: Tensor, k_BJSD: Tensor, v_BJSV: Tensor, pattern: Pattern, sinks_H: Tensor | None = None
+    ) -> Attended:
         """Attend."""
         batch, heads, length, _ = q_BHTD.shape
         q_BJGTD = _by_key_head(q_BHTD, k_BJSD)
@@ -31,7 +34,8 @@ class Tiles:
             lse_BJGT[..., rows] = lse
             out_BJGTV[..., rows, :] = _probabilities(scores, lse).to(v_BJSV.dtype) @ v_BJSV[:, :, None, keys]
         out_BTHV = out_BJGTV.flatten(1, 2).transpose(1, 2)
-        return Attended(out_BTHV.contiguous(), lse_BJGT.view(batch, heads, length))
+        attended = Attended(out_BTHV.contiguous(), lse_BJGT.view(batch, heads, length))
+        return with_sinks(attended, sinks_H)
 
     def backward(
         self, dout_BTHV: Tensor, q_BHTD: Tensor, k_BJSD: Tensor, v_BJSV: Tensor, attended: Attended, pattern: Pattern

@@ -81,9 +81,6 @@ def calls(model: PreTrainedModel) -> list[Call]:
 def _attentions(model: PreTrainedModel) -> Iterator[Call]:
     for decoder in decoders(model):
         num_heads = getattr(decoder.config, "num_attention_heads", None)
-        function = _hosts
-        if attention.is_ours(decoder):
-            function = _with_sinks if attention.forms_scores(decoder) else _whole
         for module in attention.attentions_of(decoder):
             widths = attention.widths_of(module)
             if widths is None or not isinstance(num_heads, int):
@@ -92,9 +89,12 @@ def _attentions(model: PreTrainedModel) -> Iterator[Call]:
             num_shared = num_heads // getattr(module, "num_key_value_groups", 1)
             sizes = ((num_heads, width), (num_shared, width), (num_shared, value_width))
             shapes = tuple((1, _NUM_TOKENS, *size) for size in sizes)
-            yield Call(function, shapes, decoder.dtype)
-            if attention.is_ours(decoder):
-                yield Call(_in_a_window, shapes, decoder.dtype)
+            if not attention.is_ours(decoder):
+                yield Call(_hosts, shapes, decoder.dtype)
+                continue
+            has_sinks = getattr(module, "sinks", None) is not None
+            for window in (None, _NUM_TOKENS // 8):  # of which the second runs the kernels of packed samples, too
+                yield Call(_Attention(window, has_sinks), shapes, decoder.dtype)
 
 
 def _hosts(q_BTHD: Tensor, k_BTJD: Tensor, v_BTJV: Tensor) -> Tensor:
@@ -102,21 +102,15 @@ def _hosts(q_BTHD: Tensor, k_BTJD: Tensor, v_BTJV: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
 
 
-def _whole(q_BTHD: Tensor, k_BTJD: Tensor, v_BTJV: Tensor) -> Tensor:
-    q, k, v = (x.transpose(1, 2) for x in (q_BTHD, k_BTJD, v_BTJV))
-    return attend(q, k, v, scale=1.0)
+@dataclass(frozen=True)
+class _Attention:
+    window: int | None
+    has_sinks: bool
 
-
-def _in_a_window(q_BTHD: Tensor, k_BTJD: Tensor, v_BTJV: Tensor) -> Tensor:
-    """By the kernels of packed samples, too."""
-    q, k, v = (x.transpose(1, 2) for x in (q_BTHD, k_BTJD, v_BTJV))
-    return attend(q, k, v, scale=1.0, window=_NUM_TOKENS // 8)
-
-
-def _with_sinks(q_BTHD: Tensor, k_BTJD: Tensor, v_BTJV: Tensor) -> Tensor:
-    """With sinks, so that a kernel is called as one of sinks is."""
-    q, k, v = (x.transpose(1, 2) for x in (q_BTHD, k_BTJD, v_BTJV))
-    return attend(q, k, v, scale=1.0, sinks_H=q.new_zeros(q.shape[1]))
+    def __call__(self, q_BTHD: Tensor, k_BTJD: Tensor, v_BTJV: Tensor) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q_BTHD, k_BTJD, v_BTJV))
+        sinks_H = q.new_zeros(q.shape[1]) if self.has_sinks else None
+        return attend(q, k, v, scale=1.0, window=self.window, sinks_H=sinks_H)
 
 
 def _norms(model: PreTrainedModel) -> Iterator[Call]:

@@ -1,5 +1,7 @@
 """Attention's forward over spans of keys: an online softmax, one pass over the keys that a block of queries attends to.
 
+A head may have a sink: one more score of each of its queries, whose value is zero.
+
 In plain Triton: any target, and the tested twin of the one in Gluon (`attention_forward_hopper.py`). Source of the
 equations: FlashAttention-2 (arXiv 2307.08691), section 3.1.1. Shape letters as in `attention.py`.
 """
@@ -20,11 +22,11 @@ LOWEST = tl.constexpr(-1e30)  # of a score before the first, so that no differen
 
 @triton.jit(do_not_specialize=["num_heads", "T", "together"])
 def _attention_forward_kernel(
-    q_ptr, k_ptr, v_ptr, first_ptr, out_ptr, lse_ptr,
+    q_ptr, k_ptr, v_ptr, first_ptr, out_ptr, lse_ptr, sinks_ptr,
     num_heads, T, together,
     q_row, q_head, k_row, k_head, v_row, v_head, out_row, out_head, lse_head, scale,
-    D: tl.constexpr, BD: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, GROUP: tl.constexpr, QUERIES: tl.constexpr,
-    KEYS: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, GROUP: tl.constexpr, HAS_SINKS: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """One program a block of queries of a head."""
     block, head = own_block(tl.cdiv(T, QUERIES), num_heads, together)
@@ -47,13 +49,27 @@ def _attention_forward_kernel(
         total = total * fading + tl.sum(p, 1)
         v = load_rows(v_ptr, key, head // GROUP, T, v_row, v_head, V, BV)
         out = tl.dot(p.to(v.dtype), v, out * fading[:, None], input_precision="ieee")
+    if HAS_SINKS:
+        sink = tl.load(sinks_ptr + head).to(tl.float32)
+        before = highest
+        highest = tl.maximum(highest, sink)
+        fading = tl.exp(before - highest)
+        total = total * fading + tl.exp(sink - highest)
+        out *= fading[:, None]
     tl.store(lse_ptr + head.to(tl.int64) * lse_head + query, highest + tl.log(total), mask=query < T)
     out /= total[:, None]
     write(out_ptr, out_ptr, out, query, head, T, False, out_row, out_head, out_row, out_head, V, BV)
 
 
 def forward(
-    q_THD: Tensor, k_TJD: Tensor, v_TJV: Tensor, spans: Spans, out_THV: Tensor, lse_HT: Tensor, scale: float
+    q_THD: Tensor,
+    k_TJD: Tensor,
+    v_TJV: Tensor,
+    spans: Spans,
+    out_THV: Tensor,
+    lse_HT: Tensor,
+    scale: float,
+    sinks_H: Tensor | None = None,
 ) -> None:
     """Write what attention gives, and the logarithm of the sum of each query's exponentials.
 
@@ -63,13 +79,14 @@ def forward(
         out_THV: in the dtype of the queries.
         lse_HT: natural, float32.
         scale: of scores.
+        sinks_H: contiguous, in any floating dtype.
     """
     (_, num_heads, width), num_shared = q_THD.shape, k_TJD.shape[1]
     grid, sizes = in_order(q_THD, num_shared, _QUERIES)
     launch(
         _attention_forward_kernel,
         grid,
-        (q_THD, k_TJD, v_TJV, spans.first_T, out_THV, lse_HT),
+        (q_THD, k_TJD, v_TJV, spans.first_T, out_THV, lse_HT, lse_HT if sinks_H is None else sinks_H),
         sizes,
         (*[stride for x in (q_THD, k_TJD, v_TJV, out_THV) for stride in x.stride()[:2]], lse_HT.stride(0), scale),
         {
@@ -78,6 +95,7 @@ def forward(
             "V": v_TJV.shape[2],
             "BV": padded_width(v_TJV.shape[2]),
             "GROUP": num_heads // num_shared,
+            "HAS_SINKS": sinks_H is not None,
             "QUERIES": _QUERIES,
             "KEYS": _KEYS,
         },

@@ -135,7 +135,22 @@ def _softmax(scores, highest, total, key, rows, scale):
 
 
 @gluon.jit
-def _multiply(ME: gl.constexpr, buffers, barriers, where, pointers, sizes, scale, HAS_REST: gl.constexpr):
+def _with_sink(highest, total, sinks_ptr, head, HAS_SINKS: gl.constexpr):
+    """The logarithm of the sum of a query's exponentials, and by what its output is multiplied in the end."""
+    fading = 1.0
+    if HAS_SINKS:
+        sink = gl.load(sinks_ptr + head).to(gl.float32) * LOG2_E
+        before = highest
+        highest = gl.maximum(highest, sink)
+        fading = gl.exp2(before - highest)
+        total = total * fading + gl.exp2(sink - highest)
+    return (highest + gl.log2(total)) / LOG2_E, fading / total
+
+
+@gluon.jit
+def _multiply(
+    ME: gl.constexpr, buffers, barriers, where, pointers, sizes, scale, HAS_REST: gl.constexpr, HAS_SINKS: gl.constexpr
+):
     """One of the two groups that multiply: half of the block's queries.
 
     A tile's scores are formed beside the product of the tile before with its values, which is under way during the
@@ -144,7 +159,7 @@ def _multiply(ME: gl.constexpr, buffers, barriers, where, pointers, sizes, scale
     q_buf, slots, q_rest, k_rests = buffers
     resident, full, empty = barriers
     query, first, end, head = where
-    first_ptr, out_ptr, lse_ptr = pointers
+    first_ptr, out_ptr, lse_ptr, sinks_ptr = pointers
     T, out_row, out_head, lse_head = sizes
     SLOTS: gl.constexpr = slots.type.shape[0]
     KEYS: gl.constexpr = slots.type.shape[1]
@@ -197,8 +212,9 @@ def _multiply(ME: gl.constexpr, buffers, barriers, where, pointers, sizes, scale
     mbarrier.arrive(empty.index(v_slot), count=1)
     slot, parity = following(v_slot, v_parity, SLOTS)
     skip_keys(after(first, query + QUERIES, KEYS), end, slot, parity, (full, empty), SLOTS, KEYS)
-    gl.store(lse_ptr + head * lse_head + query + i, (highest + gl.log2(total)) / LOG2_E, mask=query + i < T)
-    out = out * gl.expand_dims(gl.convert_layout(1 / total, of_width), 1)
+    lse, share = _with_sink(highest, total, sinks_ptr, head, HAS_SINKS)
+    gl.store(lse_ptr + head * lse_head + query + i, lse, mask=query + i < T)
+    out = out * gl.expand_dims(gl.convert_layout(share, of_width), 1)
     at, mask = places(query, T, 0, WIDTH, out_row, QUERIES, WIDTH, by_width)
     gl.store(out_ptr + head * out_head + at, out.to(out_ptr.dtype.element_ty), mask=mask)
 
@@ -206,10 +222,10 @@ def _multiply(ME: gl.constexpr, buffers, barriers, where, pointers, sizes, scale
 @gluon.jit(do_not_specialize=["num_heads", "T", "together"])
 def _attention_forward_kernel(
     q_desc, k_desc, v_desc, q_rest_desc, k_rest_desc,
-    first_ptr, out_ptr, lse_ptr,
+    first_ptr, out_ptr, lse_ptr, sinks_ptr,
     num_heads, T, together,
     q_head, k_head, v_head, out_row, out_head, lse_head, scale,
-    GROUP: gl.constexpr, HAS_REST: gl.constexpr, SLOTS: gl.constexpr,
+    GROUP: gl.constexpr, HAS_REST: gl.constexpr, HAS_SINKS: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
     """One program a block of queries of a head."""
     where = own_part(first_ptr, num_heads, T, together, q_desc.block_type.shape[0], k_desc.block_type.shape[0])
@@ -219,12 +235,12 @@ def _attention_forward_kernel(
     q_rest, k_rests = rests(slots, q_rest_desc, 1, HAS_REST), rests(slots, k_rest_desc, SLOTS // 2, HAS_REST)
     descriptors = (q_desc, k_desc, v_desc, q_rest_desc, k_rest_desc)
     buffers = (q_buf, slots, q_rest, k_rests)
-    pointers = (first_ptr, out_ptr, lse_ptr)
+    pointers = (first_ptr, out_ptr, lse_ptr, sinks_ptr)
     sizes = (T, out_row, out_head, lse_head)
     gl.warp_specialize(
         [
-            (_multiply, (0, buffers, barriers, where, pointers, sizes, scale, HAS_REST)),
-            (_multiply, (1, buffers, barriers, where, pointers, sizes, scale, HAS_REST)),
+            (_multiply, (0, buffers, barriers, where, pointers, sizes, scale, HAS_REST, HAS_SINKS)),
+            (_multiply, (1, buffers, barriers, where, pointers, sizes, scale, HAS_REST, HAS_SINKS)),
             (_copy, (descriptors, buffers, barriers, where, (q_head, k_head, v_head), GROUP, HAS_REST)),
         ],
         [4, 1],
@@ -233,7 +249,14 @@ def _attention_forward_kernel(
 
 
 def forward(
-    q_THD: Tensor, k_TJD: Tensor, v_TJV: Tensor, spans: Spans, out_THV: Tensor, lse_HT: Tensor, scale: float
+    q_THD: Tensor,
+    k_TJD: Tensor,
+    v_TJV: Tensor,
+    spans: Spans,
+    out_THV: Tensor,
+    lse_HT: Tensor,
+    scale: float,
+    sinks_H: Tensor | None = None,
 ) -> None:
     """As `attention_forward.forward`; rows of what attends begin at multiples of 16 bytes, in any of these widths."""
     (_, num_heads, width), num_shared = q_THD.shape, k_TJD.shape[1]
@@ -243,7 +266,7 @@ def forward(
     launch(
         _attention_forward_kernel,
         grid,
-        (spans.first_T, out_THV, lse_HT),
+        (spans.first_T, out_THV, lse_HT, lse_HT if sinks_H is None else sinks_H),
         sizes,
         (
             *[x.stride(1) for x in (q_THD, k_TJD, v_TJV)],
@@ -251,7 +274,12 @@ def forward(
             lse_HT.stride(0),
             scale * LOG2_E.value,
         ),
-        {"GROUP": num_heads // num_shared, "HAS_REST": has_rest(width), "SLOTS": num_slots},
+        {
+            "GROUP": num_heads // num_shared,
+            "HAS_REST": has_rest(width),
+            "HAS_SINKS": sinks_H is not None,
+            "SLOTS": num_slots,
+        },
         descriptors=(q, k, head_tiles(v_TJV, keys), q_rest, k_rest),
         num_warps=4,
         maxnreg=168,
