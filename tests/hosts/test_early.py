@@ -37,6 +37,22 @@ def test_each_kind_is_called_once(checkpoint: Checkpoint, family: str) -> None:
         call.run(torch.device("cpu"))
 
 
+@pytest.mark.parametrize(("family", "have_sinks"), [("gpt_oss", True), ("qwen3_moe", False)])
+def test_attention_is_called_with_the_sinks_that_it_has(
+    checkpoint: Checkpoint, family: str, have_sinks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called: list[tuple[int | None, bool]] = []
+
+    def attend(q: torch.Tensor, *_: object, window: int | None, sinks_H: object, **__: object) -> torch.Tensor:
+        called.append((window, sinks_H is not None))
+        return q
+
+    monkeypatch.setattr(early, "attend", attend)
+    for call in early._attentions(expertune.optimize(load_tiny(checkpoint(family), torch.float32))):
+        call.function(*(torch.zeros(shape) for shape in call.shapes))
+    assert set(called) == {(None, have_sinks), (128, have_sinks)}
+
+
 def test_nothing_is_begun_without_a_gpu(checkpoint: Checkpoint) -> None:
     assert early.begin(expertune.optimize(load_tiny(checkpoint("qwen3_moe"), torch.float32))) == []
 

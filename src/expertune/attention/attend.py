@@ -46,8 +46,9 @@ def attend(
     Raises:
         ValueError: there are more or fewer keys than queries, and no mask says which attend to which.
     """
+    has_sinks = sinks_H is not None
     if mask is not None:
-        return _attend(q_BHTD, k_BJSD, v_BJSV, sinks_H, Pattern(scale=scale, mask=mask))
+        return _attend(q_BHTD, k_BJSD, v_BJSV, sinks_H, Pattern(scale=scale, mask=mask, has_sinks=has_sinks))
     if q_BHTD.shape[2] != k_BJSD.shape[2]:
         raise ValueError(
             f"{q_BHTD.shape[2]} queries and {k_BJSD.shape[2]} keys came without a mask: with a cache of keys a mask "
@@ -55,11 +56,11 @@ def attend(
         )
     if window is not None and window >= q_BHTD.shape[2]:
         window = None
-    if sequences is None and window is None and sinks_H is None:
+    if sequences is None and window is None and not has_sinks:
         return _plain(q_BHTD, k_BJSD, v_BJSV, scale)
+    pattern = Pattern(scale=scale, window=window, sequences=sequences, has_sinks=has_sinks)
     if sequences is None:
-        return _attend(q_BHTD, k_BJSD, v_BJSV, sinks_H, Pattern(scale=scale, window=window))
-    pattern = Pattern(scale=scale, window=window, sequences=sequences)
+        return _attend(q_BHTD, k_BJSD, v_BJSV, sinks_H, pattern)
     batch, _, length, _ = q_BHTD.shape
     q, k, v = (sequences.take(x) for x in (q_BHTD, k_BJSD, v_BJSV))
     return sequences.put(_attend(q, k, v, sinks_H, pattern)[0], batch, length)

@@ -20,12 +20,14 @@ class Pattern:
         window: keys that a query attends to at most, itself among them; None for all before it.
         sequences: of the rows of a batch of one; None for one sequence a sample.
         mask: `(B, 1 or H, T, S)`; bool, true where a query attends, or added to the scores. The rest counts no more.
+        has_sinks: whether a score of each head takes a share of the softmax and gives nothing.
     """
 
     scale: float
     window: int | None = None
     sequences: Sequences | None = None
     mask: Tensor | None = None
+    has_sinks: bool = False
 
 
 class Attended(NamedTuple):

@@ -24,7 +24,7 @@ def with_sinks(attended: Attended, sinks_H: Tensor | None) -> Attended:
 
 
 def gradient(dout_BTHV: Tensor, attended: Attended, sinks_H: Tensor) -> Tensor:
-    """Of each head's sink, from what came out with it: the probability it has times the row sum of all others' shares.
+    """Of each head's sink, `-Σ p·⟨dout, out⟩` over its queries, where `p` is the share that it takes of a query.
 
     Args:
         dout_BTHV: the gradient of the output.
@@ -32,7 +32,8 @@ def gradient(dout_BTHV: Tensor, attended: Attended, sinks_H: Tensor) -> Tensor:
         sinks_H: the scores.
     """
     out_BTHV, lse_BHT, _ = attended
-    taken_BHT = (sinks_H.to(lse_BHT.dtype)[:, None] - lse_BHT).exp_().mul_(_row_sums(dout_BTHV, out_BTHV, lse_BHT.dtype))
+    share_BHT = (sinks_H.to(lse_BHT.dtype)[:, None] - lse_BHT).exp_()
+    taken_BHT = share_BHT.mul_(_row_sums(dout_BTHV, out_BTHV, lse_BHT.dtype))
     return -taken_BHT.sum((0, 2)).to(sinks_H.dtype)
 
 

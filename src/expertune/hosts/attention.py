@@ -69,6 +69,11 @@ def widths_of(attention: Any) -> tuple[int, int] | None:
     return (width, getattr(attention, "v_head_dim", width)) if isinstance(width, int) else None
 
 
+def has_sinks(attention: Any) -> bool:
+    """Whether its queries have one more score each, as gpt-oss'."""
+    return getattr(attention, "sinks", None) is not None
+
+
 def take_over(decoder: PreTrainedModel) -> str:
     """Let a decoder attend through ours; the name of what it had comes back, for `give_back`."""
     register()
@@ -98,7 +103,7 @@ def kernels_of(decoder: PreTrainedModel) -> str:
     weight = next(decoder.parameters())
     widths = {widths for each in attentions_of(decoder) if (widths := widths_of(each)) is not None}
     if forms_scores(decoder):
-        kinds = {"full": Pattern(scale=1.0)}
+        kinds = {"full": Pattern(scale=1.0, has_sinks=any(map(has_sinks, attentions_of(decoder))))}
         kinds |= {"windows": Pattern(scale=1.0, window=1)} if _has_windows(decoder.config) else {}
     else:
         starts = torch.empty(1, dtype=torch.int32, device=weight.device)

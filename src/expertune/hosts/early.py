@@ -92,9 +92,8 @@ def _attentions(model: PreTrainedModel) -> Iterator[Call]:
             if not attention.is_ours(decoder):
                 yield Call(_hosts, shapes, decoder.dtype)
                 continue
-            has_sinks = getattr(module, "sinks", None) is not None
             for window in (None, _NUM_TOKENS // 8):  # of which the second runs the kernels of packed samples, too
-                yield Call(_Attention(window, has_sinks), shapes, decoder.dtype)
+                yield Call(_Attention(window, attention.has_sinks(module)), shapes, decoder.dtype)
 
 
 def _hosts(q_BTHD: Tensor, k_BTJD: Tensor, v_BTJV: Tensor) -> Tensor:
