@@ -92,18 +92,30 @@ class Pass:
 
 def replayed(run: Callable[[], Any]) -> Callable[[], Any]:
     """The same as one CUDA graph; the function itself without a GPU."""
-    if not torch.cuda.is_available():
-        return run
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):  # kernels are built, and then launched as a program
+    return Replayed(run) if torch.cuda.is_available() else run
+
+
+class Replayed:
+    """A function as one CUDA graph.
+
+    Args:
+        run: the function; it is kept, for the graph reads what it holds.
+    """
+
+    def __init__(self, run: Callable[[], Any]) -> None:
+        self.run = run
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):  # kernels are built, and then launched as a program
+                run()
+        torch.cuda.current_stream().wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
             run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
+
+    def __call__(self) -> None:
+        self._graph.replay()
 
 
 def measure(run: Callable[[], Any], num_rested: int, num_sustained: int) -> dict[str, list[float]]:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 import walk_graph
 from shapes import SHAPES
+from tests.cases import needs_cuda
 
 
 @pytest.mark.parametrize("keeps_packed", [False, True])
@@ -21,6 +23,17 @@ def test_everything_gets_its_gradient(monkeypatch: pytest.MonkeyPatch, shape: st
     grads = walk.on(16, keeps_packed=keeps_packed)()
     assert len(grads) == 2 + len(walk.factors) == 6
     assert all(grad.any() and grad.isfinite().all() for grad in grads)
+
+
+@needs_cuda
+def test_a_replay_reads_what_its_function_holds() -> None:
+    x, out = torch.ones(2**20, device="cuda"), torch.zeros(2**20, device="cuda")
+    run = walk_graph.replayed(partial(torch.add, x, x, out=out))
+    del x
+    torch.cuda.empty_cache()
+    torch.full((2**20,), 7.0, device="cuda")  # where freed memory is used again
+    run()
+    assert (out == 2).all()
 
 
 def test_it_is_measured_and_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
