@@ -1,4 +1,4 @@
-"""Attention's forward over spans of keys: packed samples, and windows."""
+"""Attention's forward over spans of keys, with sinks or without: whole and packed samples, and windows."""
 
 import torch
 from torch import Tensor
