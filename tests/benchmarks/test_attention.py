@@ -43,8 +43,8 @@ def test_it_is_measured_and_written(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     report = json.loads((tmp_path / "attention.json").read_text(encoding="utf-8"))
     assert [case["rows"] for case in report["cases"]] == ["whole", "packed:3-11"]
     for case in report["cases"]:
-        (row,) = case["kernels"].values()
-        assert row["forward_us"] > 0 < row["backward_us"]
+        assert case["kernels"]  # one without a GPU
+        assert all(row["forward_us"] > 0 < row["backward_us"] for row in case["kernels"].values())
 
 
 def test_a_kernel_that_computes_otherwise_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
