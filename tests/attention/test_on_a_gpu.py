@@ -70,6 +70,16 @@ def test_a_kernel_is_no_worse_than_the_formula(
         assert (got.double() - true).norm() <= 1.2 * (other.double() - true).norm() + slack
 
 
+@pytest.mark.parametrize("window", [None, 40])
+def test_sinks_have_their_gradient_where_that_of_the_output_is_one_number(window: int | None) -> None:
+    """As that of a sum, which has no strides."""
+    tensors = inputs(h=8, j=2, t=T, d=64, dtype=torch.bfloat16, device="cuda")
+    exact = [x.detach().double().requires_grad_() for x in tensors]
+    attend(*tensors[:3], scale=0.125, window=window, sinks_H=tensors[3]).sum().backward()
+    written_out(*exact, causal(T, window, "cuda"), 0.125).sum().backward()
+    torch.testing.assert_close(tensors[3].grad.double(), exact[3].grad, rtol=0.02, atol=0.02 * exact[3].grad.norm())
+
+
 def test_a_long_context_takes_memory_in_proportion() -> None:
     peaks = []
     for length in (4096, 8192):

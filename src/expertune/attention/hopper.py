@@ -12,8 +12,8 @@ from expertune.attention.kernels import Attended, Pattern
 from expertune.kernels import has_triton
 
 # tokens of whole samples with narrow heads and sinks, up to which ours is faster: what cuDNN writes is scaled after it,
-# but its backward is faster. Forward and backward of 64 heads of 64 over 8, ours by it, on an H200: 0.88 at 1,024 tokens,
-# 0.92 at 2,048, 0.97 at 4,096, which no step shows, and 1.05 at 8,192.
+# but its backward is faster. Forward and backward of 64 heads of 64 over 8, ours by it, on an H200: 0.88 at 1,024
+# tokens, 0.92 at 2,048, 0.97 at 4,096, which no step shows, and 1.05 at 8,192.
 _MOST_WITH_SINKS = 2048
 # widths of heads and of their values, for which our kernels are made
 _NARROW, _WIDE = ((64, 64), (128, 128)), ((192, 128), (256, 256))

@@ -42,6 +42,6 @@ def _row_sums(dout_BTHV: Tensor, out_BTHV: Tensor, dtype: torch.dtype) -> Tensor
     if dout_BTHV.is_cuda and dtype == torch.float32 and has_triton() and not torch.compiler.is_compiling():
         from expertune.kernels.attention import row_sums  # imports Triton, which is optional
 
-        return torch.stack([*map(row_sums, dout_BTHV, out_BTHV)])
+        return torch.stack([*map(row_sums, dout_BTHV.contiguous(), out_BTHV.contiguous())])
     sums_BTH: Tensor = torch.linalg.vecdot(dout_BTHV.to(dtype), out_BTHV.to(dtype))
     return sums_BTH.transpose(1, 2)
