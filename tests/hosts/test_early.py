@@ -14,7 +14,11 @@ from tests.hosts.models import load_tiny, save_tiny, tokenizer
 
 SHAPES = {  # of attention, with all keys and in a window, and of norms
     "qwen3_moe": [*2 * [((1, 1024, 4, 8), (1, 1024, 2, 8), (1, 1024, 2, 8))], ((4, 32),), ((4, 8),)],
-    "gpt_oss": [*2 * [((1, 1024, 4, 8), (1, 1024, 2, 8), (1, 1024, 2, 8))], ((4, 32),)],
+    "gpt_oss": [
+        ((1, 4096, 4, 8), (1, 4096, 2, 8), (1, 4096, 2, 8)),  # beyond what ours attends to with sinks
+        ((1, 1024, 4, 8), (1, 1024, 2, 8), (1, 1024, 2, 8)),
+        ((4, 32),),
+    ],
     "glm4_moe_lite": [*2 * [((1, 1024, 4, 16), (1, 1024, 4, 16), (1, 1024, 4, 8))], ((4, 32),), ((4, 16),)],
 }
 

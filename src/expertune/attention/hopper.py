@@ -14,7 +14,7 @@ from expertune.kernels import has_triton
 # tokens of whole samples with narrow heads and sinks, up to which ours is faster: what cuDNN writes is scaled after it,
 # but its backward is faster. Forward and backward of 64 heads of 64 over 8, ours by it, on an H200: 0.88 at 1,024
 # tokens, 0.92 at 2,048, 0.97 at 4,096, which no step shows, and 1.05 at 8,192.
-_MOST_WITH_SINKS = 2048
+MOST_WITH_SINKS = 2048
 # widths of heads and of their values, for which our kernels are made
 _NARROW, _WIDE = ((64, 64), (128, 128)), ((192, 128), (256, 256))
 
@@ -32,8 +32,8 @@ class Hopper:
         if widths in _NARROW and pattern.window is None and pattern.sequences is None:
             if not pattern.has_sinks:
                 return f"leaves whole samples with heads of {widths[0]} to others, which are as fast"
-            if q_BHTD.shape[2] > _MOST_WITH_SINKS:
-                return f"leaves whole samples of more than {_MOST_WITH_SINKS:,} tokens to others, which are faster"
+            if q_BHTD.shape[2] > MOST_WITH_SINKS:
+                return f"leaves whole samples of more than {MOST_WITH_SINKS:,} tokens to others, which are faster"
         if (reason := why_not_fused(q_BHTD, v_BJSV, pattern, (9, 0))) is not None:
             return reason
         if not has_triton():

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from expertune.activations import Gate
 from expertune.attention.attend import attend
+from expertune.attention.hopper import MOST_WITH_SINKS
 from expertune.gated_mlp import Linear, gated_mlp
 from expertune.hosts import attention, forwards, mlps, norms, router
 from expertune.hosts.attach import decoders
@@ -92,8 +93,11 @@ def _attentions(model: PreTrainedModel) -> Iterator[Call]:
             if not attention.is_ours(decoder):
                 yield Call(_hosts, shapes, decoder.dtype)
                 continue
-            for window in (None, _NUM_TOKENS // 8):  # of which the second runs the kernels of packed samples, too
-                yield Call(_Attention(window, attention.has_sinks(module)), shapes, decoder.dtype)
+            has_sinks = attention.has_sinks(module)
+            # whole samples of more tokens than ours attends to; below it runs the kernels of windows and packed samples
+            whole = tuple((1, 2 * MOST_WITH_SINKS, *size) for size in sizes) if has_sinks else shapes
+            yield Call(_Attention(None, has_sinks), whole, decoder.dtype)
+            yield Call(_Attention(_NUM_TOKENS // 8, has_sinks), shapes, decoder.dtype)
 
 
 def _hosts(q_BTHD: Tensor, k_BTJD: Tensor, v_BTJV: Tensor) -> Tensor:
