@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from expertune import accumulate
+from expertune import accumulate, prepare
 from expertune.backends.protocol import FactorSide
 from expertune.grouped_linear import GroupedLinear, pack
 from expertune.shapes import Dispatch, Tensors
@@ -58,13 +58,22 @@ def experts(
     return cast(Tensor, out_TD).to(x_TD.dtype)
 
 
-def _forward(walk: Walk, tensors: Tensors) -> tuple[Tensor | None, ...]:
-    """`out_TD`, or None where it is left out, and `Made`."""
-    x_TD, weight_TK = cast(tuple[Tensor, Tensor], tensors[:2])
-    steps = walk.step.backend.steps()
-    routing, first, second = walk.linears(tensors[2:])
+def _pack(walk: Walk, tensors: Tensors) -> tuple[Tensor | None, ...]:
+    """The packed factors as `Made` holds them, from `w1, b1, w2, b2` and the factors."""
+    _, first, second = walk.linears((None, *tensors))
     packed1, packed2 = pack(first, second)
-    held = (*first.held(packed1), *second.held(packed2)) if walk.keeps_packed else ()
+    return (*first.held(packed1), *second.held(packed2))
+
+
+def _forward(walk: Walk, tensors: Tensors) -> tuple[Tensor | None, ...]:
+    """`out_TD`, or None where it is left out, and `Made`, but for packed factors that are given behind the others."""
+    x_TD, weight_TK, *others = cast(tuple[Tensor, ...], tensors)
+    steps = walk.step.backend.steps()
+    parts, given = others[: 1 + walk.num_parts], others[1 + walk.num_parts :]
+    routing, first, second = walk.linears(parts)
+    packed1, packed2 = (first.packed(*given[:2]), second.packed(*given[2:])) if given else pack(first, second)
+    held = (*first.held(packed1), *second.held(packed2)) if walk.keeps_packed and not given else ()
+    del others, given
     x_ND, mid1_NR = steps.gather(x_TD, None if packed1 is None else packed1.a_ERI, routing)
     h_NG, a_NF = first.gated(walk.step.gate, x_ND, packed1, mid1_NR)
     del x_ND, packed1
@@ -173,7 +182,9 @@ def _forward_and_backward(walk: Walk, tensors: Tensors) -> tuple[Tensor | None, 
     write over what was saved, so that it takes no more memory than forward.
     """
     out_TD, *made = _forward(walk, tensors)
-    x_TD, weight_TK, words, *parts = cast(tuple[Tensor, ...], tensors)
+    x_TD, weight_TK, words, *others = cast(tuple[Tensor, ...], tensors)
+    parts, packed = others[: walk.num_parts], others[walk.num_parts :]
+    made = [*made[: NUM_MADE - len(packed)], *packed]
     wants = [tensor is not None and tensor.requires_grad for tensor in parts]
     if x_TD.requires_grad or any(wants):
         walk = walk._replace(wants=(True, True, *wants), overwrites=True)
@@ -183,7 +194,9 @@ def _forward_and_backward(walk: Walk, tensors: Tensors) -> tuple[Tensor | None, 
     return (out_TD,)
 
 
-def run_forward(walk: Walk, x_TD: Tensor, weight_TK: Tensor, tensors: Tensors) -> tuple[Tensor | None, ...]:
+def run_forward(
+    walk: Walk, x_TD: Tensor, weight_TK: Tensor, tensors: Tensors, packed: Tensors = ()
+) -> tuple[Tensor | None, ...]:
     """`_forward`, as the backend runs it: the output, if it is not left out, and `Made`.
 
     Args:
@@ -191,9 +204,11 @@ def run_forward(walk: Walk, x_TD: Tensor, weight_TK: Tensor, tensors: Tensors) -
         x_TD: the tokens, in the dtype of the base weights.
         weight_TK: the router's weights, contiguous.
         tensors: the routing's words, then `w1, b1, w2, b2`, then the factors.
+        packed: the packed factors as `Made` holds them, if they were made beforehand; they are kept.
     """
-    inputs = (x_TD, weight_TK, *tensors)
-    return tuple(walk.step.backend.steps().run(_forward, walk, inputs, ahead=_forward_and_backward))
+    inputs = (x_TD, weight_TK, *tensors, *packed)
+    out_TD, *made = walk.step.backend.steps().run(_forward, walk, inputs, ahead=_forward_and_backward)
+    return (out_TD, *made[: NUM_MADE - len(packed)], *packed)
 
 
 def kept(walk: Walk, x_TD: Tensor, weight_TK: Tensor, made: Tensors, tensors: Tensors) -> Tensors:
@@ -249,7 +264,9 @@ class _ExpertsFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, walk: Walk, x_TD: Tensor, weight_TK: Tensor, *tensors: Tensor | None) -> Tensor:
         weight_TK = weight_TK.contiguous()
-        out_TD, *made = run_forward(walk, x_TD, weight_TK, tensors)
+        packed = _packed_beforehand(walk, tensors[1:])
+        walk = walk._replace(keeps_packed=walk.keeps_packed or bool(packed))
+        out_TD, *made = run_forward(walk, x_TD, weight_TK, tensors, packed)
         _, wants_x, wants_weight, _, *wants = ctx.needs_input_grad
         ctx.walk = walk = walk._replace(wants=(wants_x, wants_weight, *wants))
         ctx.save_for_backward(*kept(walk, x_TD, weight_TK, made, tensors))
@@ -269,6 +286,14 @@ class _ExpertsFunction(torch.autograd.Function):
         sums = accumulate.sums(ctx, saved[-walk.num_parts :])
         dx_TD, dweight_TK, *others = run_backward(walk, dout_TD, saved, sums)
         return (None, dx_TD, dweight_TK, None, *others)
+
+
+def _packed_beforehand(walk: Walk, parts: Tensors) -> Tensors:
+    """The packed factors, of a pass that is recorded; else nothing."""
+    preparation = prepare.preparation_of(parts[4:])
+    if preparation is None:
+        return ()
+    return preparation.made(partial(walk.step.backend.steps().run, _pack, walk, parts))
 
 
 def _postpone(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from expertune import accumulate, kernels
+from expertune import accumulate, kernels, prepare
 from expertune.activations import Gate
 from expertune.shapes import LoraFactors
 from expertune.split_linear import SplitLinear
@@ -79,7 +79,10 @@ class _GatedMlp(torch.autograd.Function):
         ctx: Any, gate: Gate, scales: tuple[float, ...], tile: int | None, x: Tensor, *tensors: Tensor | None
     ) -> Tensor:
         x_NI = x.reshape(-1, x.shape[-1])
-        narrow = [t if t is None or i % 4 < 2 else t.to(x.dtype) for i, t in enumerate(tensors)]  # the factors are cast
+        narrow = list(tensors)
+        factors = [i for i in range(len(tensors)) if i % 4 >= 2]
+        for i, factor in zip(factors, prepare.cast([tensors[i] for i in factors], x.dtype), strict=True):
+            narrow[i] = factor
         all_dtypes = [None if tensor is None else tensor.dtype for tensor in tensors]
         dtypes = tuple(zip(all_dtypes[2::4], all_dtypes[3::4], strict=True))
         parts = _Parts.of(narrow, scales, dtypes)

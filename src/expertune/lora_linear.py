@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from expertune import prepare
 from expertune.shapes import LoraFactors
 from expertune.split_linear import SplitLinear
 
@@ -34,7 +35,8 @@ class _LoraLinear(torch.autograd.Function):
         ctx: Any, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, a_RI: Tensor, b_OR: Tensor, scale: float
     ) -> Tensor:
         dtype = weight_OI.dtype
-        linear = SplitLinear(weight_OI, bias_O, a_RI.to(dtype), b_OR.to(dtype), scale, (a_RI.dtype, b_OR.dtype))
+        narrow_a_RI, narrow_b_OR = prepare.cast((a_RI, b_OR), dtype)
+        linear = SplitLinear(weight_OI, bias_O, narrow_a_RI, narrow_b_OR, scale, (a_RI.dtype, b_OR.dtype))
         x_NI = x.reshape(-1, x.shape[-1])
         y_NO = x_NI.new_empty((len(x_NI), len(weight_OI)))
         mid_NR = linear.forward(x_NI, y_NO)

@@ -19,10 +19,10 @@ class Rerun:
     """A graph that runs its work again, and counts."""
 
     work: Callable[[], None]
-    capture: "FakeCapture"
+    count: Callable[[], None]
 
     def replay(self) -> None:
-        self.capture.replays += 1
+        self.count()
         self.work()
 
 
@@ -30,7 +30,8 @@ class Rerun:
 class FakeCapture:
     """Records nothing; may refuse."""
 
-    replays: int = 0
+    replays: int = 0  # of forwards and backwards
+    preparations: int = 0
     refuses: str | None = None
     recorded: list[bool] = field(default_factory=list)
     rooms: list[int] = field(default_factory=list)  # how much had been recorded when room was made
@@ -43,7 +44,17 @@ class FakeCapture:
             raise RuntimeError(self.refuses)
         self.recorded.append(keeps)
         work()  # as while a stream captures
-        return Rerun(work, self)
+        return Rerun(work, self._count_replay)
+
+    def record_alone(self, work: Callable[[], None]) -> Rerun:
+        work()
+        return Rerun(work, self._count_preparation)
+
+    def _count_replay(self) -> None:
+        self.replays += 1
+
+    def _count_preparation(self) -> None:
+        self.preparations += 1
 
     def make_room(self) -> None:
         self.rooms.append(len(self.recorded))

@@ -219,7 +219,7 @@ def test_of_several_that_are_looked_at_together_the_one_that_changed_is_recorded
         if seed == 4:
             for module in pairs[number]:
                 change(module)
-        recorder.begin()
+        recorder.begin(5)
         for toy, stock in pairs:
             assert_same(toy, stock, seed)
         recorder.end()

@@ -3,7 +3,7 @@
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -30,6 +30,10 @@ class Capture(Protocol):
         Raises:
             RuntimeError: it waits for the device, or there is no memory.
         """
+        ...
+
+    def record_alone(self, work: Callable[[], None]) -> Graph:
+        """The same, with memory that no other recorded work is given: it may be replayed before or after any."""
         ...
 
     def make_room(self) -> None:
@@ -61,11 +65,18 @@ class CudaCapture:
 
     def record(self, work: Callable[[], None], *, keeps: bool) -> Graph:
         """Other threads may allocate meanwhile, as those of data loaders do."""
+        return self._record(work, self._kept if keeps else self._passing)
+
+    def record_alone(self, work: Callable[[], None]) -> Graph:
+        """In a pool of its own."""
+        return self._record(work, torch.cuda.graph_pool_handle())
+
+    def _record(self, work: Callable[[], None], pool: Any) -> Graph:
         graph = torch.cuda.CUDAGraph()
         current = torch.cuda.current_stream(self._stream.device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream), _no_collection():
-            graph.capture_begin(pool=self._kept if keeps else self._passing, capture_error_mode="thread_local")
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:
                 work()
             except RuntimeError:

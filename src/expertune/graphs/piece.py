@@ -84,7 +84,7 @@ class Piece:
             with self._recorder.passing() if self._is_new else nullcontext():
                 return self._run(args, kwargs)
         recording, tensors = found
-        self._recorder.note_replay()
+        self._recorder.begin_replay(recording)
         out, caught = recording.replay(tensors)
         self._recorder.host.deliver(caught)
         return out

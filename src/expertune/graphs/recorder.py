@@ -40,6 +40,8 @@ class Recorder:
         self._has_changed = False  # a module, since it was settled which are looked at together
         self._is_within = False  # a forward of the model
         self._looked: set[Together] = set()  # at, in this forward
+        self._served: dict[Any, None] = {}  # recordings that were replayed in this forward, or in the last, in order
+        self._prepared: set[Any] = set()  # recordings, in this forward
         self._releases = 0
         self._replays = 0  # since the last release
 
@@ -51,12 +53,24 @@ class Recorder:
 
     def __getstate__(self) -> dict[str, Any]:
         """Recordings belong to one model in one process."""
-        return vars(self) | {"pools": {}, "keepers": {}, "_together": {}, "_looked": set(), "_is_within": False}
+        new: dict[str, Any] = {"pools": {}, "keepers": {}, "_together": {}, "_served": {}}
+        return vars(self) | new | {"_looked": set(), "_prepared": set(), "_is_within": False}
 
-    def begin(self) -> None:
-        """A forward of the model begins, in which no module changes."""
+    def begin(self, tokens: int) -> None:
+        """A forward of the model begins, in which no module changes.
+
+        What recordings read of parameters alone is computed now: until the first layer is called, the device waits.
+
+        Args:
+            tokens: of the batch.
+        """
         self._is_within = True
         self._looked.clear()
+        self._prepared.clear()
+        served, self._served = self._served, {}
+        for recording in served:
+            if recording.tokens == tokens and not recording.is_pending and torch.is_grad_enabled():
+                self._prepare(recording)
         if self._has_changed:
             self._has_changed = False
             self._together = dict(together([piece for piece in self.pieces if piece.is_same()]))
@@ -64,6 +78,7 @@ class Recorder:
     def end(self) -> None:
         """It has ended."""
         self._is_within = False
+        self._prepared.clear()
 
     def has_looked(self, piece: Any) -> bool:
         """Whether a piece knows if its module has changed: in a forward, several are looked at together.
@@ -104,10 +119,23 @@ class Recorder:
         for piece in self.pieces:
             piece.forget()
         self.pools.clear()
+        self._served.clear()
+        self._prepared.clear()
 
-    def note_replay(self) -> None:
-        """A recording serves once more."""
+    def begin_replay(self, recording: Any) -> None:
+        """A recording serves once more.
+
+        Args:
+            recording: a `Recording`, which is prepared where it has not been in this forward.
+        """
         self._replays += 1
+        self._served[recording] = None
+        if not self._is_within or recording not in self._prepared:
+            self._prepare(recording)
+
+    def _prepare(self, recording: Any) -> None:
+        recording.prepare()
+        self._prepared.add(recording)
 
     def make_way(self, piece: Any) -> None:
         """Give memory back if a step that recordings do not serve may want it: looked at once a step.

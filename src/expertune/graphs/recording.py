@@ -3,6 +3,7 @@
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, NamedTuple, TypeAlias, cast
 
@@ -16,6 +17,7 @@ from expertune.accumulate import Postponed
 from expertune.graphs.capture import Graph
 from expertune.graphs.pool import Pool, Shared
 from expertune.graphs.structure import put_together, take_apart
+from expertune.prepare import Preparation
 
 _LARGE = 2**20  # bytes of a gradient from which it is copied out of a graph by itself
 
@@ -61,6 +63,7 @@ class Recording:
         # those whose gradients are large, and may be added to what is there; None for the others
         self.added = [parameter if parameter.nbytes >= _LARGE else None for parameter in parameters]
         self._large_leaves = [leaf for leaf in self._leaves if leaf.nbytes >= _LARGE]
+        self._preparation = Preparation(self._leaves)
         self._number_of = {id(leaf): number for number, leaf in enumerate(self._leaves)}
         self._pass: Callable[[], _Pass | None] = lambda: None
         before = pool.allocated()
@@ -75,6 +78,7 @@ class Recording:
         self._postponed: list[Postponed] = []
         self.wanted_outs: list[int] = []  # the numbers of the outputs that carry a gradient
         self._leaving, self._numbers_of_large, self._douts = self._try()
+        self._ahead = pool.capture.record_alone(self._preparation.run) if self._preparation else None
         self._forward, self._backward = self._capture()
         self._large = [pool.capture.lend(grad) for grad in self._large]
         self._postponed = [self._lend(each) for each in self._postponed]
@@ -89,8 +93,13 @@ class Recording:
         """Whether it can be replayed on these inputs now; see `Pool.may_begin`."""
         return self._pool.may_begin(self, [(shared, inputs[i]) for i, shared in self._shared])
 
+    def prepare(self) -> None:
+        """Compute what forward reads of parameters alone, before each replay of it; not while a backward is to come."""
+        if self._ahead is not None:
+            self._ahead.replay()
+
     def replay(self, inputs: Sequence[Tensor]) -> Any:
-        """What the module's forward returns for these inputs, differentiable as it is."""
+        """What the module's forward returns for these inputs, differentiable as it is; once prepared."""
         outs = _Replay.apply(self, len(inputs), *inputs, *self._parameters)  # type: ignore[no-untyped-call]
         return put_together(self._rest, iter(outs))
 
@@ -212,9 +221,13 @@ class Recording:
 
     def _run_forward(self) -> None:
         outs: list[Tensor] = []
-        with torch.enable_grad():
+        with torch.enable_grad(), self._preparing():
             self._rest = take_apart(self._call(self._tensors, self._leaves), outs)
         self._outs = outs
+
+    def _preparing(self) -> AbstractContextManager[None]:
+        """Around forward."""
+        return self._preparation.during()
 
     def _run_backward(self) -> None:
         grads = self._gradients(self._douts)

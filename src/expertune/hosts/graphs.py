@@ -146,16 +146,25 @@ def _checkpointing(forward: Callable[..., Any]) -> FunctionType | None:
 def hook(decoder: nn.Module, recorder: Recorder) -> Iterator[RemovableHandle]:
     """Tell when a decoder's forward begins and ends."""
 
-    def begin(*_: Any) -> None:
+    def begin(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not torch.compiler.is_compiling():
-            recorder.begin()
+            recorder.begin(_num_tokens(args, kwargs))
 
     def end(*_: Any) -> None:
         if not torch.compiler.is_compiling():
             recorder.end()
 
-    yield decoder.register_forward_pre_hook(begin)
+    yield decoder.register_forward_pre_hook(begin, with_kwargs=True)
     yield decoder.register_forward_hook(end, always_call=True)
+
+
+def _num_tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Of a decoder's batch, which it is given as ids or as embeddings; 0 if that cannot be seen."""
+    ids = args[0] if args else kwargs.get("input_ids")
+    if isinstance(ids, torch.Tensor):
+        return ids.numel()
+    embeddings = kwargs.get("inputs_embeds")
+    return embeddings.shape[:-1].numel() if isinstance(embeddings, torch.Tensor) else 0
 
 
 def unbind(recorder: Recorder) -> None:

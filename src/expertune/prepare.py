@@ -1,0 +1,87 @@
+"""Prepare: what a recorded forward pass reads of parameters alone, computed before the layers run.
+
+A step begins with milliseconds of Python, masks and angles, in which the device waits. Adapters' factors are cast and
+packed then, those of all layers, and not by each layer when its turn comes. The counterpart of the gradients that a
+recorded pass leaves for later (`accumulate.py`).
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from expertune.shapes import Tensors
+
+
+class Preparation:
+    """Of one forward pass that is recorded: run once as it is, then computed by `run`, then run again.
+
+    Args:
+        leaves: nobody else's, by which the pass is known.
+    """
+
+    def __init__(self, leaves: Sequence[Tensor]) -> None:
+        self._leaves = frozenset(map(id, leaves))
+        self._makes: list[Callable[[], Tensors]] = []
+        self._made: list[Tensors] | None = None
+        self._place = 0  # in a run of the pass
+
+    def __bool__(self) -> bool:
+        """Whether there is anything to compute."""
+        return bool(self._makes)
+
+    def covers(self, leaves: Sequence[Tensor | None]) -> bool:
+        """Whether what is computed of these may be computed beforehand."""
+        return bool(leaves) and self._leaves.issuperset(map(id, leaves))
+
+    def made(self, make: Callable[[], Tensors]) -> Tensors:
+        """What `make` yields: in the first run by calling it, later what `run` has made of it.
+
+        Args:
+            make: of leaves alone; what it yields is read only.
+        """
+        self._place += 1
+        if self._made is not None:
+            return self._made[self._place - 1]
+        self._makes.append(make)
+        return make()
+
+    def run(self) -> None:
+        """Make all, in the order in which the first run asked for it; later runs of the pass read this."""
+        with torch.no_grad():
+            self._made = [make() for make in self._makes]
+
+    @contextmanager
+    def during(self) -> Iterator[None]:
+        """Around each run of the pass."""
+        self._place = 0
+        _preparations.append(self)
+        try:
+            yield
+        finally:
+            _preparations.remove(self)
+
+
+_preparations: list[Preparation] = []
+
+
+def preparation_of(leaves: Sequence[Tensor | None]) -> Preparation | None:
+    """By which what is computed of these alone may be made beforehand; None if it is wanted now."""
+    if torch.compiler.is_compiling():
+        return None
+    return next((each for each in _preparations if each.covers(leaves)), None)
+
+
+def cast(factors: Sequence[Tensor | None], dtype: torch.dtype) -> Tensors:
+    """Factors in the dtype that they are multiplied in, perhaps made beforehand; None for None."""
+    leaves = [factor for factor in factors if factor is not None]
+    preparation = preparation_of(leaves)
+    if preparation is None or all(leaf.dtype == dtype for leaf in leaves):
+        return _cast(factors, dtype)
+    return preparation.made(partial(_cast, factors, dtype))
+
+
+def _cast(factors: Sequence[Tensor | None], dtype: torch.dtype) -> Tensors:
+    return [None if factor is None else factor.to(dtype) for factor in factors]
