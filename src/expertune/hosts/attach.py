@@ -21,6 +21,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from expertune.graphs.recorder import Recorder
 from expertune.hosts import (
+    angles,
     attention,
     formulas,
     forwards,
@@ -161,6 +162,7 @@ def _hook(model: PreTrainedModel, state: Attached) -> None:
     for decoder in decoders(model):
         state.handles.append(decoder.register_forward_pre_hook(partial(_before_decoder, model, state)))
         state.handles.append(decoder.register_forward_pre_hook(samples.Teller(decoder), with_kwargs=True))
+        state.handles += angles.hook(decoder)
 
 
 def detach(model: PreTrainedModel) -> None:

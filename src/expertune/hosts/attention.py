@@ -163,6 +163,11 @@ def hiding_nothing(shape: torch.Size, device: torch.device) -> Tensor:
     return mask_BT
 
 
+def hides_nothing(mask: Any) -> bool:
+    """Whether a decoder's mask is known to hide nothing."""
+    return isinstance(mask, Tensor) and mask in _HIDING_NOTHING
+
+
 def _unless_it_hides_nothing(mask_BT: Tensor | None) -> Tensor | None:
     """A mask; None for one of which that is known, which none is that a compiled model is given."""
     if mask_BT is None or torch.compiler.is_compiling():
