@@ -109,27 +109,6 @@ def test_every_module_trains_as_the_hosts_do(checkpoint: Checkpoint) -> None:
         model.train("yes")
 
 
-def test_what_changes_between_two_batches_is_set_to_training_too(checkpoint: Checkpoint) -> None:
-    model = expertune.optimize(load_tiny(checkpoint("qwen3_moe")))
-    layer = model.model.layers[1]
-
-    def replace() -> None:
-        layer.mlp.extra = nn.Sequential(nn.Dropout()).eval()
-
-    def set_apart() -> None:
-        vars(layer.self_attn.q_proj)["training"] = False
-
-    for change in (layer.mlp.eval, set_apart, replace, lambda: layer.mlp.extra[0].eval(), model.eval):
-        for _ in range(2):
-            assert model.train() is model
-        change()
-        assert {module.training for module in model.modules()} != {True}
-        model.train()
-        assert {module.training for module in model.modules()} == {True}
-    assert not copy.deepcopy(model).eval().model.training
-    assert model.model.training
-
-
 def test_a_module_with_a_way_of_its_own_is_asked(checkpoint: Checkpoint) -> None:
     class Frozen(nn.Sequential):
         def train(self, mode: bool = True) -> "Frozen":

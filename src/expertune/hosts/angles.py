@@ -80,12 +80,15 @@ def hook(decoder: nn.Module) -> Iterator[Any]:
     angles = Angles()
 
     def begin(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_compiling():
+            return
         mask = kwargs.get("attention_mask")
         is_usual = len(args) <= 1 and all(kwargs.get(name) is None for name in _GIVEN)
         angles.begin(follow_from_shape=is_usual and (mask is None or attention.hides_nothing(mask)))
 
     def end(*_: Any) -> None:
-        angles.end()
+        if not torch.compiler.is_compiling():
+            angles.end()
 
     modules = [m for m in decoder.children() if type(m).__name__.endswith("RotaryEmbedding") and _is_known(m)]
     if modules:
@@ -110,7 +113,7 @@ def forward(module: nn.Module, angles: Angles, x: Tensor, position_ids: Tensor, 
         position_ids: counted by the decoder, where it was given none.
         layer_type: for which angles are wanted, of an embedding that has several; else None.
     """
-    if angles.follow_from_shape and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and angles.follow_from_shape:
         return angles.of(module, x, position_ids, layer_type)
     return _forward(module, x, position_ids, layer_type)
 

@@ -13,7 +13,6 @@ from types import MethodType
 from typing import Any, NamedTuple
 
 from torch import nn
-from torch._C._dynamo.guards import dict_version
 from torch.nn import Parameter
 from transformers import PreTrainedModel
 
@@ -57,7 +56,6 @@ class _Flat(NamedTuple):
         were: what was in these.
         parameters: the dictionaries in which those hold parameters that hold any.
         empty: the dictionaries of both kinds that nothing was in.
-        training: all dictionaries that say which modules there are, and whether they are set to training.
         trains_plainly: whether no class among them does more on `train` than to hand it on.
     """
 
@@ -67,7 +65,6 @@ class _Flat(NamedTuple):
     were: list[dict[str, Any]]
     parameters: list[dict[str, Any]]
     empty: list[dict[str, Any]]
-    training: list[dict[str, Any]]
     trains_plainly: bool
 
     @classmethod
@@ -84,7 +81,6 @@ class _Flat(NamedTuple):
             were=[dict(each) for each in filled],
             parameters=[each for each in parameters if each],
             empty=[each for each in (*children, *parameters) if not each],
-            training=[*map(vars, modules), *children],
             trains_plainly=all(map(_is_plain, modules)),
         )
 
@@ -92,25 +88,9 @@ class _Flat(NamedTuple):
         """Whether no module has come, gone, or changed places, and none has its first parameter."""
         return not any(self.empty) and all(map(eq, self.children, self.were))
 
-    def read_versions(self) -> list[int]:
-        """Of the dictionaries of `training`, new ones wherever an item was set."""
-        return [*map(dict_version, self.training)]
-
     def held(self) -> list[Parameter]:
         """The parameters of all, shared ones more than once."""
         return [each for each in chain.from_iterable(map(dict.values, self.parameters)) if each is not None]
-
-
-class _Trained(NamedTuple):
-    """The last answer to `train`.
-
-    Args:
-        mode: to which all modules were set.
-        versions: of the dictionaries that say so.
-    """
-
-    mode: bool
-    versions: list[int]
 
 
 class _Counted(NamedTuple):
@@ -139,12 +119,11 @@ class Walks:
         self._model = model
         self._on_train = on_train
         self._flat: _Flat | None = None
-        self._trained: _Trained | None = None
         self._counted: _Counted | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy of a model has modules of its own."""
-        return vars(self) | {"_flat": None, "_trained": None, "_counted": None}
+        return vars(self) | {"_flat": None, "_counted": None}
 
     def parameters(self, recurse: bool = True) -> Iterator[Parameter]:
         """As `nn.Module.parameters`, whose argument this is."""
@@ -155,19 +134,15 @@ class Walks:
 
     def train(self, mode: bool = True) -> nn.Module:
         """As `nn.Module.train`, whose argument this is."""
-        model = self._model
+        model, flat = self._model, self._modules()
         if self._on_train is not None:
             self._on_train(model)
-        if self._is_set(mode):
-            return model
-        flat = self._modules()
         has_own = map(contains, flat.attributes[1:], repeat("train"))
         if not isinstance(mode, bool) or not flat.trains_plainly or any(has_own):
             return type(model).train(model, mode)
         for module, attributes in zip(flat.modules, flat.attributes, strict=True):
             if attributes.get("training") is not mode:
                 module.training = mode
-        self._trained = _Trained(mode, flat.read_versions())
         return model
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
@@ -182,12 +157,6 @@ class Walks:
         if self._counted is None or self._counted.call != call:
             self._counted = _Counted(call, held, self._count(only_trainable, exclude_embeddings))
         return self._counted.total
-
-    def _is_set(self, mode: bool) -> bool:
-        """Whether nothing has been set since all were set to `mode`: what they hold would come from memory anew."""
-        if self._flat is None or self._trained is None or self._trained.mode is not mode:
-            return False
-        return self._flat.read_versions() == self._trained.versions
 
     def _count(self, only_trainable: bool, exclude_embeddings: bool) -> int:
         total, seen = 0, set()
