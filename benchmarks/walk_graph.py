@@ -1,12 +1,13 @@
 """Time the walk alone, from the sort of rows to their sum, forward and backward: what the GPU takes without the CPU.
 
     python benchmarks/walk_graph.py [--shape tiny|qwen3|gptoss|glm|moonlight] [--tokens 1024,4096] [--rank 64]
-                                    [--packs-twice]
+                                    [--packs before|once|twice]
 
 Frozen experts in bfloat16 with LoRA in float32 on gate_up and down, even random routing, on the backend that `auto`
 takes. A pass is recorded as one CUDA graph. "rested" are replays each after 30 ms of nothing; "sustained" are runs of
-150 ms of replays, one run after another, in which a card reaches its power limit. Factors are packed once, as in the
-recorded layers of a model, or in forward and again in backward. Without a GPU the pass is called instead, once a run.
+150 ms of replays, one run after another, in which a card reaches its power limit. Factors are packed before, as those
+of recorded layers are, and not timed; or in forward, for both; or in forward and again in backward. Without a GPU the
+pass is called instead, once a run.
 Writes `runs/bench/walk_graph.json` with its provenance: medians and the best, in ms.
 """
 
@@ -23,6 +24,7 @@ from torch import Tensor
 from expertune.experts import experts
 from expertune.hosts.transformers import first_name, make_plan, named_experts
 from expertune.memory.replay import RoutingReplay
+from expertune.prepare import Preparation
 from expertune.shapes import LoraFactors
 from expertune.walk import Projection
 from provenance import provenance
@@ -33,6 +35,7 @@ _REST_S = 0.03
 _RUN_MS = 150
 _AHEAD_CYCLES = 2_000_000  # in which a replay is submitted before it may begin
 _STD = 0.02
+PACKS = ("before", "once", "twice")
 
 
 class Pass:
@@ -64,20 +67,30 @@ class Pass:
         )
         self.factors = [f for p in self._projections for adapter in p.adapters for f in (adapter.a, adapter.b)]
 
-    def on(self, num_tokens: int, *, keeps_packed: bool) -> Callable[[], list[Tensor]]:
-        """A function that runs it on so many tokens, and gives the gradients of tokens, weights and factors."""
+    def on(self, num_tokens: int, packs: str) -> Callable[[], list[Tensor]]:
+        """A function that runs it on so many tokens, and gives the gradients of tokens, weights and factors.
+
+        Args:
+            num_tokens: of the batch.
+            packs: of `PACKS`, when factors are packed.
+        """
         random, layout = {"device": self._device}, self.step.layout
         x_TD, dout_TD = (self._normal(num_tokens, layout.model_width) for _ in range(2))
         expert_TK = torch.rand(num_tokens, layout.num_experts, **random).topk(self._per_token).indices
         weight_TK = torch.rand(num_tokens, self._per_token, **random).requires_grad_()
         wanted = [x_TD.requires_grad_(), weight_TK, *self.factors]
         first, second = self._projections
+        preparation = Preparation(self.factors if packs == "before" else [])
 
         def run() -> list[Tensor]:
             rows = self.step.dispatch(expert_TK)
-            out_TD = experts(x_TD, rows, weight_TK, (first, second), self.step, keeps_packed=keeps_packed)
+            with preparation.during():
+                out_TD = experts(x_TD, rows, weight_TK, (first, second), self.step, keeps_packed=packs != "twice")
             return list(torch.autograd.grad(out_TD, wanted, dout_TD))
 
+        if packs == "before":
+            run()
+            preparation.run()
         return run
 
     def _adapter(self, into: int, out: int, rank: int) -> LoraFactors:
@@ -133,17 +146,17 @@ def measure(run: Callable[[], Any], num_rested: int, num_sustained: int) -> dict
 def main() -> None:
     """Measure, show, write."""
     parser = arguments(__doc__, tokens_on_gpu="1024,4096,16384,32768", tokens="64,256")
-    parser.add_argument("--packs-twice", action="store_true", help="factors, as in layers that are not recorded")
+    parser.add_argument("--packs", choices=PACKS, default="once", help="factors")
     parser.add_argument("--rested", type=int, default=24, help="replays")
     parser.add_argument("--sustained", type=int, default=10, help="runs")
     args = parser.parse_args()
     console = Console()
     walk = Pass(args.shape, args.rank, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     settings = {"shape": args.shape, "rank": args.rank, "backend": walk.step.backend.name}
-    report = {"provenance": provenance("torch", "triton"), **settings, "keeps_packed": not args.packs_twice}
+    report = {"provenance": provenance("torch", "triton"), **settings, "packs": args.packs}
     rows: dict[int, dict[str, list[float]]] = {}
     for num_tokens in map(int, args.tokens.split(",")):
-        run = replayed(walk.on(num_tokens, keeps_packed=not args.packs_twice))
+        run = replayed(walk.on(num_tokens, args.packs))
         rows[num_tokens] = measure(run, args.rested, args.sustained)
         console.print(f"{num_tokens:,} tokens, ms (best): {rows[num_tokens]}")
     args.output.mkdir(parents=True, exist_ok=True)

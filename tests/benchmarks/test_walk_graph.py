@@ -13,14 +13,14 @@ from shapes import SHAPES
 from tests.cases import needs_cuda
 
 
-@pytest.mark.parametrize("keeps_packed", [False, True])
+@pytest.mark.parametrize("packs", walk_graph.PACKS)
 @pytest.mark.parametrize("shape", ["tiny", "gptoss"])
-def test_everything_gets_its_gradient(monkeypatch: pytest.MonkeyPatch, shape: str, keeps_packed: bool) -> None:
+def test_everything_gets_its_gradient(monkeypatch: pytest.MonkeyPatch, shape: str, packs: str) -> None:
     widths = {"hidden_size": 64, "intermediate_size": 32, "num_local_experts": 8}
     monkeypatch.setitem(SHAPES, "gptoss", ("gpt_oss", SHAPES["gptoss"][1] | widths))
     walk = walk_graph.Pass(shape, rank=4, device=torch.device("cpu"))
     assert walk.step.layout.is_transposed == walk.step.layout.has_bias == (shape == "gptoss")
-    grads = walk.on(16, keeps_packed=keeps_packed)()
+    grads = walk.on(16, packs)()
     assert len(grads) == 2 + len(walk.factors) == 6
     assert all(grad.any() and grad.isfinite().all() for grad in grads)
 
