@@ -26,10 +26,10 @@ def _cap(logits, factor, height, slope, HAS_CAP: tl.constexpr):
 
 
 @triton.jit
-def _read(row_ptr, v, V, IS_INSIDE: tl.constexpr):
+def _read(row_ptr, v, V, IS_INSIDE: tl.constexpr, POLICY: tl.constexpr):
     if IS_INSIDE:
-        return tl.load(row_ptr + v).to(tl.float32)
-    return tl.load(row_ptr + v, mask=v < V, other=0.0).to(tl.float32)
+        return tl.load(row_ptr + v, eviction_policy=POLICY).to(tl.float32)
+    return tl.load(row_ptr + v, mask=v < V, other=0.0, eviction_policy=POLICY).to(tl.float32)
 
 
 @triton.jit
@@ -43,7 +43,7 @@ def _fold(
     """
     most, total, weighted, most_before = sums
     v = start + tl.arange(0, BV)
-    z, _ = _cap(_read(row_ptr, v, V, IS_INSIDE), factor, height, slope, HAS_CAP)
+    z, _ = _cap(_read(row_ptr, v, V, IS_INSIDE, "evict_last"), factor, height, slope, HAS_CAP)
     if not IS_INSIDE:
         z = tl.where(v < V, z, -1e30)
     if (label >= start) & (label < start + BV):
@@ -70,14 +70,14 @@ def _replace(
 ):  # fmt: skip
     """Write the gradient of `BV` logits in their place."""
     v = start + tl.arange(0, BV)
-    z, slope = _cap(_read(row_ptr, v, V, IS_INSIDE), factor, height, slope, HAS_CAP)
+    z, slope = _cap(_read(row_ptr, v, V, IS_INSIDE, "evict_first"), factor, height, slope, HAS_CAP)
     gradient = -tl.exp(z - log_total) * slope
     if (label >= start) & (label < start + BV):
         gradient += tl.where(v == label, slope, 0.0)
     if IS_INSIDE:
-        tl.store(row_ptr + v, gradient.to(row_ptr.dtype.element_ty))
+        tl.store(row_ptr + v, gradient.to(row_ptr.dtype.element_ty), eviction_policy="evict_first")
     else:
-        tl.store(row_ptr + v, gradient.to(row_ptr.dtype.element_ty), mask=v < V)
+        tl.store(row_ptr + v, gradient.to(row_ptr.dtype.element_ty), mask=v < V, eviction_policy="evict_first")
 
 
 @triton.jit
@@ -85,7 +85,10 @@ def _log_probs_kernel(
     logits_ptr, label_ptr, log_prob_ptr, entropy_ptr, is_top1_ptr, V, factor, height, slope,
     HAS_CAP: tl.constexpr, WRITES_GRADIENT: tl.constexpr, BV: tl.constexpr, SIDE: tl.constexpr,
 ):  # fmt: skip
-    """One program a token, twice over its logits: first the sums, rescaled as the maximum grows, then the gradient."""
+    """One program a token, twice over its logits: first the sums, rescaled as the maximum grows, then the gradient.
+
+    The second time from the end: what was read last is still in the cache.
+    """
     token = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + token * V
     label = tl.load(label_ptr + token)
@@ -113,10 +116,10 @@ def _log_probs_kernel(
     tl.store(entropy_ptr + token, log_total - tl.sum(weighted, axis=0) / total_of_all)
     tl.store(is_top1_ptr + token, (z_label >= highest) & (z_label > most_before))
     if WRITES_GRADIENT:
-        for start in range(0, inside, BV):
-            _replace(row_ptr, start, V, label, factor, height, slope, highest + log_total, HAS_CAP, BV, True)
         if inside < V:
             _replace(row_ptr, inside, V, label, factor, height, slope, highest + log_total, HAS_CAP, BV, False)
+        for done in range(BV, inside + BV, BV):
+            _replace(row_ptr, inside - done, V, label, factor, height, slope, highest + log_total, HAS_CAP, BV, True)
 
 
 def log_probs(
