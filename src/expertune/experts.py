@@ -290,10 +290,11 @@ class _ExpertsFunction(torch.autograd.Function):
 
 def _packed_beforehand(walk: Walk, parts: Tensors) -> Tensors:
     """The packed factors, of a pass that is recorded; else nothing."""
-    preparation = prepare.preparation_of(parts[4:])
+    factors = parts[4:]
+    preparation = prepare.preparation_of(factors)
     if preparation is None:
         return ()
-    return preparation.made(partial(walk.step.backend.steps().run, _pack, walk, parts))
+    return preparation.made(factors, partial(walk.step.backend.steps().run, _pack, walk, parts))
 
 
 def _postpone(

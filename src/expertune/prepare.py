@@ -25,6 +25,7 @@ class Preparation:
     def __init__(self, leaves: Sequence[Tensor]) -> None:
         self._leaves = frozenset(map(id, leaves))
         self._makes: list[Callable[[], Tensors]] = []
+        self._read: dict[int, Tensor] = {}  # the leaves from which it is made
         self._made: list[Tensors] | None = None
         self._place = 0  # in a run of the pass
 
@@ -36,17 +37,23 @@ class Preparation:
         """Whether what is computed of these may be computed beforehand."""
         return bool(leaves) and self._leaves.issuperset(map(id, leaves))
 
-    def made(self, make: Callable[[], Tensors]) -> Tensors:
+    def made(self, leaves: Sequence[Tensor | None], make: Callable[[], Tensors]) -> Tensors:
         """What `make` yields: in the first run by calling it, later what `run` has made of it.
 
         Args:
-            make: of leaves alone; what it yields is read only.
+            leaves: which `covers`.
+            make: of these alone; what it yields is read only.
         """
         self._place += 1
         if self._made is not None:
             return self._made[self._place - 1]
         self._makes.append(make)
+        self._read |= {id(leaf): leaf for leaf in leaves if leaf is not None}
         return make()
+
+    def versions(self) -> list[int]:
+        """Of the leaves from which it is made, other ones once one has been written to."""
+        return [leaf._version for leaf in self._read.values()]
 
     def run(self) -> None:
         """Make all, in the order in which the first run asked for it; later runs of the pass read this."""
@@ -80,7 +87,7 @@ def cast(factors: Sequence[Tensor | None], dtype: torch.dtype) -> Tensors:
     preparation = preparation_of(leaves)
     if preparation is None or all(leaf.dtype == dtype for leaf in leaves):
         return _cast(factors, dtype)
-    return preparation.made(partial(_cast, factors, dtype))
+    return preparation.made(leaves, partial(_cast, factors, dtype))
 
 
 def _cast(factors: Sequence[Tensor | None], dtype: torch.dtype) -> Tensors:

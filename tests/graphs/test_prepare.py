@@ -154,3 +154,21 @@ def test_a_models_layers(checkpoint: Checkpoint) -> None:
         handle.remove()
     assert prepared == [0, 0, 0, 4, 6, 8]
     assert capture.preparations == 4 * 2
+
+
+def test_factors_that_change_within_a_forward_are_read_as_they_are(
+    recorder: Recorder, capture: FakeCapture, stacks: tuple[nn.ModuleList, nn.ModuleList]
+) -> None:
+    """By a hook, say, that adds noise to them."""
+
+    def halve(layer: nn.Module, _args: object) -> None:
+        with torch.no_grad():
+            layer.factors[0].mul_(0.5)
+
+    for layers in stacks:
+        layers[1].register_forward_pre_hook(halve)
+    for seed in range(6):
+        recorder.begin(LENGTH)
+        _assert_same_step(stacks, seed)
+        recorder.end()
+    assert capture.replays == 4 * 2 * 2

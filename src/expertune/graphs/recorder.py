@@ -130,7 +130,7 @@ class Recorder:
         """
         self._replays += 1
         self._served[recording] = None
-        if not self._is_within or recording not in self._prepared:
+        if not self._is_within or recording not in self._prepared or not recording.is_prepared():
             self._prepare(recording)
 
     def _prepare(self, recording: Any) -> None:

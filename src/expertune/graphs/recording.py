@@ -64,6 +64,7 @@ class Recording:
         self.added = [parameter if parameter.nbytes >= _LARGE else None for parameter in parameters]
         self._large_leaves = [leaf for leaf in self._leaves if leaf.nbytes >= _LARGE]
         self._preparation = Preparation(self._leaves)
+        self._prepared: list[int] = []  # the versions of what it was made from
         self._number_of = {id(leaf): number for number, leaf in enumerate(self._leaves)}
         self._pass: Callable[[], _Pass | None] = lambda: None
         before = pool.allocated()
@@ -97,6 +98,11 @@ class Recording:
         """Compute what forward reads of parameters alone, before each replay of it; not while a backward is to come."""
         if self._ahead is not None:
             self._ahead.replay()
+            self._prepared = self._preparation.versions()
+
+    def is_prepared(self) -> bool:
+        """Whether none of these parameters has been written to since."""
+        return self._ahead is None or self._prepared == self._preparation.versions()
 
     def replay(self, inputs: Sequence[Tensor]) -> Any:
         """What the module's forward returns for these inputs, differentiable as it is; once prepared."""
