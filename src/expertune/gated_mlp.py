@@ -79,10 +79,9 @@ class _GatedMlp(torch.autograd.Function):
         ctx: Any, gate: Gate, scales: tuple[float, ...], tile: int | None, x: Tensor, *tensors: Tensor | None
     ) -> Tensor:
         x_NI = x.reshape(-1, x.shape[-1])
-        narrow = list(tensors)
-        factors = [i for i in range(len(tensors)) if i % 4 >= 2]
-        for i, factor in zip(factors, prepare.cast([tensors[i] for i in factors], x.dtype), strict=True):
-            narrow[i] = factor
+        factors = prepare.cast([*tensors[2::4], *tensors[3::4]], x.dtype)
+        each = zip(tensors[::4], tensors[1::4], factors[:3], factors[3:], strict=True)
+        narrow = [*chain.from_iterable(each)]
         all_dtypes = [None if tensor is None else tensor.dtype for tensor in tensors]
         dtypes = tuple(zip(all_dtypes[2::4], all_dtypes[3::4], strict=True))
         parts = _Parts.of(narrow, scales, dtypes)
