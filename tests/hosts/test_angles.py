@@ -144,3 +144,20 @@ def test_it_is_undone(checkpoint: Checkpoint) -> None:
     assert forwards.given(model.model.rotary_emb) is not None
     expertune.restore(model)
     assert forwards.given(model.model.rotary_emb) is None
+
+
+def test_other_positions_in_the_same_forward_are_read(pair: Callable[[str], Pair]) -> None:
+    """Of the same shape, and gone by the time that others are asked for, so that they may lie at one address."""
+    batch, ids = pair("qwen3_moe"), tokens(0)
+    found: list[list[torch.Tensor]] = [[], []]
+
+    def ask(model: nn.Module, angles: list[torch.Tensor]) -> None:
+        x = torch.zeros(1, ids.shape[1], 4)
+        for first in (3, 5):
+            angles += model.model.rotary_emb(x, torch.arange(first, first + ids.shape[1])[None])
+
+    for model, angles in zip((batch.ours, batch.stock), found, strict=True):
+        model.model.layers[0].register_forward_pre_hook(lambda *_, model=model, angles=angles: ask(model, angles))
+    for _ in range(2):
+        batch(ids)
+    torch.testing.assert_close(*found, rtol=0, atol=0)

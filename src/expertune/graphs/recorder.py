@@ -68,9 +68,10 @@ class Recorder:
         self._looked.clear()
         self._prepared.clear()
         served, self._served = self._served, {}
-        for recording in served:
-            if recording.tokens == tokens and not recording.is_pending and torch.is_grad_enabled():
-                self._prepare(recording)
+        if torch.is_grad_enabled():
+            for recording in served:
+                if recording.tokens == tokens and not recording.is_pending:
+                    self._prepare(recording)
         if self._has_changed:
             self._has_changed = False
             self._together = dict(together([piece for piece in self.pieces if piece.is_same()]))

@@ -129,7 +129,7 @@ class Recording:
         Raises:
             RuntimeError: another forward has been replayed since, or this backward was the last already.
         """
-        self._prepare(begun)
+        self._take_up(begun)
         for mine, dout in zip(self._douts, douts, strict=True):
             mine.copy_(dout)
         self._backward.replay()
@@ -177,7 +177,7 @@ class Recording:
         self._pool.begin(self)
         return begun
 
-    def _prepare(self, begun: Any) -> None:
+    def _take_up(self, begun: Any) -> None:
         """See that a backward can be replayed."""
         if self._pass() is not begun:
             raise RuntimeError(

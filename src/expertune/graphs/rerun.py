@@ -59,7 +59,7 @@ class Rerun(Recording):
     def _begin(self) -> None:
         """Nothing waits in the recording for a backward."""
 
-    def _prepare(self, begun: Sequence[Tensor]) -> None:
+    def _take_up(self, begun: Sequence[Tensor]) -> None:
         self._load(begun)
 
     def _preparing(self) -> AbstractContextManager[None]:

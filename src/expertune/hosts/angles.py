@@ -44,7 +44,7 @@ class Angles:
     def __init__(self) -> None:
         self.follow_from_shape = False  # in the forward of the decoder that runs
         self._kept: dict[Hashable, _Kept] = {}  # by the embedding and what else it is asked for
-        self._positions: dict[Hashable, int] = {}  # those that an embedding was given in this forward, by `id`
+        self._positions: dict[Hashable, Tensor] = {}  # that each was first asked for in this forward
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy of a decoder makes its own."""
@@ -53,16 +53,16 @@ class Angles:
     def begin(self, *, follow_from_shape: bool) -> None:
         """A forward of the decoder begins."""
         self.follow_from_shape = follow_from_shape
-        self._positions.clear()
 
     def end(self) -> None:
         """It has ended."""
         self.follow_from_shape = False
+        self._positions.clear()
 
     def of(self, module: nn.Module, x: Tensor, position_ids: Tensor, layer_type: str | None) -> Any:
         """What the embedding gives; see `forward`."""
         kind = (id(module), layer_type)
-        if self._positions.setdefault(kind, id(position_ids)) != id(position_ids):  # those of something else
+        if self._positions.setdefault(kind, position_ids) is not position_ids:  # those of something else
             return _forward(module, x, position_ids, layer_type)
         call = (x.dtype, x.device, position_ids.dtype, position_ids.shape)
         kept = self._kept.get(kind)
