@@ -6,14 +6,15 @@ same, too: recorded layers (`graphs/`) need not copy them.
 """
 
 import inspect
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from functools import partial
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._C._dynamo.guards import dict_version
 
+from expertune.graphs.watch import Watch
 from expertune.hosts import attention, forwards
 
 _MOST_BYTES = 2**24  # that are kept of an embedding's angles
@@ -24,18 +25,28 @@ class _Kept(NamedTuple):
     """What an embedding gave.
 
     Args:
-        call: of which call, as far as that decides it, and the embedding's own state.
+        call: of which call, as far as that decides it.
         angles: cosines and sines.
-        versions: of these tensors.
+        watch: of the embedding.
+        read: its buffers.
+        versions: of these and of the angles.
     """
 
     call: Hashable
     angles: tuple[Tensor, ...]
+    watch: Watch
+    read: list[Tensor]
     versions: list[int]
 
+    @classmethod
+    def of(cls, call: Hashable, angles: tuple[Tensor, ...], module: nn.Module) -> "_Kept":
+        """As they are now: some embeddings change themselves with the length of a batch."""
+        read = list(module.buffers())
+        return cls(call, angles, Watch(module), read, _versions(angles, read))
+
     def has_stayed(self) -> bool:
-        """Whether nobody has written to the tensors."""
-        return [t._version for t in self.angles] == self.versions
+        """Whether the embedding would give the same, and nobody has written to what it gave."""
+        return _versions(self.angles, self.read) == self.versions and self.watch.is_same()
 
 
 class Angles:
@@ -66,12 +77,12 @@ class Angles:
             return _forward(module, x, position_ids, layer_type)
         call = (x.dtype, x.device, position_ids.dtype, position_ids.shape)
         kept = self._kept.get(kind)
-        if kept is not None and kept.call == (*call, _state(module)) and kept.has_stayed():
+        if kept is not None and kept.call == call and kept.has_stayed():
             return kept.angles
         angles = _forward(module, x, position_ids, layer_type)
         self._kept.pop(kind, None)
         if _may_be_kept(angles):
-            self._kept[kind] = _Kept((*call, _state(module)), angles, [t._version for t in angles])
+            self._kept[kind] = _Kept.of(call, angles, module)
         return angles
 
 
@@ -139,10 +150,8 @@ def _is_known(module: nn.Module) -> bool:
     return is_alone and names[1:3] == ["x", "position_ids"] and names[3:] in ([], ["layer_type"])
 
 
-def _state(module: nn.Module) -> Hashable:
-    """Of an embedding: some change it with the length of a batch."""
-    versions = [-1 if buffer is None else buffer._version for buffer in module._buffers.values()]
-    return dict_version(vars(module)), dict_version(module._buffers), tuple(versions)
+def _versions(*groups: Iterable[Tensor]) -> list[int]:
+    return [tensor._version for tensor in chain.from_iterable(groups)]
 
 
 def _may_be_kept(angles: Any) -> bool:
