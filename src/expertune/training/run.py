@@ -257,11 +257,12 @@ def _say_supervision(display: Display, sets: list[Supervision], recipe: Recipe) 
 
 def _write_recipe(path: Path, recipe: Recipe, model: nn.Module) -> None:
     """The recipe with every default written out, and the versions that it ran with."""
-    packages = ("torch", "transformers", "peft", "trl", "datasets")
+    packages = ("transformers", "peft", "trl", "datasets")
     device = next(model.parameters()).device
     versions = {
         "expertune": expertune.__version__,
         "python": platform.python_version(),
+        "torch": str(torch.__version__),  # with the CUDA that it was built for, which its package does not name
         **{package: version(package) for package in packages},
         "device": torch.cuda.get_device_name(device)
         if device.type == "cuda"
