@@ -228,3 +228,18 @@ def test_a_layer_that_asks_for_more_is_refused(checkpoint: Checkpoint) -> None:
     model = expertune.optimize(load_tiny(checkpoint("gpt_oss")))
     with pytest.raises(ValueError, match="is_causal=False"):
         model(input_ids=batch()["input_ids"], is_causal=False)
+
+
+def test_a_decoder_keeps_its_attention_where_one_in_both_directions_has_the_same_config(
+    checkpoint: Checkpoint,
+) -> None:
+    """As DiffusionGemma's encoder and decoder in Transformers 5.20: the name in it says what both call."""
+    model = load_tiny(checkpoint("gpt_oss"))
+    other = copy.deepcopy(model.model.layers[0].self_attn)
+    other.config, other.is_causal = model.model.config, False
+    model.add_module("beside", other)
+    expertune.optimize(model)
+    assert model.model.config._attn_implementation == "eager"
+    assert "one in both directions has the same config" in str(expertune.explain(model))
+    del model.beside
+    assert expertune.optimize(model).model.config._attn_implementation == "expertune"

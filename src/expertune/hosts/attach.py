@@ -115,7 +115,7 @@ def attach(
         found_norms, found_latents, found_rotaries = norms.find(model), latent_attention.find(model), rotary.find(model)
         found_routers, found_mlps = router.find(model), mlps.find(model)
     peft.check(model, {id(module): plan for module, plan in plans})
-    taken = [each for each in decoders(model) if attention.is_ours(each) or attention.why_not(each) is None]
+    taken = [each for each in decoders(model) if attention.is_ours(each) or not attention.why_not(each, model)]
     if (before := attached(model)) is not None:
         state.memory = before.memory
     detach(model)
@@ -249,7 +249,7 @@ def _refuse_all_the_hosts(model: PreTrainedModel, is_attention_ours: bool) -> No
         return
     kept: dict[str, str] = {}
     for decoder in decoders(model):
-        reason = attention.why_not(decoder) if is_attention_ours else "attention='host' was asked for"
+        reason = attention.why_not(decoder, model) if is_attention_ours else "attention='host' was asked for"
         if reason is None or (is_attention_ours and attention.is_ours(decoder)):
             if attention.forms_scores(decoder):
                 return

@@ -36,8 +36,13 @@ def register() -> None:
     AttentionMaskInterface.register(BESIDE_SDPA, _mask_beside_sdpa)
 
 
-def why_not(decoder: PreTrainedModel) -> str | None:
-    """Why a decoder keeps the attention it has, in words; None if ours takes over."""
+def why_not(decoder: PreTrainedModel, model: nn.Module) -> str | None:
+    """Why a decoder keeps the attention it has, in words; None if ours takes over.
+
+    Args:
+        decoder: the decoder.
+        model: that it is a part of.
+    """
     config = decoder.config
     implementation = config._attn_implementation
     if implementation not in _HOSTS_OWN:
@@ -49,6 +54,8 @@ def why_not(decoder: PreTrainedModel) -> str | None:
         return "no attention of its says that it is causal"
     if not all(each.is_causal for each in attentions):
         return "it attends in both directions"
+    if not all(each.is_causal for each in attentions_of(model) if getattr(each, "config", None) is config):
+        return "one in both directions has the same config, by which both are chosen"
     if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
         return "it attends in chunks"
     if getattr(config, "attn_logit_softcapping", None) is not None:

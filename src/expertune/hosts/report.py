@@ -91,7 +91,7 @@ def explain(model: PreTrainedModel) -> Explanation:
         kernels=kernels,
         routers=_routers(state) if any(layer.backend == "triton" for layer in layers) else None,
         mlps=_mlps(state) if state.mlps else None,
-        attention=tuple(_attention(decoder) for decoder in decoders(model)),
+        attention=tuple(_attention(decoder, model) for decoder in decoders(model)),
         graphs=graphs.status(state.recorder) if state.recorder is not None and state.recorder.pieces else None,
         head=_HEAD if trl_head.is_bound(model) else None,
         memory=_memory(state),
@@ -110,12 +110,12 @@ def _mlps(state: Attached) -> str:
     )
 
 
-def _attention(decoder: PreTrainedModel) -> str:
+def _attention(decoder: PreTrainedModel, model: PreTrainedModel) -> str:
     name, implementation = type(decoder).__name__, decoder.config._attn_implementation
     if attention.is_ours(decoder):
         whose = "expertune" if attention.forms_scores(decoder) else "the host's sdpa, and expertune for packed samples"
         return f"attention of {name}: {whose}, in memory linear in the length; {attention.kernels_of(decoder)}"
-    return f"attention of {name}: the host's {implementation} ({attention.why_not(decoder)})"
+    return f"attention of {name}: the host's {implementation} ({attention.why_not(decoder, model)})"
 
 
 def _memory(state: Attached) -> str | None:
