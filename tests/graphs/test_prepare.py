@@ -1,6 +1,8 @@
 """What a recorded forward reads of parameters alone is computed before the layers run: the same, and not too often."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -172,3 +174,22 @@ def test_factors_that_change_within_a_forward_are_read_as_they_are(
         _assert_same_step(stacks, seed)
         recorder.end()
     assert capture.replays == 4 * 2 * 2
+
+
+def test_a_recording_that_is_forgotten_is_gone(recorder: Recorder, stacks: tuple[nn.ModuleList, nn.ModuleList]) -> None:
+    """Its memory is wanted for another, in the same forward."""
+    for seed in range(4):
+        recorder.begin(LENGTH)
+        _assert_same_step(stacks, seed)
+        recorder.end()
+    recorder.begin(LENGTH)
+    recordings = [weakref.ref(made) for piece in recorder.pieces for made in piece._recordings.values()]
+    for piece in recorder.pieces:
+        piece.forget()
+    for pool in recorder.pools.values():
+        assert pool is not None
+        pool._begun.clear()  # as the next that begins does
+    gc.collect()
+    assert len(recordings) == 2
+    assert not any(ref() for ref in recordings)
+    recorder.end()

@@ -145,6 +145,7 @@ class Piece:
     def forget(self) -> None:
         """Drop all recordings, and begin to count anew."""
         self._seen.clear()
+        self._recorder.drop(self._recordings.values())
         self._recordings.clear()
         self._recorder.keepers.pop(self, None)
 

@@ -1,6 +1,6 @@
 """What the pieces of one model have in common: the memory of their recordings, and when it is given back."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
@@ -120,8 +120,6 @@ class Recorder:
         for piece in self.pieces:
             piece.forget()
         self.pools.clear()
-        self._served.clear()
-        self._prepared.clear()
 
     def begin_replay(self, recording: Any) -> None:
         """A recording serves once more.
@@ -133,6 +131,12 @@ class Recorder:
         self._served[recording] = None
         if not self._is_within or recording not in self._prepared or not recording.is_prepared():
             self._prepare(recording)
+
+    def drop(self, recordings: Iterable[Any]) -> None:
+        """Recordings serve no more, and their memory may be wanted."""
+        for recording in recordings:
+            self._served.pop(recording, None)
+            self._prepared.discard(recording)
 
     def _prepare(self, recording: Any) -> None:
         recording.prepare()
