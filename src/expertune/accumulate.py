@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from expertune.recorded_pass import RecordedPass, Running
 from expertune.shapes import Tensors
 
 
@@ -41,39 +42,28 @@ class Postponed:
         return self.bind((*self.saved, *self.made))
 
 
-class Postponement:
-    """Of one backward pass that is recorded.
-
-    Args:
-        leaves: nobody else's, by which the pass is known: autograd runs it in a thread of its own.
-    """
+class Postponement(RecordedPass):
+    """Of one backward pass that is recorded: the gradients of leaves that it covers may be postponed."""
 
     def __init__(self, leaves: Sequence[Tensor]) -> None:
+        super().__init__(leaves)
         self.postponed: list[Postponed] = []
-        self._leaves = frozenset(map(id, leaves))
-
-    def covers(self, leaves: Sequence[Tensor | None]) -> bool:
-        """Whether the gradients of these may be postponed."""
-        return bool(leaves) and self._leaves.issuperset(map(id, leaves))
 
 
-_postponements: list[Postponement] = []
+_running: Running[Postponement] = Running()
 
 
 @contextmanager
 def postponing(leaves: Sequence[Tensor]) -> Iterator[list[Postponed]]:
     """Around a backward pass that is recorded, of these leaves: gives what has been postponed by its end."""
     postponement = Postponement(leaves)
-    _postponements.append(postponement)
-    try:
+    with _running.during(postponement):
         yield postponement.postponed
-    finally:
-        _postponements.remove(postponement)
 
 
 def postponement_of(leaves: Sequence[Tensor | None]) -> Postponement | None:
     """That to which the gradients of all of these may be left; None if they are wanted now."""
-    return next((each for each in _postponements if each.covers(leaves)), None)
+    return _running.of(leaves)
 
 
 def sums(ctx: Any, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:

@@ -12,18 +12,18 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from expertune.recorded_pass import RecordedPass, Running
 from expertune.shapes import Tensors
 
 
-class Preparation:
+class Preparation(RecordedPass):
     """Of one forward pass that is recorded: run once as it is, then computed by `run`, then run again.
 
-    Args:
-        leaves: nobody else's, by which the pass is known.
+    What is computed of the leaves that it covers may be computed beforehand.
     """
 
     def __init__(self, leaves: Sequence[Tensor]) -> None:
-        self._leaves = frozenset(map(id, leaves))
+        super().__init__(leaves)
         self._makes: list[Callable[[], Tensors]] = []
         self._read: dict[int, Tensor] = {}  # the leaves from which it is made
         self._made: list[Tensors] | None = None
@@ -32,10 +32,6 @@ class Preparation:
     def __bool__(self) -> bool:
         """Whether there is anything to compute."""
         return bool(self._makes)
-
-    def covers(self, leaves: Sequence[Tensor | None]) -> bool:
-        """Whether what is computed of these may be computed beforehand."""
-        return bool(leaves) and self._leaves.issuperset(map(id, leaves))
 
     def made(self, leaves: Sequence[Tensor | None], make: Callable[[], Tensors]) -> Tensors:
         """What `make` yields: in the first run by calling it, later what `run` has made of it.
@@ -64,21 +60,16 @@ class Preparation:
     def during(self) -> Iterator[None]:
         """Around each run of the pass."""
         self._place = 0
-        _preparations.append(self)
-        try:
+        with _running.during(self):
             yield
-        finally:
-            _preparations.remove(self)
 
 
-_preparations: list[Preparation] = []
+_running: Running[Preparation] = Running()
 
 
 def preparation_of(leaves: Sequence[Tensor | None]) -> Preparation | None:
     """By which what is computed of these alone may be made beforehand; None if it is wanted now."""
-    if torch.compiler.is_compiling():
-        return None
-    return next((each for each in _preparations if each.covers(leaves)), None)
+    return None if torch.compiler.is_compiling() else _running.of(leaves)
 
 
 def cast(factors: Sequence[Tensor | None], dtype: torch.dtype) -> Tensors:

@@ -79,7 +79,6 @@ class Recorder:
     def end(self) -> None:
         """It has ended."""
         self._is_within = False
-        self._prepared.clear()
 
     def has_looked(self, piece: Any) -> bool:
         """Whether a piece knows if its module has changed: in a forward, several are looked at together.

@@ -3,7 +3,6 @@
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, NamedTuple, TypeAlias, cast
 
@@ -63,7 +62,8 @@ class Recording:
         # those whose gradients are large, and may be added to what is there; None for the others
         self.added = [parameter if parameter.nbytes >= _LARGE else None for parameter in parameters]
         self._large_leaves = [leaf for leaf in self._leaves if leaf.nbytes >= _LARGE]
-        self._preparation = Preparation(self._leaves)
+        # one that runs again prepares nothing, which would be kept from one step to the next
+        self._preparation = Preparation(self._leaves if self.keeps else [])
         self._prepared: list[int] = []  # the versions of what it was made from
         self._number_of = {id(leaf): number for number, leaf in enumerate(self._leaves)}
         self._pass: Callable[[], _Pass | None] = lambda: None
@@ -227,13 +227,9 @@ class Recording:
 
     def _run_forward(self) -> None:
         outs: list[Tensor] = []
-        with torch.enable_grad(), self._preparing():
+        with torch.enable_grad(), self._preparation.during():
             self._rest = take_apart(self._call(self._tensors, self._leaves), outs)
         self._outs = outs
-
-    def _preparing(self) -> AbstractContextManager[None]:
-        """Around forward."""
-        return self._preparation.during()
 
     def _run_backward(self) -> None:
         grads = self._gradients(self._douts)

@@ -6,7 +6,7 @@ forward runs the kernels of the first on the same numbers: a router chooses the 
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, TypeAlias
 
@@ -61,10 +61,6 @@ class Rerun(Recording):
 
     def _take_up(self, begun: Sequence[Tensor]) -> None:
         self._load(begun)
-
-    def _preparing(self) -> AbstractContextManager[None]:
-        """Nothing is computed ahead, which would be kept from one step to the next."""
-        return nullcontext()
 
     def _run_forward(self) -> None:
         super()._run_forward()

@@ -103,7 +103,7 @@ def hook(decoder: nn.Module) -> Iterator[Any]:
 
     modules = [m for m in decoder.children() if type(m).__name__.endswith("RotaryEmbedding") and _is_known(m)]
     if modules:
-        yield _Undo(partial(forwards.unbind, _bind(modules, angles), forward))
+        yield _Undo(partial(forwards.unbind, forwards.bind(modules, forward, angles), forward))
         yield decoder.register_forward_pre_hook(begin, with_kwargs=True)
         yield decoder.register_forward_hook(end, always_call=True)
 
@@ -133,14 +133,6 @@ def _forward(module: nn.Module, x: Tensor, position_ids: Tensor, layer_type: str
     """The host's."""
     types = () if layer_type is None else (layer_type,)
     return type(module).forward(module, x, position_ids, *types)
-
-
-def _bind(modules: list[nn.Module], angles: Angles) -> list[nn.Module]:
-    """Those that have no forward of their own yet get ours."""
-    ours = [module for module in modules if forwards.given(module) is None]
-    for module in ours:
-        forwards.give(module, partial(forward, module, angles))
-    return ours
 
 
 def _is_known(module: nn.Module) -> bool:

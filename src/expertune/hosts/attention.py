@@ -179,7 +179,7 @@ def _unless_it_hides_nothing(mask_BT: Tensor | None) -> Tensor | None:
     """A mask; None for one of which that is known, which none is that a compiled model is given."""
     if mask_BT is None or torch.compiler.is_compiling():
         return mask_BT
-    return None if mask_BT in _HIDING_NOTHING else mask_BT
+    return None if hides_nothing(mask_BT) else mask_BT
 
 
 def _has_windows(config: Any) -> bool:

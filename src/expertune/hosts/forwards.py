@@ -12,11 +12,15 @@ from typing import Any
 from torch import nn
 
 
-def bind(modules: Iterable[nn.Module], forward: Callable[..., Any]) -> list[nn.Module]:
-    """Let modules run `forward(module, …)`, but those with a forward of their own. Returns the former, for `unbind`."""
+def bind(modules: Iterable[nn.Module], forward: Callable[..., Any], *others: Any) -> list[nn.Module]:
+    """Let modules run `forward(module, *others, …)`, but those with a forward of their own.
+
+    Returns:
+        those that do, for `unbind`.
+    """
     ours = [module for module in modules if given(module) is None]
     for module in ours:
-        give(module, partial(forward, module))
+        give(module, partial(forward, module, *others))
     return ours
 
 

@@ -23,7 +23,7 @@ from transformers.utils import output_capturing
 from expertune.graphs.piece import MOST_TOKENS, Piece
 from expertune.graphs.recorder import Recorder
 from expertune.graphs.rerun import Around
-from expertune.hosts import attention, collected, forwards, latent_attention, mlps, peft, rotary
+from expertune.hosts import attention, collected, forwards, latent_attention, mlps, peft, rotary, samples
 from expertune.hosts.transformers import is_experts
 from expertune.hosts.twins import twin_around
 from expertune.memory.planner import Way
@@ -159,12 +159,9 @@ def hook(decoder: nn.Module, recorder: Recorder) -> Iterator[RemovableHandle]:
 
 
 def _num_tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """Of a decoder's batch, which it is given as ids or as embeddings; 0 if that cannot be seen."""
-    ids = args[0] if args else kwargs.get("input_ids")
-    if isinstance(ids, torch.Tensor):
-        return ids.numel()
-    embeddings = kwargs.get("inputs_embeds")
-    return embeddings.shape[:-1].numel() if isinstance(embeddings, torch.Tensor) else 0
+    """Of a decoder's batch; 0 if that cannot be seen."""
+    x = samples.input_of(args, kwargs)
+    return 0 if x is None else x.shape[:2].numel()
 
 
 def unbind(recorder: Recorder) -> None:

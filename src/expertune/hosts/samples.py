@@ -49,7 +49,7 @@ class Teller:
         if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2 and _is_behind(mask)):
             return None
         told: dict[str, Any] = {"attention_mask": None}
-        x = _input(args, kwargs)
+        x = input_of(args, kwargs)
         if self._hands_down and x is not None and (position_ids is None or position_ids.dim() == 2):
             told["attention_mask"] = attention.hiding_nothing(x.shape[:2], x.device)
             if position_ids is not None:
@@ -71,7 +71,7 @@ def _packed(position_BT: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
     return starts | dict.fromkeys(("max_length_q", "max_length_k"), sequences.longest)
 
 
-def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """What a decoder is called with, `(B, T, …)`."""
     given = (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
     return next((x for x in given if isinstance(x, Tensor) and x.dim() >= 2), None)
