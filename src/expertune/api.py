@@ -19,6 +19,7 @@ from expertune.backends import PREFERRED
 from expertune.hosts import attach, early, peft, report, trl_head, walks
 from expertune.hosts.classes import auto_class
 from expertune.hosts.coverage import Coverage, coverage
+from expertune.hosts.own_device import take_own_device
 from expertune.hosts.targets import Targets, resolve
 from expertune.hosts.transformers import num_positions
 
@@ -89,7 +90,7 @@ def load(
     if "attn_implementation" in from_pretrained:
         _check_attention(from_pretrained["attn_implementation"], config, shared.get("trust_remote_code"))
     if torch.cuda.is_available():
-        from_pretrained.setdefault("device_map", {"": torch.cuda.current_device()})
+        from_pretrained.setdefault("device_map", {"": take_own_device()})
     model = auto_class(config).from_pretrained(base, dtype=dtype or "auto", **from_pretrained)
     if saved is not None:
         peft.check_saved(saved, model)

@@ -1,8 +1,10 @@
 """Gradient checkpointing of one layer: keep its input, compute the rest again in backward.
 
 torch has two ways. The reentrant one runs the first forward without autograd and saves through no hook, which costs the
-CPU far less; but it carries gradient through positional tensors alone, and none where no such tensor requires it. The
-other is right everywhere, and the one that `torch.compile` knows. A layer takes the first where it is right.
+CPU far less; but it carries gradient through positional tensors alone, and none where no such tensor requires it, and
+it hides a layer's parameters from DDP, which looks for those that a loss does not reach (Transformers' trainer asks it
+to for a PEFT model). The other is right everywhere, and the one that `torch.compile` knows. A layer takes the first
+where it is right.
 """
 
 from collections.abc import Callable, Iterable
@@ -10,7 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.utils.checkpoint import checkpoint
 
 
@@ -24,8 +26,13 @@ def checkpoint_layer(function: Callable[..., Any], *args: Any, **kwargs: Any) ->
     """
     keywords = kwargs | (function.keywords if isinstance(function, partial) else {})
     is_right = _any_requires_grad(args) and not _any_requires_grad(keywords.values())
-    use_reentrant = is_right and not torch.compiler.is_compiling()
+    use_reentrant = is_right and not torch.compiler.is_compiling() and not _is_one_of_many()
     return checkpoint(partial(function, **kwargs), *args, use_reentrant=use_reentrant)
+
+
+def _is_one_of_many() -> bool:
+    """Whether other processes may wait for gradients of this one."""
+    return distributed.is_available() and distributed.is_initialized()
 
 
 def _any_requires_grad(values: Iterable[Any], depth: int = 5) -> bool:
