@@ -284,6 +284,30 @@ def test_batches_are_added_to_gradients_from_before(checkpoint: Checkpoint, monk
     assert capture.replays == 6 * 2 * 2
 
 
+@pytest.mark.parametrize("comes_first", [True, False])
+def test_a_reference_without_adapters_does_not_end_recordings(checkpoint: Checkpoint, comes_first: bool) -> None:
+    """As trainers of preferences take it: before the forward (GRPO), or between forward and backward (DPO)."""
+
+    def refer(model: Any, ids: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad(), model.disable_adapter():
+            return model(input_ids=ids, use_cache=False).logits
+
+    def compare(model: Any, ids: torch.Tensor) -> list[torch.Tensor | None]:
+        model.zero_grad()
+        reference = refer(model, ids) if comes_first else None
+        logits = model(input_ids=ids, use_cache=False).logits
+        reference = refer(model, ids) if reference is None else reference
+        (logits - reference).square().sum().backward()
+        return [logits.detach(), reference, *(p.grad for p in model.parameters())]
+
+    ours, stock, capture = both(checkpoint("qwen3_moe"))
+    for seed in range(6):
+        ids = tokens(seed)
+        torch.testing.assert_close(compare(ours, ids), compare(stock, ids))
+    assert capture.replays == 4 * 2 * 2
+    assert capture.preparations == 4 * 2
+
+
 def test_adapters_that_change_are_seen(checkpoint: Checkpoint) -> None:
     ours, stock, capture = both(checkpoint("qwen3_moe"))
     ids = tokens(0)

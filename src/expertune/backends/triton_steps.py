@@ -158,7 +158,7 @@ class TritonSteps:
             if total is None
             else total.view(num_experts, rank, width)
         )
-        db_EOR = b.wide.new_empty((num_experts, width_out, rank), dtype=_widest(adapter.b for adapter in adapters))
+        db_EOR = b.wide.new_empty((num_experts, width_out, rank), dtype=_dtype_between(b.wide.dtype, adapters))
         outer.outer(
             outer.Sum(a.wide.contiguous(), a.narrow_NR, da_ERI, a.by_token, adds=total is not None),
             outer.Sum(b.wide.contiguous(), b.narrow_NR, db_EOR, b.by_token, is_wide_first=True),
@@ -190,6 +190,15 @@ class TritonSteps:
             top_k=routing.top_k,
         )
         return out_EOI if total is None else None
+
+
+def _dtype_between(rows: torch.dtype, adapters: Sequence[LoraFactors]) -> torch.dtype:
+    """In which the gradient of `B` is held on its way to PEFT's layout: the dtype of the rows if that is bfloat16.
+
+    It is multiplied in that dtype, so autograd, casting it, would round its gradient as well; and it is written and
+    read in half the time. float16 has not the range of float32.
+    """
+    return rows if rows == torch.bfloat16 else _widest(adapter.b for adapter in adapters)
 
 
 def _widest(factors: Iterable[Tensor]) -> torch.dtype:

@@ -60,6 +60,7 @@ class Recorder:
         """A forward of the model begins, in which no module changes.
 
         What recordings read of parameters alone is computed now: until the first layer is called, the device waits.
+        Without gradients nothing is replayed, and adapters may be off for as long: a reference is not looked at.
 
         Args:
             tokens: of the batch.
@@ -67,11 +68,12 @@ class Recorder:
         self._is_within = True
         self._looked.clear()
         self._prepared.clear()
+        if not torch.is_grad_enabled():
+            return
         served, self._served = self._served, {}
-        if torch.is_grad_enabled():
-            for recording in served:
-                if recording.tokens == tokens and not recording.is_pending:
-                    self._prepare(recording)
+        for recording in served:
+            if recording.tokens == tokens and not recording.is_pending:
+                self._prepare(recording)
         if self._has_changed:
             self._has_changed = False
             self._together = dict(together([piece for piece in self.pieces if piece.is_same()]))
