@@ -11,15 +11,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 import expertune
 from tests.conftest import Checkpoint
+from tests.hosts import recorded
 from tests.hosts.adapters import lora, stock
 from tests.hosts.memories import PLENTY, Card, auto, lean
 from tests.hosts.models import batch
 from tests.hosts.passes import assert_equal_within
-from tests.hosts.recorded import both, step, tokens
 from tests.memory.lanes import Lane
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
-REPLAYED = 6  # steps, of which the first three are not
+REPLAYED = 6  # steps, of which the first two are not
 NUM_STEPS = 2  # the second one by what the first one has left: buffers, a plan, DDP's buckets in a new order
 MOVED = 2  # inputs of four layers: not the last, nor the first, which has no gradient while embeddings are frozen
 
@@ -44,11 +44,15 @@ def _batch(rank: int, step: int) -> dict[str, torch.Tensor]:
     return batch(2 * step + rank, length=9 + rank)
 
 
-def _train(rank: int, folder: Path, results: Path, looks_for_unused: bool) -> None:
-    """One of the processes: the gradients of each setting and step, into a file, and how many copies were made."""
+def _join(rank: int, results: Path) -> None:
     torch.set_num_threads(1)
     store = distributed.FileStore(str(results / "store"), 2)
     distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+
+
+def _train(rank: int, folder: Path, results: Path, looks_for_unused: bool) -> None:
+    """One of the processes: the gradients of each setting and step, into a file, and how many copies were made."""
+    _join(rank, results)
     grads: dict[tuple[str, int], dict[str, torch.Tensor]] = {}
     num_copies = {}
     for memory in SETTINGS:
@@ -71,12 +75,13 @@ def _train(rank: int, folder: Path, results: Path, looks_for_unused: bool) -> No
 
 def _replay(rank: int, folder: Path, results: Path) -> None:
     """One of the processes, whose layers are recorded: loss and gradients of each step, and how much was replayed."""
-    torch.set_num_threads(1)
-    store = distributed.FileStore(str(results / "store"), 2)
-    distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
-    ours, _, capture = both(folder)
+    _join(rank, results)
+    ours, _, capture = recorded.both(folder)
     parallel = DistributedDataParallel(ours, find_unused_parameters=True)
-    steps = [[x.clone() for x in step(parallel, tokens(2 * seed + rank)) if x is not None] for seed in range(REPLAYED)]
+    steps = [
+        [x.clone() for x in recorded.step(parallel, recorded.tokens(2 * seed + rank)) if x is not None]
+        for seed in range(REPLAYED)
+    ]
     torch.save((steps, capture.replays, capture.preparations), results / f"{rank}.pt")
     distributed.destroy_process_group()
 
@@ -88,16 +93,19 @@ needs_gloo = pytest.mark.skipif(not distributed.is_gloo_available(), reason="nee
 def test_recorded_layers_give_the_gradients_of_both_batches(checkpoint: Checkpoint, tmp_path: Path) -> None:
     folder = checkpoint("qwen3_moe", num_hidden_layers=4)
     multiprocessing.spawn(_replay, (folder, tmp_path), nprocs=2)
-    _, stock, _ = both(folder)
+    _, stock, _ = recorded.both(folder)
     results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for seed in range(REPLAYED):
-        passes = [[x.clone() for x in step(stock, tokens(2 * seed + rank)) if x is not None] for rank in range(2)]
+        passes = [
+            [x.clone() for x in recorded.step(stock, recorded.tokens(2 * seed + rank)) if x is not None]
+            for rank in range(2)
+        ]
         grads = [(first + second) / 2 for first, second in zip(passes[0][1:], passes[1][1:], strict=True)]
         for rank, (steps, _, _) in enumerate(results):
             torch.testing.assert_close(steps[seed], [passes[rank][0], *grads])
     for _, replays, preparations in results:
-        assert replays >= 2 * 4 * 2  # forward and backward of four layers, in two steps or more
-        assert preparations >= 4 * 2
+        assert replays == (REPLAYED - 2) * 4 * 2  # forward and backward of four layers
+        assert preparations == (REPLAYED - 2) * 4
 
 
 @needs_gloo
