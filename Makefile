@@ -26,10 +26,10 @@ test-thorough: .venv/.installed
 test-families: .venv/.installed
 	$(BIN)/pytest $(SIDE_BY_SIDE) tests/families
 
-# on the oldest Transformers, PEFT and TRL: all but what does not know them, what starts processes, what compiles, and
-# what each family's recorded layers replay
+# on the oldest Transformers, PEFT and TRL: all but what does not know them, what starts processes, what compiles, what
+# each family's recorded layers replay, and what these cannot do themselves (preferences: a second adapter of experts)
 LEFT_OUT := attention backends benchmarks cli examples families/test_real_sizes.py graphs hosts/test_compile.py \
-	hosts/test_ddp.py kernels loss memory/test_token_tiles.py optim test_accumulate.py test_activations.py test_experts.py \
+	hosts/test_ddp.py hosts/test_preferences.py kernels loss memory/test_token_tiles.py optim test_accumulate.py test_activations.py test_experts.py \
 	test_gated_mlp.py test_import_orders.py test_routing.py test_saved_bytes.py test_size.py training/demo \
 	training/test_metrics.py training/test_out_of_memory.py
 test-oldest: .venv-oldest/.installed

@@ -215,35 +215,26 @@ def outer(
             "BY_TOKEN1": sums[1].by_token,
             "IS_WIDE_FIRST1": sums[1].is_wide_first,
             "ADDS1": sums[1].adds,
-            "BN": cut.BN,
-            "BI": cut.BI,
-            "BR": cut.BR,
+            **cut._asdict(),
         },
-        num_warps=cut.num_warps,
-        num_stages=cut.num_stages,
+        num_warps=8 if cut.BI >= 64 else 4,
+        num_stages=4 if cut.BR > 128 else 3,
     )
 
 
 class _Cut(NamedTuple):
-    """Rows at a time, the block of a wide side and of ranks that a program owns, and how Triton is to run it."""
+    """Rows at a time, and the block of a wide side and of ranks that a program owns."""
 
     BN: int
     BI: int
     BR: int
-    num_warps: int
-    num_stages: int = 3
 
 
 def _cut(width: int, rank: int, like: Tensor) -> _Cut:
     """For the wider of two sums. Both sides of `dW` are wide: a larger block reads them fewer times."""
     block, block_rank = max(16, next_power_of_2(width)), max(16, next_power_of_2(rank))
-    num_warps = 8 if block >= 64 else 4
     if like.itemsize >= torch.float32.itemsize:  # multiplied from registers, which hold less
-        return _Cut(32, min(64, block), min(64, block_rank), num_warps)
+        return _Cut(32, min(64, block), min(64, block_rank))
     if architecture(like.device) == (7, 5):  # 64 KiB of shared memory, where the largest block takes 128
-        return _Cut(64, min(128, block), min(64, block_rank), num_warps)
-    if block_rank > 128:
-        return _Cut(32, min(128, block), min(256, block_rank), num_warps, num_stages=4)
-    if block_rank > 64:
-        return _Cut(64, min(128, block), block_rank, num_warps)
-    return _Cut(64, min(128, block), block_rank, 4, num_stages=2)  # four programs a multiprocessor on Hopper
+        return _Cut(64, min(128, block), min(64, block_rank))
+    return _Cut(32 if block_rank > 128 else 64, min(128, block), min(256, block_rank))
