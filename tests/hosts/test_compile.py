@@ -19,7 +19,7 @@ from tests.conftest import Checkpoint
 from tests.hosts.models import batch, load_tiny
 from tests.hosts.passes import of_tokens
 
-TARGETS = ["q_proj", "gate_up_proj", "down_proj"]
+TARGETS = ["o_proj", "gate_up_proj", "down_proj"]
 
 
 @pytest.fixture(autouse=True)
@@ -91,10 +91,11 @@ def test_a_mask_beside_sdpa_is_in_the_graph(checkpoint: Checkpoint) -> None:
     torch.testing.assert_close(of_tokens(compiled(**inputs).logits, inputs), plain)
 
 
-def test_our_attention_is_in_the_graph(checkpoint: Checkpoint) -> None:
-    model = _model(checkpoint, "gpt_oss", "native_torch", attention="auto")
+@pytest.mark.parametrize("family", ["gpt_oss", "glm4_moe_lite"])
+def test_our_attention_is_in_the_graph(checkpoint: Checkpoint, family: str) -> None:
+    model = _model(checkpoint, family, "native_torch", attention="auto")
     compiled = _results(model, torch.compile(model, backend="aot_eager", fullgraph=True))
-    # it is cut another way there
+    # it is cut another way there, or the host's
     torch.testing.assert_close(compiled, _results(model, model), rtol=1e-12, atol=1e-14)
 
 

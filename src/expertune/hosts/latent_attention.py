@@ -72,10 +72,10 @@ def forward(
         past_key_values: a cache of keys and values; newer hosts call it `cache`.
         kwargs: are handed down.
     """
-    rotation = rotation_of(attention)
     cached = past_key_values is not None or kwargs.get("cache") is not None
-    implementation = attention.config._attn_implementation
-    if rotation is None or cached or torch.compiler.is_compiling() or implementation not in _TAKES_ANY_WIDTHS:
+    takes_any_widths = attention.config._attn_implementation in _TAKES_ANY_WIDTHS
+    is_ours = takes_any_widths and not cached and not torch.compiler.is_compiling()
+    if not is_ours or (rotation := rotation_of(attention)) is None:
         caches = {} if past_key_values is None else {"past_key_values": past_key_values}
         return rotary.forward(
             attention,
