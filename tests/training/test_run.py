@@ -12,7 +12,7 @@ import yaml
 from peft import PeftModel
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import SFTTrainer
+from trl import SFTConfig, SFTTrainer
 
 from expertune import AdamW8bit
 from expertune.training import run as run_module
@@ -186,6 +186,15 @@ def test_which_batches_are_padded_to_few_lengths(make: Make, monkeypatch: pytest
     for has_gpu, multiples in ((True, [128, None, 128]), (False, [None] * 3)):
         monkeypatch.setattr(torch.cuda, "is_available", lambda has_gpu=has_gpu: has_gpu)
         assert [setup._length_multiple(recipe) for recipe in recipes] == multiples
+
+
+@pytest.mark.parametrize(("name", "what"), [("n_gpu", "2 GPUs"), ("world_size", "2 processes")])
+def test_more_than_one_is_refused(make: Make, monkeypatch: pytest.MonkeyPatch, name: str, what: str) -> None:
+    monkeypatch.setattr(SFTConfig, name, property(lambda _: 2))
+    recipe = make()
+    with pytest.raises(UserError, match=what):
+        quiet(recipe)
+    assert not Path(recipe.output_dir).exists()
 
 
 def test_an_adapter_is_trained_further(make: Make, tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ def make_arguments(recipe: Recipe, *, has_eval: bool) -> SFTConfig:
         has_eval: whether there are rows to evaluate on.
 
     Raises:
-        UserError: Transformers does not know a name, or more GPUs are visible than one.
+        UserError: Transformers does not know a name, or there are more GPUs or processes than one.
     """
     _check_names(recipe)
     try:
@@ -40,6 +40,11 @@ def make_arguments(recipe: Recipe, *, has_eval: bool) -> SFTConfig:
     if arguments.n_gpu > 1:
         raise UserError(
             f"{arguments.n_gpu} GPUs are visible and a run uses one. Make one visible, as in CUDA_VISIBLE_DEVICES=0."
+        )
+    if arguments.world_size > 1:
+        raise UserError(
+            f"{arguments.world_size} processes were started and a run is one. Start it without a launcher; to train on "
+            "several GPUs, give a model from expertune.load to an SFTTrainer of your own under that launcher."
         )
     return arguments
 
