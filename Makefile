@@ -30,8 +30,8 @@ test-families: .venv/.installed
 # each family's recorded layers replay, and what these cannot do themselves (preferences: a second adapter of experts)
 LEFT_OUT := attention backends benchmarks cli examples families/test_real_sizes.py graphs hosts/test_compile.py \
 	hosts/test_ddp.py hosts/test_preferences.py kernels loss memory/test_token_tiles.py optim test_accumulate.py \
-	test_activations.py test_experts.py test_gated_mlp.py test_import_orders.py test_routing.py test_saved_bytes.py test_size.py training/demo \
-	training/test_metrics.py training/test_out_of_memory.py
+	test_activations.py test_experts.py test_gated_mlp.py test_import_orders.py test_routing.py test_saved_bytes.py \
+	test_size.py training/demo training/test_metrics.py training/test_out_of_memory.py
 test-oldest: .venv-oldest/.installed
 	$(OLDEST)/pytest $(SIDE_BY_SIDE) -m "not thorough" -k "not compiled and not replayed" $(addprefix --ignore=tests/,$(LEFT_OUT))
 
