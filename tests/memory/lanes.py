@@ -31,10 +31,12 @@ class Lane:
 
     Args:
         is_late: whether copies are late.
+        most_buffers: that the host has memory for.
     """
 
-    def __init__(self, is_late: bool = True) -> None:
+    def __init__(self, is_late: bool = True, most_buffers: int | None = None) -> None:
         self.num_buffers = 0
+        self._most_buffers = most_buffers
         self.bytes_taken = 0
         self.bytes_moved: list[int] = []
         self._is_late = is_late
@@ -48,7 +50,9 @@ class Lane:
         """How many of the tensors that were brought back are alive."""
         return len({storage for storage in self._brought if not storage.expired()})
 
-    def buffer(self, num_bytes: int) -> Tensor:
+    def buffer(self, num_bytes: int) -> Tensor | None:
+        if self.num_buffers == self._most_buffers:
+            return None
         self.num_buffers += 1
         self.bytes_taken += num_bytes
         buffer = torch.empty(num_bytes, dtype=torch.uint8)

@@ -163,6 +163,22 @@ def test_what_does_not_pay_stays(make: Callable[[Tensor], Tensor]) -> None:
     assert not lane.bytes_moved
 
 
+@pytest.mark.parametrize("chunk", [memory_offload.CHUNK_BYTES, TOKENS * D_])  # an input is one buffer, or eight
+def test_inputs_stay_that_the_host_has_no_memory_for(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    monkeypatch.setattr(memory_offload, "CHUNK_BYTES", chunk)
+    a_layer = max(1, TOKENS * D_ * 8 // chunk)
+    lane = Lane(most_buffers=2 * a_layer + (a_layer > 1))  # and a part of a third
+    plain, moved = _Model(), _Model().use(_offload(lane))
+    for seed in range(2):
+        with pytest.warns(UserWarning, match="no memory to spare"):
+            grads = moved.grads(_batch(seed=seed))
+        assert _are_equal(grads, plain.grads(_batch(seed=seed)))
+    assert sum(lane.bytes_moved) == 2 * 2 * 2 * TOKENS * D_ * 8  # two inputs, there and back, in two steps
+    loss = moved(_batch().requires_grad_())
+    assert [inputs.expired() for inputs in moved.inputs] == [True] * 2 + [False] * (LAYERS - 2)
+    loss.backward()
+
+
 def test_nothing_is_moved_without_gradients_or_on_a_device_without_a_lane() -> None:
     lane = Lane()
     with torch.no_grad():

@@ -10,6 +10,7 @@ it can be used again only once the host has seen the copy's end, and the host ru
 writes is held until the device has been told to wait for it.
 """
 
+import warnings
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -21,6 +22,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from expertune.memory.host_room import host_room
+
 # 32 MiB a layer at D = 2,048 in 16 bits, 1.5 GiB in 48 layers. PCIe 5 copies them in 0.7 ms, and 3 billion active
 # parameters in 48 layers are at least 2 ms of products a layer on an H100 (by count). With fewer tokens the inputs are
 # little beside the weights, and a step waits for the host, which would have more to submit.
@@ -28,13 +31,15 @@ LEAST_TOKENS = 8192
 # An input lies in chunks, because torch's allocator of pinned memory takes powers of two: 33 MiB in one buffer would be
 # 64. A power of two itself, and long enough that a copy takes a hundred times as long as to submit it (by count).
 CHUNK_BYTES = 2**25
+# Of the host's memory, for whatever else the process and others may want: one that takes all is killed.
+_SPARED_BYTES = 2**32
 
 
 class Lane(Protocol):
     """Copies between a device and the host, one after the other, beside the device's own work."""
 
-    def buffer(self, num_bytes: int) -> Tensor:
-        """Memory of the host that the device reads and writes by itself, `(num_bytes,)` uint8."""
+    def buffer(self, num_bytes: int) -> Tensor | None:
+        """Memory of the host that the device reads and writes by itself, `(num_bytes,)` uint8; None for none left."""
         ...
 
     def copy(self, source: Tensor, target: Tensor) -> Any:
@@ -57,8 +62,10 @@ class CudaLane:
         self._device = device
         self._stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
-    def buffer(self, num_bytes: int) -> Tensor:
+    def buffer(self, num_bytes: int) -> Tensor | None:
         """Waits for the device: taken in the first steps, then used again."""
+        if host_room() < num_bytes + _SPARED_BYTES:
+            return None
         return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
 
     def copy(self, source: Tensor, target: Tensor) -> torch.cuda.Event:
@@ -114,7 +121,8 @@ class Offload:
             yield
             return
         before = shelf.last()
-        held = _Kept(x.detach(), before) if stays else _Moved(x.detach(), before, shelf, shelf.take(x.nbytes))
+        buffers = None if stays else shelf.take(x.nbytes)
+        held = _Kept(x.detach(), before) if buffers is None else _Moved(x.detach(), before, shelf, buffers)
         shelf.last = weakref.ref(held)
         form, version = _form(x), x._version
 
@@ -156,14 +164,27 @@ class _Shelf:
         self.last: Callable[[], _Held | None] = lambda: None
         self._free: dict[int, list[Tensor]] = defaultdict(list)
 
-    def take(self, num_bytes: int) -> list[Tensor]:
+    def take(self, num_bytes: int) -> list[Tensor] | None:
         """Buffers that hold so many bytes together: chunks, and for the rest a power of two, at least half of it used.
 
         So batches of all lengths share chunks, and the rests that others leave sum to less than one chunk.
+        None where the host has no memory for them, as is said once.
         """
         num_chunks, rest = divmod(num_bytes, CHUNK_BYTES)
         lengths = [CHUNK_BYTES] * num_chunks + ([1 << (rest - 1).bit_length()] if rest else [])
-        return [self._free[length].pop() if self._free[length] else self.lane.buffer(length) for length in lengths]
+        taken: list[Tensor] = []
+        for length in lengths:
+            buffer = self._free[length].pop() if self._free[length] else self.lane.buffer(length)
+            if buffer is None:
+                self.give_back(taken)
+                warnings.warn(
+                    f"the host has no memory to spare for the input of a layer, {num_bytes / 2**20:,.0f} MiB: it stays "
+                    "on the device, as do those of the layers that find none either. Shorter batches need less.",
+                    stacklevel=2,
+                )
+                return None
+            taken.append(buffer)
+        return taken
 
     def give_back(self, buffers: list[Tensor]) -> None:
         """They may still be read from: the next copy into them is on the same lane."""
