@@ -3,6 +3,7 @@
     python benchmarks/sft_step.py [--shape tiny|qwen3|gptoss|glm|moonlight] [--layers 12] [--contexts 1024,4096]
                                   [--peers transformers,expertune,unsloth] [--rank 64] [--memory auto] [--longest]
                                   [--adapter-dtype float32|bfloat16] [--rows whole|packed|padded] [--sample 64,511]
+                                  [--processes 1]
 
 A random-weight model of the real shape is written once and read by every peer as its own documentation says. LoRA on
 the attention and on all experts, batch 1, bf16, the router frozen, checkpointing as a peer does it. 8-bit AdamW:
@@ -12,7 +13,8 @@ bitsandbytes', and for expertune its own unless `--adam bitsandbytes` says other
 steps after the fourth counts; the last is profiled, and its GPU time split by part. With `--longest` the longest that
 trains is found by bisection. With `--rows packed` a context is samples of 64 to 511 tokens or as `--sample` says, as
 TRL packs them; with `--rows padded` it is a batch of such samples, one for each 512 of its tokens, as TRL pads them:
-for ours to a multiple of 128. Writes `runs/bench/sft_step.json` with its provenance and `sft_step.png`.
+for ours to a multiple of 128. With `--processes` each peer runs under DDP, a GPU and a batch a process; the figures are
+of the first, tokens of all. Writes `runs/bench/sft_step.json` with its provenance and `sft_step.png`.
 """
 
 import argparse
@@ -37,7 +39,7 @@ from sft_worker import PEERS, ROWS, work
 from shapes import SHAPES, write_model
 
 _CHOICES = "expertune:MEMORY, transformers:EXPERTS"
-_SETTINGS = ("shape", "layers", "rank", "memory", "adapter_dtype", "adam", "steps", "rows", "sample")
+_SETTINGS = ("shape", "layers", "rank", "memory", "adapter_dtype", "adam", "steps", "rows", "sample", "processes")
 _PACKAGES = ("torch", "triton", "transformers", "peft", "trl", "bitsandbytes", "unsloth")
 
 
@@ -95,6 +97,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--rows", choices=ROWS, default="whole", help="what a batch is made of")
     parser.add_argument("--sample", type=_from_and_to, default=(64, 511), help="tokens of packed and padded ones")
+    parser.add_argument("--processes", type=int, default=1, help="a peer, under DDP")
     parser.add_argument("--longest", action="store_true", help="find the longest context, too")
     parser.add_argument("--timeout", type=int, default=600, help="seconds that a peer has")
     parser.add_argument("--output", type=Path, default=Path("runs/bench"))
@@ -103,6 +106,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.steps < 6 and torch.cuda.is_available():
         parser.error("--steps must be at least 6 on a GPU: four warm up, and the last one is profiled")
+    if args.longest and args.processes > 1:
+        parser.error("--longest runs out of memory on purpose, which one of several --processes cannot alone")
     os.environ |= {"HF_HUB_OFFLINE": "1", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
     if args.worker:
         peer, _, choice = args.worker.partition(":")
@@ -125,7 +130,7 @@ def main() -> None:
             results[peer] = []
             keep(report, args.output)
             with console.status(f"{peer}: {args.contexts} tokens, {args.steps} steps each or more"):
-                for row in run_peer(peer, folder, args.timeout, console):
+                for row in run_peer(peer, folder, args, console):
                     results[peer].append(row)
                     keep(report, args.output)
     step_report.plot(report, args.output / "sft_step.png")
@@ -138,15 +143,17 @@ def keep(report: dict[str, Any], folder: Path) -> None:
     (folder / "sft_step.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
 
 
-def run_peer(peer: str, folder: Path, timeout: int, console: Console) -> Iterator[dict[str, Any]]:
+def run_peer(peer: str, folder: Path, args: argparse.Namespace, console: Console) -> Iterator[dict[str, Any]]:
     """The lines that a peer's process writes, as they come, also if it does not come to its end."""
-    command = [sys.executable, *sys.argv, "--worker", peer, "--folder", str(folder)]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(args.processes)]
+    several = launcher if args.processes > 1 else []
+    command = [sys.executable, *several, *sys.argv, "--worker", peer, "--folder", str(folder)]
     with (
         tempfile.TemporaryFile("w+") as errors,
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process,
     ):
         is_late = threading.Event()
-        timer = threading.Timer(timeout, lambda: (is_late.set(), process.kill()))
+        timer = threading.Timer(args.timeout, lambda: (is_late.set(), process.terminate()))
         timer.start()
         assert process.stdout is not None
         for line in process.stdout:
@@ -157,7 +164,9 @@ def run_peer(peer: str, folder: Path, timeout: int, console: Console) -> Iterato
         errors.seek(0)
         said = errors.read().strip().splitlines()
     if status:
-        reason = f"no end within {timeout} s" if is_late.is_set() else (said or [f"ended with status {status}"])[-1]
+        reason = (
+            f"no end within {args.timeout} s" if is_late.is_set() else (said or [f"ended with status {status}"])[-1]
+        )
         console.print(f"{peer}: {reason}", style="red", markup=False)
 
 

@@ -3,6 +3,7 @@
 import argparse
 import gc
 import json
+import os
 import shutil
 import statistics
 import tempfile
@@ -19,6 +20,10 @@ ROWS = ("whole", "packed", "padded")
 _PADDED_TO = 128  # tokens, whose multiples the lengths of our padded batches are, as README says
 # steps that do not count: ours records layers in the fourth of a kind, and padded batches are of several
 _NUM_WARM = {"whole": 4, "packed": 8, "padded": 16}
+
+
+# of this process, each of which has a GPU of its own; the first one prints
+_RANK, _NUM_PROCESSES = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def work(peer: str, args: argparse.Namespace) -> None:
@@ -42,7 +47,8 @@ def work(peer: str, args: argparse.Namespace) -> None:
     for context in contexts:
         row = trained(context, num_steps(context, args.steps, args.rows))
         fits = max(fits, context) if row else fits
-        print(json.dumps({"context": context} | (row or {"ms": None})), flush=True)
+        if _RANK == 0:
+            print(json.dumps({"context": context} | (row or {"ms": None})), flush=True)
     if args.longest:
         found = longest(lambda context: trained(context, 2) is not None, fits, limit)
         print(json.dumps({"longest": found}), flush=True)
@@ -94,7 +100,7 @@ def load(peer: str, args: argparse.Namespace, max_seq_length: int) -> Any:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    device = {"": 0} if torch.cuda.is_available() else None
+    device = {"": _RANK} if torch.cuda.is_available() else None
     faster = {"experts_implementation": args.experts} if experts else {}
     model = AutoModelForCausalLM.from_pretrained(args.folder, device_map=device, dtype=torch.bfloat16, **faster)
     parameters = [f"mlp.experts.{name}" for name in experts]
@@ -162,10 +168,10 @@ def _data(args: argparse.Namespace, context: int, steps: int) -> Any:
     vocab = SHAPES[args.shape][1]["vocab_size"]
     if args.rows == "padded":
         shortest, longest = args.sample
-        num_rows = steps * batch_size(args.rows, context, longest)
+        num_rows = _NUM_PROCESSES * steps * batch_size(args.rows, context, longest)
         lengths = torch.randint(shortest, longest + 1, (num_rows,), generator=random).tolist()
     else:
-        lengths = [context] * steps
+        lengths = [context] * steps * _NUM_PROCESSES
     ids = [torch.randint(4, vocab, (length,), generator=random).tolist() for length in lengths]
     beside = {}
     if args.rows == "packed":

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import distributed
 
 from sft_step import write
 from sft_worker import sample_lengths, work
@@ -60,6 +61,19 @@ def test_all_peers_take_the_same_steps_and_samples_do_not_see_each_other(
         assert losses("expertune", rows) == pytest.approx(expected, abs=0.001)
         assert rows == "whole" or expected != stock["whole"]
     assert losses("expertune", "whole", "lean") == pytest.approx(stock["whole"], abs=0.001)
+
+
+@pytest.mark.skipif(not distributed.is_gloo_available(), reason="needs gloo")
+def test_several_processes_take_steps_together(folder: str, tmp_path: Path) -> None:
+    sizes = ["--shape", "tiny", "--layers", "2", "--contexts", "32", "--steps", "3", "--rank", "4", "--processes", "2"]
+    peers = ["--peers", "transformers", "--folder", folder]
+    command = [sys.executable, str(ROOT / "benchmarks" / "sft_step.py"), *sizes, *peers, "--output", str(tmp_path)]
+    subprocess.run(command, check=True)
+    report = json.loads((tmp_path / "sft_step.json").read_text())
+    assert report["processes"] == 2
+    (row,) = report["peers"]["transformers"]
+    assert len(row["loss"]) == 3
+    assert row["tokens_per_s"] == pytest.approx(2 * 32 * 1000 / row["ms"], rel=0.01)
 
 
 def test_samples_fill_a_context() -> None:
