@@ -57,13 +57,15 @@ def found(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return seen
 
 
-@pytest.mark.parametrize("side", ["left", "right", "none"])
+@pytest.mark.parametrize("side", ["left", "right", "between", "none"])
 @pytest.mark.parametrize("family", ["gpt_oss", "gemma3"])
 def test_outputs_and_gradients_are_the_host_s(checkpoint: Checkpoint, family: str, side: str) -> None:
     host, ours = pair(checkpoint, family)
     inputs = batch(length=LENGTH)
     if side == "left":
         inputs = {name: x.flip(-1) for name, x in inputs.items()}
+    elif side == "between":
+        inputs = {name: x.roll(-5, -1) for name, x in inputs.items()}
     elif side == "none":
         inputs["attention_mask"][:] = 1
     inputs["labels"] = inputs["labels"].masked_fill(inputs["attention_mask"] == 0, -100)

@@ -14,7 +14,7 @@ from tests.attention.chosen import kernels_chosen
 from tests.cases import needs_cuda
 from tests.conftest import Checkpoint
 from tests.hosts.models import batch, load_tiny
-from tests.hosts.passes import of_tokens
+from tests.hosts.passes import assert_equal_within, of_tokens, run
 from tests.hosts.recorded import both, make, step, tokens
 
 FAMILIES = ["qwen3_moe", "gpt_oss", "glm4_moe_lite"]
@@ -77,7 +77,41 @@ def test_where_packed_samples_start_goes_down(checkpoint: Checkpoint, family: st
     positions = torch.tensor([[*range(7), *[1] * 5]])  # as some derive them from a mask
     model(input_ids=tokens(0, batch=1), attention_mask=mask, position_ids=positions, use_cache=False)
     assert seen[2]["attention_mask"] is None
-    assert seen[2]["cu_seq_lens_q"][:2].tolist() == [0, 7]
+    assert seen[2].get("cu_seq_lens_q") is None, "beside a mask no sample starts"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "positions", [PACKED, torch.cat((torch.arange(5), torch.arange(40, 47)))[None]], ids=["0", "40"]
+)
+def test_beside_a_mask_positions_start_no_samples(checkpoint: Checkpoint, family: str, positions: torch.Tensor) -> None:
+    """As PoSE skips positions within a sample (Zhu et al. 2023)."""
+    folder, inputs = checkpoint(family), batch(length=12) | {"position_ids": positions.expand(2, -1)}
+    ours, stock = expertune.optimize(load_tiny(folder)), load_tiny(folder)
+    for trains in (True, False):
+        truth = run(stock.train(trains), inputs)
+        assert_equal_within(run(ours.train(trains), inputs), truth, 1e-11)
+    recorded, plain, capture = both(folder, family)
+    for seed in range(5):
+        ids = tokens(seed)
+        given = {"attention_mask": torch.ones_like(ids), "position_ids": inputs["position_ids"]}
+        torch.testing.assert_close(step(recorded, ids, **given), step(plain, ids, **given))
+    assert capture.replays > 0
+
+
+@pytest.mark.parametrize("hands_down", [True, False])
+def test_a_mask_stays_where_the_host_would_look_at_positions_without(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, hands_down: bool
+) -> None:
+    decoder = expertune.optimize(load_tiny(checkpoint("qwen3_moe"))).train().model
+    teller = Teller(decoder)
+    monkeypatch.setattr(teller, "_hands_down", hands_down)
+    inputs = {"input_ids": tokens(0), "attention_mask": torch.ones(2, 12, dtype=torch.long)}
+    _, kwargs = teller(decoder, (), inputs) or ((), inputs)
+    assert (kwargs["attention_mask"] is None) is not hands_down
+    inputs["position_ids"] = PACKED.expand(2, -1)
+    _, kwargs = teller(decoder, (), inputs) or ((), inputs)
+    assert kwargs["attention_mask"] is not None
 
 
 class Answers(TorchDispatchMode):

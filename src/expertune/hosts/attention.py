@@ -25,6 +25,7 @@ IMPLEMENTATION = "expertune"
 BESIDE_SDPA = "expertune_beside_sdpa"
 _HOSTS_OWN = ("eager", "sdpa")
 _SEQUENCES = WeakTensorKeyDictionary()  # found once a step, by the mask or the positions that every layer gets
+_BESIDE_A_MASK = WeakTensorKeyDictionary()  # positions that start no samples
 _HIDING_NOTHING = WeakTensorKeyDictionary()  # masks; nobody can write into one, for it is a single number
 
 
@@ -143,6 +144,18 @@ def waits(implementation: str, keywords: dict[str, Any]) -> bool:
     return mask is not None or _sequences(None, keywords.get("position_ids")) is not None
 
 
+def note_positions(position_ids: Tensor, *, are_beside_a_mask: bool) -> None:
+    """Say whether a decoder is called with a mask beside these positions.
+
+    Samples begin where positions start again, but not beside a mask, which says all that is hidden, as Transformers has
+    it. A mask that hides nothing does not come down to the layers, the positions do.
+    """
+    if are_beside_a_mask:
+        _BESIDE_A_MASK[position_ids] = True
+    elif position_ids in _BESIDE_A_MASK:
+        del _BESIDE_A_MASK[position_ids]
+
+
 def told(mask: Any, keywords: dict[str, Any]) -> Sequences | None:
     """The packed samples of a call that says where they start, as FlashAttention is told; None if it does not.
 
@@ -199,17 +212,18 @@ def _mask(
 ) -> Tensor | None:
     """What a step's layers get as their mask.
 
-    None for causal attention over whole samples; the 2D mask where there is padding; otherwise, with a cache of keys or
-    a mask of the model's own, the host's bool mask `(B, 1, T, S)`.
+    None for causal attention over whole samples; the 2D mask where there is padding; otherwise, with a cache of keys, a
+    mask of the model's own or padding between tokens, the host's bool mask `(B, 1, T, S)`.
     """
     attention_mask = _unless_it_hides_nothing(attention_mask)
     # later than transformers 5.2 their number, before it their positions
     num_queries = queries["q_length"] if "q_length" in queries else len(queries["cache_position"])
     is_whole = num_queries == kv_length and kv_offset == 0 and not torch.compiler.is_compiling()
     if allow_is_causal_skip and is_whole:
-        if attention_mask is None or attention_mask[:, -kv_length:].all():
+        if attention_mask is None or (is_token_BT := attention_mask[:, -kv_length:]).all():
             return None
-        return attention_mask[:, -kv_length:]
+        if not _has_gaps(is_token_BT):  # which a window counts, and what lies in one may predict the token behind it
+            return is_token_BT
     mask: Tensor = sdpa_mask(
         kv_length=kv_length,
         kv_offset=kv_offset,
@@ -218,6 +232,12 @@ def _mask(
         **queries,
     )
     return mask
+
+
+def _has_gaps(is_token_BT: Tensor) -> bool:
+    """Whether padding lies between tokens of a sample. Waits for the device."""
+    begins_B = is_token_BT[:, 0] + (is_token_BT[:, 1:] > is_token_BT[:, :-1]).sum(-1)
+    return bool((begins_B > 1).any())
 
 
 def _mask_beside_sdpa(*, attention_mask: Tensor | None = None, **given: Any) -> Tensor | None:
@@ -251,7 +271,8 @@ def _attention(
         )
     sequences = told(attention_mask, keywords)
     if sequences is None and not is_whole:
-        sequences = _sequences(attention_mask, position_ids)
+        are_whole = attention_mask is None and position_ids in _BESIDE_A_MASK
+        sequences = None if are_whole else _sequences(attention_mask, position_ids)
     query, key, value = _in_one_dtype(query, key, value)
     out_BTHV = attend(
         query,

@@ -6,8 +6,8 @@ training needs neither.
 - No token sees the padding behind it, for attention is causal; and what is computed of padding nobody reads, because
   its labels are ignored. So that mask goes, and the batch is as one of whole samples; the decoder is given one that is
   known to hide nothing, for without any it waits for the device to tell whether samples are packed.
-- Where positions start again, samples are packed. The rows where they start go down to the attention as tensors, by the
-  names that Transformers has for FlashAttention.
+- Where positions start again, samples are packed, unless there is a mask beside them, as Transformers has it. The rows
+  where they start go down to the attention as tensors, by the names that Transformers has for FlashAttention.
 """
 
 import inspect
@@ -41,19 +41,24 @@ class Teller:
         self, decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Called by torch."""
-        is_trained = decoder.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if torch.compiler.is_compiling():
+            return None
+        mask, position_ids = kwargs.get("attention_mask"), kwargs.get("position_ids")
+        if position_ids is not None:
+            attention.note_positions(position_ids, are_beside_a_mask=mask is not None)
+        is_trained = decoder.training and torch.is_grad_enabled()
         has_cache = kwargs.get("past_key_values") is not None or kwargs.get("cache") is not None
         if not is_trained or has_cache or not attention.is_ours(decoder) or not self._is_causal(kwargs):
             return None
-        mask, position_ids = kwargs.get("attention_mask"), kwargs.get("position_ids")
         if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2 and _is_behind(mask)):
             return None
-        told: dict[str, Any] = {"attention_mask": None}
         x = input_of(args, kwargs)
-        if self._hands_down and x is not None and (position_ids is None or position_ids.dim() == 2):
-            told["attention_mask"] = attention.hiding_nothing(x.shape[:2], x.device)
-            if position_ids is not None:
-                told |= _packed(position_ids.expand(len(x), -1), kwargs)
+        if not self._hands_down or x is None or (position_ids is not None and position_ids.dim() != 2):
+            is_read = mask is not None and position_ids is not None  # without a mask the host looks at positions
+            return None if is_read else (args, kwargs | {"attention_mask": None})
+        told = {"attention_mask": attention.hiding_nothing(x.shape[:2], x.device)}
+        if mask is None and position_ids is not None:
+            told |= _packed(position_ids.expand(len(x), -1), kwargs)
         return args, kwargs | told
 
     def _is_causal(self, kwargs: dict[str, Any]) -> bool:
