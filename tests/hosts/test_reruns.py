@@ -37,6 +37,25 @@ def test_every_step_is_the_same(
 
 
 @pytest.mark.parametrize(
+    ("family", "settings"),
+    [("qwen3_moe", {"attention_dropout": 0.3}), ("mixtral", {"router_jitter_noise": 0.1}), ("qwen3_moe", {})],
+    ids=["dropout", "jitter", "none"],
+)
+def test_layers_that_draw_random_numbers_are_not(checkpoint: Checkpoint, family: str, settings: dict[str, Any]) -> None:
+    """A second forward would draw others; nor does it cost numbers to find out."""
+    ours, stock, capture = both(checkpoint(family, **settings), family, memory="lean")
+    for seed in range(5):
+        results = []
+        for model in (ours, stock):
+            torch.manual_seed(seed)
+            results.append((step(model, tokens(seed)), torch.rand(1)))
+        torch.testing.assert_close(*results)
+    refused = recorder_of(ours).refused
+    assert any("random numbers" in reason for reason in refused.values()) is bool(settings)
+    assert bool(capture.replays) is not bool(settings)
+
+
+@pytest.mark.parametrize(
     ("family", "leaves_out"), [("qwen3_moe", [False, False, True, True]), ("glm4_moe_lite", [False, False])]
 )
 def test_the_experts_output_is_left_out_where_backward_does_not_read_it(

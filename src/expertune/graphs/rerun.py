@@ -2,14 +2,16 @@
 
 What gradient checkpointing does, in two graphs: forward, and forward with its backward. All layers use the same memory,
 one after another, so this costs a card no more than checkpointing does, and the CPU two calls a layer. The second
-forward runs the kernels of the first on the same numbers: a router chooses the same experts.
+forward runs the kernels of the first on the same numbers: a router chooses the same experts. It would draw other random
+numbers, so a call that draws any (dropout, jitter of a router) is not recorded.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
 
 from expertune.accumulate import Postponed
@@ -75,7 +77,8 @@ class Rerun(Recording):
         self._run_backward()
 
     def _try(self) -> Tried:
-        self._run_again()
+        with _drawing_nothing(self._tensors[0].device):
+            self._run_again()
         return super()._try()
 
     def _lend(self, postponed: Postponed) -> Postponed:
@@ -83,3 +86,25 @@ class Rerun(Recording):
         lend = self._pool.capture.lend
         saved = [x if x is None or not x.is_contiguous() else lend(x) for x in postponed.saved]
         return replace(super()._lend(postponed), saved=saved)
+
+
+@contextmanager
+def _drawing_nothing(device: torch.device) -> Iterator[None]:
+    """Around work that draws no random numbers.
+
+    Raises:
+        RuntimeError: it did. What is drawn next is what would have been.
+    """
+    before = _random_states(device)
+    yield
+    if not all(map(torch.equal, before, _random_states(device))):
+        torch.set_rng_state(before[0])
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(before[1], device)
+        raise RuntimeError("it draws random numbers, which a second forward would draw anew")
+
+
+def _random_states(device: torch.device) -> list[Tensor]:
+    """Of torch's generators on the CPU and on a CUDA device, both in memory of the host."""
+    states = [torch.get_rng_state()]
+    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
