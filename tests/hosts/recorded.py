@@ -47,7 +47,7 @@ def both(folder: Path, family: str = "", **settings: Any) -> tuple[Any, Any, Fak
 def step(model: nn.Module, ids: torch.Tensor, **inputs: Any) -> list[torch.Tensor | None]:
     """Loss and gradients."""
     model.zero_grad()
-    loss = model(input_ids=ids, labels=ids, **{"use_cache": False} | inputs).loss
+    loss = model(**{"input_ids": ids, "labels": ids, "use_cache": False} | inputs).loss
     loss.backward()
     return [loss.detach(), *(p.grad for p in model.parameters())]
 

@@ -41,7 +41,8 @@ def _results(layer: LoraLinear, function: Callable[..., Tensor], x: Tensor) -> l
     x = x.clone().requires_grad_()
     trained = [p for p in layer.parameters() if p.requires_grad]
     y = function(layer, x)
-    return [y.detach(), *torch.autograd.grad(y, [x, *trained], torch.ones_like(y).cumsum(-1) / OUT)]
+    grads = torch.autograd.grad(y, [x, *trained], torch.ones_like(y).cumsum(-1) / OUT, allow_unused=True)
+    return [y.detach(), *(torch.zeros(()) if grad is None else grad for grad in grads)]
 
 
 @pytest.fixture
@@ -100,6 +101,10 @@ REASONS: dict[str, Callable[[LoraLinear], Any]] = {
     "a hook": lambda layer: layer.base_layer.register_forward_hook(lambda _m, _x, y: y * 2),
     "a replaced forward": lambda layer: setattr(layer.base_layer, "forward", lambda x: x.sum(-1, True).expand(-1, OUT)),
     "another class": lambda layer: setattr(layer.base_layer, "__class__", type("Linear8", (nn.Linear,), {})),
+    "a hook on a factor": lambda layer: layer.lora_A["default"].register_forward_hook(lambda _m, _x, y: y * 2),
+    "a replaced forward of a factor": lambda layer: setattr(
+        layer.lora_B["default"], "forward", lambda x: x.sum(-1, True).expand(-1, OUT)
+    ),
     "factors of another dtype": lambda layer: (layer.lora_A.float(), layer.lora_B.float()),
 }
 

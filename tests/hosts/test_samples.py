@@ -1,5 +1,6 @@
 """What decoders are told of a batch's samples: that padding behind needs no mask, and where packed samples start."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import expertune
 from expertune.attention.sequences import Sequences
-from expertune.hosts.samples import Teller
+from expertune.hosts.samples import Labels, Teller
 from tests.attention.chosen import kernels_chosen
 from tests.cases import needs_cuda
 from tests.conftest import Checkpoint
@@ -75,7 +76,9 @@ def test_where_packed_samples_start_goes_down(checkpoint: Checkpoint, family: st
     assert seen[1].get("cu_seq_lens_q") is None, "one sample is not packed"
     mask = torch.tensor([[1] * 7 + [0] * 5])
     positions = torch.tensor([[*range(7), *[1] * 5]])  # as some derive them from a mask
-    model(input_ids=tokens(0, batch=1), attention_mask=mask, position_ids=positions, use_cache=False)
+    labels = torch.where(mask == 0, -100, tokens(0, batch=1))
+    given = {"attention_mask": mask, "labels": labels, "position_ids": positions}
+    model(input_ids=tokens(0, batch=1), use_cache=False, **given)
     assert seen[2]["attention_mask"] is None
     assert seen[2].get("cu_seq_lens_q") is None, "beside a mask no sample starts"
 
@@ -99,12 +102,31 @@ def test_beside_a_mask_positions_start_no_samples(checkpoint: Checkpoint, family
     assert capture.replays > 0
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("reads", ["labels", "nothing", "hidden states"])
+def test_padding_that_is_read_keeps_its_mask(checkpoint: Checkpoint, family: str, reads: str) -> None:
+    """In a loss on all tokens, or by a caller who makes the loss."""
+    folder, inputs = checkpoint(family), batch()
+    if reads == "labels":
+        inputs["labels"] = inputs["input_ids"]
+    elif reads == "nothing":
+        del inputs["labels"]
+    more = {"use_cache": False, "output_hidden_states": reads == "hidden states"}
+    ours, stock = expertune.optimize(load_tiny(folder)).train(), load_tiny(folder).train()
+    if family == "gpt_oss":
+        with nullcontext() if reads != "labels" else pytest.warns(UserWarning, match="Padding has labels"):
+            ours(**inputs, **more)
+        return
+    outs = [model(**inputs, **more) for model in (ours, stock)]
+    torch.testing.assert_close(outs[0].logits, outs[1].logits)
+
+
 @pytest.mark.parametrize("hands_down", [True, False])
 def test_a_mask_stays_where_the_host_would_look_at_positions_without(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, hands_down: bool
 ) -> None:
     decoder = expertune.optimize(load_tiny(checkpoint("qwen3_moe"))).train().model
-    teller = Teller(decoder)
+    teller = Teller(decoder, Labels())
     monkeypatch.setattr(teller, "_hands_down", hands_down)
     inputs = {"input_ids": tokens(0), "attention_mask": torch.ones(2, 12, dtype=torch.long)}
     _, kwargs = teller(decoder, (), inputs) or ((), inputs)
@@ -149,7 +171,9 @@ def test_positions_of_one_row_are_of_all(checkpoint: Checkpoint) -> None:
 def test_positions_in_more_dimensions_are_the_hosts_to_read(checkpoint: Checkpoint) -> None:
     decoder = expertune.optimize(load_tiny(checkpoint("qwen3_moe"))).train().model
     positions = PACKED.expand(3, 1, -1)
-    _, kwargs = Teller(decoder)(decoder, (), {"input_ids": tokens(0, batch=1), "position_ids": positions}) or ((), {})
+    _, kwargs = Teller(decoder, Labels())(
+        decoder, (), {"input_ids": tokens(0, batch=1), "position_ids": positions}
+    ) or ((), {})
     assert kwargs["attention_mask"] is None, "with one the host would not look for packed samples"
 
 
@@ -174,7 +198,8 @@ def test_layers_are_replayed_whatever_a_batch_is_made_of(checkpoint: Checkpoint,
     assert capture.replays == 3 * 2 * 2
     for seed in range(5):
         mask = (torch.arange(12) < torch.tensor([[12], [7 + seed]])).long()
-        torch.testing.assert_close(*[step(model, tokens(seed), attention_mask=mask) for model in (ours, stock)])
+        given = {"attention_mask": mask, "labels": torch.where(mask == 0, -100, tokens(seed))}
+        torch.testing.assert_close(*[step(model, tokens(seed), **given) for model in (ours, stock)])
     assert capture.replays == 2 * 3 * 2 * 2
     assert "CUDA graphs: 2 of 2 layers, 2 kinds of calls" in str(expertune.explain(ours))
 

@@ -161,8 +161,8 @@ def _hook(model: PreTrainedModel, state: Attached) -> None:
         state.handles.append(block.register_forward_hook(partial(_after_block, state.replay), always_call=True))
     for decoder in decoders(model):
         state.handles.append(decoder.register_forward_pre_hook(partial(_before_decoder, model, state)))
-        state.handles.append(decoder.register_forward_pre_hook(samples.Teller(decoder), with_kwargs=True))
-        state.handles += angles.hook(decoder)
+    state.handles += samples.hook(model, decoders(model))
+    state.handles += [handle for decoder in decoders(model) for handle in angles.hook(decoder)]
 
 
 def detach(model: PreTrainedModel) -> None:

@@ -106,6 +106,11 @@ def is_ours(decoder: PreTrainedModel) -> bool:
     return decoder.config._attn_implementation in (IMPLEMENTATION, BESIDE_SDPA)
 
 
+def gives_nothing_of_padding(decoder: PreTrainedModel) -> bool:
+    """Whether what attention gives for padding is not what the host's would."""
+    return decoder.config._attn_implementation == IMPLEMENTATION
+
+
 def kernels_of(decoder: PreTrainedModel) -> str:
     """Which kernels its layers take in the dtype and on the device of its weights, for what ours attends to."""
     weight = next(decoder.parameters())

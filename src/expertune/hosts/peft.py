@@ -302,7 +302,11 @@ def _is_plain(layer: LoraLinear) -> bool:
     """Whether its active adapters do nothing but `s(xA)B`."""
     names = [name for name in layer.active_adapters if name in layer.lora_A]
     return not (layer.merged or layer.disable_adapters or layer.lora_variant) and all(
-        isinstance(layer.lora_dropout[name], nn.Identity) and not layer.lora_bias[name] for name in names
+        isinstance(layer.lora_dropout[name], nn.Identity)
+        and not layer.lora_bias[name]
+        and _is_torchs_linear(layer.lora_A[name])
+        and _is_torchs_linear(layer.lora_B[name])
+        for name in names
     )
 
 
@@ -338,12 +342,13 @@ def _adds_plainly(layer: Any) -> bool:
 
 def _is_frozen_linear(base: nn.Module) -> bool:
     """Whether a module is torch's own frozen linear, and nobody looks on while it runs."""
-    return (
-        type(base) is nn.Linear
-        and not (base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad))
-        and "forward" not in vars(base)
-        and not _is_watched(base)
-    )
+    is_torchs = _is_torchs_linear(base)
+    return is_torchs and not (base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad))
+
+
+def _is_torchs_linear(module: nn.Module) -> bool:
+    """Whether a module is torch's own linear, and nobody looks on while it runs."""
+    return type(module) is nn.Linear and "forward" not in vars(module) and not _is_watched(module)
 
 
 def _is_watched(module: nn.Module) -> bool:

@@ -3,27 +3,60 @@
 With padding or several samples a row, a decoder makes a mask for its layers, where its attention is SDPA of `T x T`:
 torch's fastest kernels take none, and a layer that is handed one is not replayed (`hosts/graphs.py`). A step of
 training needs neither.
-- No token sees the padding behind it, for attention is causal; and what is computed of padding nobody reads, because
-  its labels are ignored. So that mask goes, and the batch is as one of whole samples; the decoder is given one that is
-  known to hide nothing, for without any it waits for the device to tell whether samples are packed.
+- No token sees the padding behind it, for attention is causal; and what is computed of padding nobody reads, where its
+  labels are ignored. So that mask goes, and the batch is as one of whole samples; the decoder is given one that is
+  known to hide nothing, for without any it waits for the device to tell whether samples are packed. Where padding has
+  labels, or the model was given none, a mask of SDPA's stays. Attention of ours (`attention.IMPLEMENTATION`) gives
+  nothing of the host's for padding either way, which is said where it has labels.
 - Where positions start again, samples are packed, unless there is a mask beside them, as Transformers has it. The rows
   where they start go down to the attention as tensors, by the names that Transformers has for FlashAttention.
 """
 
 import inspect
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from expertune.attention.sequences import Sequences
 from expertune.hosts import attention
+from expertune.hosts.label_rows import IGNORED
 
+_LEARNED = (
+    "Padding has labels, and this model's attention gives nothing for padding: the loss counts what means nothing. Set "
+    f"the labels of padding, where attention_mask is 0, to {IGNORED}."
+)
 _USUAL = {"full_attention", "sliding_attention"}
+
+
+class Labels:
+    """Those of the call that a model is in, by two hooks around its forward; None where it was given none by name."""
+
+    def __init__(self) -> None:
+        self.given_BT: Tensor | None = None
+
+    def take(self, _model: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
+        """Before."""
+        self.given_BT = kwargs.get("labels")
+
+    def drop(self, _model: nn.Module, _args: Any, _output: Any) -> None:
+        """Behind."""
+        self.given_BT = None
+
+
+def hook(model: nn.Module, decoders: Iterable[PreTrainedModel]) -> list[RemovableHandle]:
+    """Tell the decoders of a model, in every call."""
+    labels = Labels()
+    before = model.register_forward_pre_hook(labels.take, with_kwargs=True)
+    behind = model.register_forward_hook(labels.drop, always_call=True)
+    tellers = [each.register_forward_pre_hook(Teller(each, labels), with_kwargs=True) for each in decoders]
+    return [before, behind, *tellers]
 
 
 class Teller:
@@ -31,9 +64,11 @@ class Teller:
 
     Args:
         decoder: the decoder.
+        labels: of the model around it.
     """
 
-    def __init__(self, decoder: PreTrainedModel) -> None:
+    def __init__(self, decoder: PreTrainedModel, labels: Labels) -> None:
+        self._labels = labels
         self._attentions = attention.attentions_of(decoder)
         self._hands_down = hands_down(decoder)
 
@@ -50,7 +85,7 @@ class Teller:
         has_cache = kwargs.get("past_key_values") is not None or kwargs.get("cache") is not None
         if not is_trained or has_cache or not attention.is_ours(decoder) or not self._is_causal(kwargs):
             return None
-        if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2 and _is_behind(mask)):
+        if mask is not None and not self._may_go(decoder, mask, kwargs):
             return None
         x = input_of(args, kwargs)
         if not self._hands_down or x is None or (position_ids is not None and position_ids.dim() != 2):
@@ -60,6 +95,22 @@ class Teller:
         if mask is None and position_ids is not None:
             told |= _packed(position_ids.expand(len(x), -1), kwargs)
         return args, kwargs | told
+
+    def _may_go(self, decoder: PreTrainedModel, mask: Any, kwargs: dict[str, Any]) -> bool:
+        """Whether nobody would miss a mask. Waits for the device."""
+        if not isinstance(mask, Tensor) or mask.dim() != 2:
+            return False
+        hidden_BT, label_BT = mask == 0, self._labels.given_BT
+        has_labels = label_BT is not None and label_BT.shape == mask.shape and not kwargs.get("output_hidden_states")
+        read_BT = hidden_BT & (label_BT != IGNORED) if has_labels else hidden_BT
+        is_read, is_before = read_BT.any(), (hidden_BT[:, :-1] > hidden_BT[:, 1:]).any()
+        if not (is_read | is_before):
+            return True
+        if is_before or not attention.gives_nothing_of_padding(decoder):
+            return False
+        if has_labels:
+            warnings.warn(_LEARNED, stacklevel=2)
+        return True
 
     def _is_causal(self, kwargs: dict[str, Any]) -> bool:
         """Whether attention is, now: some turn that off after a model was loaded, or for one call."""
@@ -90,11 +141,6 @@ def hands_down(decoder: nn.Module) -> bool:
     attentions = [attention.attentions_of(layer) for layer in layers]
     between = [decoder, *layers, *chain.from_iterable(attentions)]
     return all(attentions) and all(_takes_any_keyword(type(each).forward) for each in between)
-
-
-def _is_behind(mask_BT: Tensor) -> bool:
-    """Whether padding, 0 in the mask, lies behind all tokens of each sample, if there is any. Waits for the device."""
-    return not (mask_BT[:, 1:] > mask_BT[:, :-1]).any()
 
 
 def _takes_any_keyword(forward: Callable[..., Any]) -> bool:
