@@ -37,6 +37,12 @@ _OF_THE_HUB = (
     "force_download",
     "proxies",
 )
+# By how Transformers' classes with a head of their own end: PEFT trains that head, and saves it, for these tasks alone.
+_TASKS = {
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
 _MEMORY = ("auto", "fast", "lean")
 _ATTENTION = ("auto", "host")
 _Model = TypeVar("_Model", bound=nn.Module)
@@ -285,8 +291,10 @@ def _check_lora_settings(targets: Targets, r: int, settings: dict[str, Any]) -> 
 
 
 def _task_type(model: nn.Module) -> str | None:
-    """PEFT's name for a model that generates; None for one that only encodes."""
-    return "CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None
+    """PEFT's name for a model that generates, or whose head is new and to be trained; None for one that only encodes."""
+    if hasattr(model, "prepare_inputs_for_generation"):
+        return "CAUSAL_LM"
+    return next((task for ending, task in _TASKS.items() if type(model).__name__.endswith(ending)), None)
 
 
 def _warn_of_lost(model: PeftModel) -> None:

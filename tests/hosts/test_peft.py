@@ -7,7 +7,13 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, inject_adapter_in_model
+from safetensors.torch import load_file
 from torch.nn.utils import parametrize
+from transformers import (
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 
 import expertune
 from tests.conftest import Checkpoint
@@ -202,3 +208,22 @@ def test_adapters_mixed_within_a_batch_are_refused(checkpoint: Checkpoint) -> No
     model = expertune.optimize(stock(checkpoint("qwen3_moe"), lora())).eval()
     with pytest.raises(ValueError, match="cannot be mixed within a batch"):
         model(**batch(), adapter_names=["default", "__base__"])
+
+
+@pytest.mark.parametrize(
+    ("auto", "task", "head"),
+    [
+        (AutoModelForSequenceClassification, "SEQ_CLS", "score"),
+        (AutoModelForTokenClassification, "TOKEN_CLS", "score"),
+        (AutoModelForQuestionAnswering, "QUESTION_ANS", "qa_outputs"),
+    ],
+)
+def test_a_head_of_its_own_is_trained_and_saved(
+    checkpoint: Checkpoint, tmp_path: Path, auto: Any, task: str, head: str
+) -> None:
+    model = expertune.add_lora(auto.from_pretrained(checkpoint("qwen3_moe")), r=2)
+    assert model.peft_config["default"].task_type == task
+    assert any(p.requires_grad for name, p in model.named_parameters() if head in name)
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert any(head in name for name in saved)
