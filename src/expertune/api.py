@@ -291,7 +291,7 @@ def _check_lora_settings(targets: Targets, r: int, settings: dict[str, Any]) -> 
 
 
 def _task_type(model: nn.Module) -> str | None:
-    """PEFT's name for a model that generates, or whose head is new and to be trained; None for one that only encodes."""
+    """PEFT's name for a model that generates, or with a new head to be trained; None for one that only encodes."""
     if hasattr(model, "prepare_inputs_for_generation"):
         return "CAUSAL_LM"
     return next((task for ending, task in _TASKS.items() if type(model).__name__.endswith(ending)), None)

@@ -81,11 +81,11 @@ def _resolve_modules(model: PreTrainedModel, requested: Sequence[str] | str, tow
     if requested == "all-linear":
         moe = set(blocks(model))
         names_of_blocks = {path for path, module in model.named_modules() if module in moe}
-        head = model.get_output_embeddings()
+        heads = (model.get_output_embeddings(), *model.children())  # a classifier's is a linear beside the decoder
         paths = [
             path
             for path, module in linears.items()
-            if module is not head
+            if module not in heads
             and not _is_of_its_own(module)
             and path not in routers
             and path.rpartition(".")[0] not in names_of_blocks
