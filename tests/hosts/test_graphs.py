@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import pickle
 import weakref
 from typing import Any
 
@@ -346,6 +347,28 @@ def test_restore_and_copies(checkpoint: Checkpoint) -> None:
     assert not mine & {id(piece.module) for piece in pieces if isinstance(piece, Piece)}
     expertune.restore(ours)
     assert not any(isinstance(vars(module).get("forward"), Piece) for module in ours.modules())
+
+
+def test_copies_are_replayed_by_recordings_of_their_own(checkpoint: Checkpoint) -> None:
+    """As for an average of weights."""
+    ours, stock, capture = both(checkpoint("qwen3_moe"))
+    for seed in range(4):
+        step(ours, tokens(seed))
+    twin, copies = copy.deepcopy(ours), FakeCapture()
+    recorder_of(twin)._pool_of = copies.pool
+    replays, preparations = capture.replays, capture.preparations
+    for seed in range(5):
+        torch.testing.assert_close(step(twin, tokens(seed)), step(stock, tokens(seed)))
+    assert copies.replays == 3 * 2 * 2
+    assert copies.preparations == 3 * 2
+    assert (capture.replays, capture.preparations) == (replays, preparations), "those of the first model"
+
+
+def test_a_model_without_recordings_can_be_pickled(checkpoint: Checkpoint) -> None:
+    ours = make(checkpoint("qwen3_moe"), "", graphs=False)
+    twin = pickle.loads(pickle.dumps(ours))
+    for seed in range(2):
+        torch.testing.assert_close(step(twin, tokens(seed)), step(ours, tokens(seed)))
 
 
 @needs_cuda

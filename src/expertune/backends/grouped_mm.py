@@ -33,5 +33,9 @@ def _why_not(problem: Problem) -> str | None:
     return problem.why_not_rows()
 
 
+def _steps() -> TorchSteps:
+    return STEPS
+
+
 STEPS = TorchSteps(matmul=matmul, outer_product=outer)
-BACKEND = Backend(name="grouped_mm", why_not=_why_not, steps=lambda: STEPS)
+BACKEND = Backend(name="grouped_mm", why_not=_why_not, steps=_steps)

@@ -38,5 +38,9 @@ def _why_not(problem: Problem) -> str | None:
     return None
 
 
+def _steps() -> TorchSteps:
+    return STEPS
+
+
 STEPS = TorchSteps(matmul=matmul, outer_product=outer)
-BACKEND = Backend(name="native_torch", why_not=_why_not, steps=lambda: STEPS)
+BACKEND = Backend(name="native_torch", why_not=_why_not, steps=_steps)

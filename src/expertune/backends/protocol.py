@@ -159,6 +159,10 @@ class Steps(Protocol):
         ...
 
 
+def _is_not_slow(_problem: Problem) -> None:
+    """Nothing is said."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Backend:
     """One way to run the walk.
@@ -173,4 +177,4 @@ class Backend:
     name: str
     why_not: Callable[[Problem], str | None]
     steps: Callable[[], Steps]
-    why_slow: Callable[[Problem], str | None] = lambda _problem: None
+    why_slow: Callable[[Problem], str | None] = _is_not_slow

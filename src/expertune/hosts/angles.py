@@ -89,23 +89,24 @@ class Angles:
 def hook(decoder: nn.Module) -> Iterator[Any]:
     """Let a decoder's embeddings keep what they give. Yields what undoes that, each by `remove()`."""
     angles = Angles()
-
-    def begin(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if torch.compiler.is_compiling():
-            return
-        mask = kwargs.get("attention_mask")
-        is_usual = len(args) <= 1 and all(kwargs.get(name) is None for name in _GIVEN)
-        angles.begin(follow_from_shape=is_usual and (mask is None or attention.hides_nothing(mask)))
-
-    def end(*_: Any) -> None:
-        if not torch.compiler.is_compiling():
-            angles.end()
-
     modules = [m for m in decoder.children() if type(m).__name__.endswith("RotaryEmbedding") and _is_known(m)]
     if modules:
         yield _Undo(partial(forwards.unbind, forwards.bind(modules, forward, angles), forward))
-        yield decoder.register_forward_pre_hook(begin, with_kwargs=True)
-        yield decoder.register_forward_hook(end, always_call=True)
+        yield decoder.register_forward_pre_hook(partial(_begin, angles), with_kwargs=True)
+        yield decoder.register_forward_hook(partial(_end, angles), always_call=True)
+
+
+def _begin(angles: Angles, _decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if torch.compiler.is_compiling():
+        return
+    mask = kwargs.get("attention_mask")
+    is_usual = len(args) <= 1 and all(kwargs.get(name) is None for name in _GIVEN)
+    angles.begin(follow_from_shape=is_usual and (mask is None or attention.hides_nothing(mask)))
+
+
+def _end(angles: Angles, *_: Any) -> None:
+    if not torch.compiler.is_compiling():
+        angles.end()
 
 
 class _Undo(NamedTuple):

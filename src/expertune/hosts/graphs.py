@@ -78,6 +78,13 @@ class TransformersHost:
         self._configs: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()  # of modules, or of a part of theirs
         self.rest = rest
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy of a model has other modules."""
+        return {name: value for name, value in vars(self).items() if name != "_configs"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _configs=WeakKeyDictionary())
+
     def is_checkpointed(self) -> bool:
         """Whether a tape is running."""
         return self._replay.tape is not None
@@ -144,18 +151,19 @@ def _checkpointing(forward: Callable[..., Any]) -> FunctionType | None:
 
 
 def hook(decoder: nn.Module, recorder: Recorder) -> Iterator[RemovableHandle]:
-    """Tell when a decoder's forward begins and ends."""
+    """Tell when a decoder's forward begins and ends; a copy of the model tells its own recorder."""
+    yield decoder.register_forward_pre_hook(partial(_begin, recorder), with_kwargs=True)
+    yield decoder.register_forward_hook(partial(_end, recorder), always_call=True)
 
-    def begin(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not torch.compiler.is_compiling():
-            recorder.begin(_num_tokens(args, kwargs))
 
-    def end(*_: Any) -> None:
-        if not torch.compiler.is_compiling():
-            recorder.end()
+def _begin(recorder: Recorder, _decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if not torch.compiler.is_compiling():
+        recorder.begin(_num_tokens(args, kwargs))
 
-    yield decoder.register_forward_pre_hook(begin, with_kwargs=True)
-    yield decoder.register_forward_hook(end, always_call=True)
+
+def _end(recorder: Recorder, *_: Any) -> None:
+    if not torch.compiler.is_compiling():
+        recorder.end()
 
 
 def _num_tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
