@@ -71,11 +71,11 @@ def load(
         memory: "lean" checkpoints every layer, with the routing replayed, moves long inputs of layers to the host and
             walks long batches in tiles; "auto" checkpoints only those layers whose activations the card has no room
             for (found in the first step), and is lean in steps that would not fit even so; "fast" checkpoints none.
-            It takes the place of a trainer's `gradient_checkpointing`; None leaves that to the trainer.
+            It takes the place of a trainer's `gradient_checkpointing`; None leaves that to the trainer. What is
+            checkpointed gives gradients to a `backward()` without `inputs` alone.
         full_finetuning: train all base weights. Otherwise they are frozen, until `add_lora` adds what is trained.
         from_pretrained: more arguments for `from_pretrained` of the model, and of config and tokenizer where they take
-            them (`revision`, `subfolder`, `local_files_only`, …). With `attn_implementation` the attention stays the
-            host's.
+            them (`revision`, `local_files_only`, …). With `attn_implementation` the attention stays the host's.
 
     Raises:
         ValueError: a setting is unknown or cannot be honoured for this model, or nothing of it would run better (see
