@@ -101,16 +101,16 @@ class Teller:
         if not isinstance(mask, Tensor) or mask.dim() != 2:
             return False
         hidden_BT, label_BT = mask == 0, self._labels.given_BT
-        has_labels = label_BT is not None and label_BT.shape == mask.shape and not kwargs.get("output_hidden_states")
-        read_BT = hidden_BT & (label_BT != IGNORED) if has_labels else hidden_BT
-        is_read, is_before = read_BT.any(), (hidden_BT[:, :-1] > hidden_BT[:, 1:]).any()
-        if not (is_read | is_before):
+        if not hidden_BT.any():
             return True
-        if is_before or not attention.gives_nothing_of_padding(decoder):
+        if (hidden_BT[:, :-1] > hidden_BT[:, 1:]).any():
             return False
-        if has_labels:
+        has_labels = label_BT is not None and label_BT.shape == mask.shape and not kwargs.get("output_hidden_states")
+        is_read = not has_labels or bool((hidden_BT & (label_BT != IGNORED)).any())
+        gives_nothing = attention.gives_nothing_of_padding(decoder)
+        if is_read and has_labels and gives_nothing:
             warnings.warn(_LEARNED, stacklevel=2)
-        return True
+        return gives_nothing or not is_read
 
     def _is_causal(self, kwargs: dict[str, Any]) -> bool:
         """Whether attention is, now: some turn that off after a model was loaded, or for one call."""
