@@ -89,8 +89,8 @@ class Teller:
             return None
         x = input_of(args, kwargs)
         if not self._hands_down or x is None or (position_ids is not None and position_ids.dim() != 2):
-            is_read = mask is not None and position_ids is not None  # without a mask the host looks at positions
-            return None if is_read else (args, kwargs | {"attention_mask": None})
+            stays = mask is not None and position_ids is not None  # without one the host would look at positions
+            return None if stays else (args, kwargs | {"attention_mask": None})
         told = {"attention_mask": attention.hiding_nothing(x.shape[:2], x.device)}
         if mask is None and position_ids is not None:
             told |= _packed(position_ids.expand(len(x), -1), kwargs)
