@@ -1,4 +1,4 @@
-"""Two processes under DDP, each with a batch of its own: the gradients of one process on both batches."""
+"""Two processes under DDP or FSDP, each with a batch of its own: the gradients of one process on both batches."""
 
 import itertools
 from pathlib import Path
@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 from torch import distributed, multiprocessing, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import expertune
@@ -19,6 +21,7 @@ from tests.hosts.passes import assert_equal_within
 from tests.memory.lanes import Lane
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
+SHARDED = ("auto", "lean", "fast")
 REPLAYED = 6  # steps, of which the first two are not
 NUM_STEPS = 2  # the second one by what the first one has left: buffers, a plan, DDP's buckets in a new order
 MOVED = 2  # inputs of four layers: not the last, nor the first, which has no gradient while embeddings are frozen
@@ -86,6 +89,27 @@ def _replay(rank: int, folder: Path, results: Path) -> None:
     distributed.destroy_process_group()
 
 
+def _shard(rank: int, folder: Path, results: Path) -> None:
+    """One of the processes, which hold halves of all parameters: the whole gradients of each setting and step."""
+    _join(rank, results)
+    grads: dict[tuple[str, int], dict[str, torch.Tensor]] = {}
+    for memory in SHARDED:
+        model = _model(folder)
+        expertune.optimize(model, memory=memory)
+        mesh = init_device_mesh("cpu", (2,))
+        for layer in model.get_base_model().model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        for step in range(NUM_STEPS):
+            model.zero_grad()
+            model(**_batch(rank, step)).loss.backward()
+            grads[memory, step] = {
+                name: p.grad.full_tensor() for name, p in model.named_parameters() if p.requires_grad
+            }
+    torch.save(grads, results / f"{rank}.pt")
+    distributed.destroy_process_group()
+
+
 needs_gloo = pytest.mark.skipif(not distributed.is_gloo_available(), reason="needs gloo")
 
 
@@ -106,6 +130,22 @@ def test_recorded_layers_give_the_gradients_of_both_batches(checkpoint: Checkpoi
     for _, replays, preparations in results:
         assert replays == (REPLAYED - 2) * 4 * 2  # forward and backward of four layers
         assert preparations == (REPLAYED - 2) * 4
+
+
+@needs_gloo
+def test_shards_get_the_gradients_of_both_batches(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """FSDP2 gathers a layer's parameters around its forward and its backward."""
+    folder = checkpoint("qwen3_moe", num_hidden_layers=4)
+    multiprocessing.spawn(_shard, (folder, tmp_path), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    model = _model(folder)
+    for step in range(NUM_STEPS):
+        model.zero_grad()
+        for rank in range(2):
+            (model(**_batch(rank, step)).loss / 2).backward()
+        truth = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+        for memory, grads in itertools.product(SHARDED, (first, second)):
+            assert_equal_within(grads[memory, step], truth, 1e-12)
 
 
 @needs_gloo
