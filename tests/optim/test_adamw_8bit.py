@@ -1,6 +1,7 @@
 """Each update is torch's; between updates the moments are rounded, and nothing else is lost."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -199,3 +200,21 @@ def test_no_step_is_far_beyond_torchs_where_gradients_are_zero() -> None:
             steps.append((param.detach() - before).abs().max() / lr)
         farthest[kind] = max(steps)
     assert farthest[AdamW8bit] < 2 * farthest[torch.optim.AdamW]
+
+
+@pytest.mark.parametrize("shape", [(64, 32), (8, 32)], ids=["of a larger", "of a smaller"])
+def test_the_state_of_another_size_is_refused(shape: tuple[int, ...]) -> None:
+    """As of an adapter of another rank: a kernel would write beside its memory."""
+    param, other = nn.Parameter(draw(16, 32)), nn.Parameter(draw(*shape))
+    other.grad, saved = draw(*shape), AdamW8bit([other])
+    saved.step()
+    optimizer = AdamW8bit([param])
+    with pytest.raises(ValueError, match="another size"):
+        optimizer.load_state_dict(saved.state_dict())
+    assert not optimizer.state, "nothing of it was taken"
+
+
+@pytest.mark.parametrize("settings", [{"lr": float("nan")}, {"betas": (0.9,)}, {"eps": -1.0}])
+def test_settings_that_mean_nothing_are_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="expected lr, eps and weight_decay"):
+        AdamW8bit([nn.Parameter(draw(4))], **settings)

@@ -197,6 +197,28 @@ def test_more_than_one_is_refused(make: Make, monkeypatch: pytest.MonkeyPatch, n
     assert not Path(recipe.output_dir).exists()
 
 
+@pytest.mark.parametrize(
+    ("settings", "what"),
+    [
+        ({"optim": "paged_adamw_8bit"}, "bitsandbytes"),
+        ({"lr_scheduler_type": "polynomial", "learning_rate": 1e-8}, "lr_end"),
+    ],
+)
+def test_an_earlier_run_stays_where_the_optimizer_cannot_be_made(
+    make: Make, settings: dict[str, Any], what: str
+) -> None:
+    earlier = quiet(make())
+    before = sorted(path.name for path in earlier.weights.iterdir())
+    with pytest.raises(UserError, match=what):
+        quiet(make(overwrite_output_dir=True, **settings))
+    assert sorted(path.name for path in earlier.weights.iterdir()) == before
+
+
+def test_home_is_understood(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert quiet(make(output_dir="~/a run", max_steps=1)).output_dir == tmp_path / "a run"
+
+
 def test_an_adapter_is_trained_further(make: Make, tmp_path: Path) -> None:
     first = quiet(make(r=4, learning_rate=1e-2))
     again = make(model_name_or_path=str(first.weights), output_dir=str(tmp_path / "again"), learning_rate=1e-2)

@@ -54,9 +54,10 @@ class AdamW8bit(Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
     ) -> None:
-        if lr < 0 or eps < 0 or weight_decay < 0 or not all(0 <= beta < 1 for beta in betas):
+        are_betas = len(betas) == 2 and all(0 <= beta < 1 for beta in betas)
+        if not (are_betas and all(setting >= 0 for setting in (lr, eps, weight_decay))):
             raise ValueError(
-                "expected lr, eps and weight_decay of at least 0 and betas in [0, 1), "
+                "expected lr, eps and weight_decay of at least 0 and two betas in [0, 1), "
                 f"got {lr=}, {eps=}, {weight_decay=}, {betas=}."
             )
         self._known: dict[int, _Known] = {}
@@ -105,16 +106,26 @@ class AdamW8bit(Optimizer):
             state_dict: from `state_dict`.
 
         Raises:
-            ValueError: it is another optimizer's.
+            ValueError: it is another optimizer's, or of parameters of other sizes.
         """
         if wrong := [state.keys() for state in state_dict["state"].values() if not set(_MOMENTS) <= state.keys()]:
             raise ValueError(
                 f"expected the state of an AdamW8bit, with {', '.join(_MOMENTS)}; got {', '.join(map(str, wrong[0]))}. "
                 "Go on with the optimizer that the state is of, or begin without a state."
             )
-        super().load_state_dict(state_dict)
         saved = [number for group in state_dict["param_groups"] for number in group["params"]]
         ours = [param for group in self.param_groups for param in group["params"]]
+        for number, param in zip(saved, ours, strict=False):  # torch refuses groups of other numbers
+            held = state_dict["state"].get(number)
+            sizes = None if held is None else [held[name].numel() for name in _MOMENTS]
+            expected = [moment.numel() for moment in _zero_moments(torch.empty_like(param, device="meta"))]
+            if sizes is not None and sizes != expected:
+                raise ValueError(
+                    f"expected moments of {expected} numbers for a parameter of shape {tuple(param.shape)}, got "
+                    f"{sizes}: the state is of a parameter of another size, such as an adapter of another rank. Go on "
+                    "with that one, or begin without a state."
+                )
+        super().load_state_dict(state_dict)
         for number, param in zip(saved, ours, strict=True):
             if number in state_dict["state"]:
                 moments = {name: state_dict["state"][number][name] for name in _MOMENTS}
@@ -143,11 +154,16 @@ class AdamW8bit(Optimizer):
     def _begin(self, param: Tensor) -> dict[str, Any]:
         """The state of a parameter before its first step."""
         state: dict[str, Any] = self.state[param]
-        mean, mean_maximum = dynamic_8bit.zeros(param, is_signed=True)
-        square, square_maximum = dynamic_8bit.zeros(param, is_signed=False)
         state["step"] = 0
-        state.update(zip(_MOMENTS, (mean, square, mean_maximum, square_maximum), strict=True))
+        state.update(zip(_MOMENTS, _zero_moments(param), strict=True))
         return state
+
+
+def _zero_moments(param: Tensor) -> tuple[Tensor, ...]:
+    """As `_MOMENTS` names them."""
+    mean, mean_maximum = dynamic_8bit.zeros(param, is_signed=True)
+    square, square_maximum = dynamic_8bit.zeros(param, is_signed=False)
+    return mean, square, mean_maximum, square_maximum
 
 
 class _Alike:

@@ -32,7 +32,7 @@ class OutputFolder:
     """
 
     def __init__(self, path: str | Path, *, overwrite: bool, reads: Mapping[str, str | None] | None = None) -> None:
-        self.path = Path(path)
+        self.path = Path(path).expanduser()
         self._reads = {name: Path(read) for name, read in (reads or {}).items() if read is not None}
         self._wrote: list[str] = []
         self._started = ""

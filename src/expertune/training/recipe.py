@@ -77,9 +77,9 @@ class Recipe(BaseModel):
     "all-linear". The router is trained only by its own name."""
     use_rslora: bool = False
     """Scale by `lora_alpha / sqrt(r)` instead."""
-    rank_pattern: dict[str, int] = {}
+    rank_pattern: dict[str, Annotated[int, Field(gt=0)]] = {}
     """Another rank for the names that a pattern matches."""
-    alpha_pattern: dict[str, _Float] = {}
+    alpha_pattern: dict[str, Annotated[_Float, Field(gt=0)]] = {}
     """Another alpha for the names that a pattern matches."""
     init_lora_weights: bool | Literal["gaussian"] = True
     """How the adapter begins: true as nothing, "gaussian" as nothing with a normal A, false as noise (for tests)."""
@@ -132,7 +132,7 @@ class Recipe(BaseModel):
     """Gradients are scaled down to this norm. 0: never."""
     optim: str = "adamw_torch"
     """The optimizer, by Transformers' name for it; adamw_8bit is expertune.AdamW8bit and needs no bitsandbytes."""
-    seed: int = 42
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     """Of adapters, data order and held-out rows."""
     logging_steps: Annotated[int, Field(gt=0)] = 10
     """Steps between two lines of `metrics.jsonl`."""

@@ -124,6 +124,7 @@ def run(recipe: Recipe, console: Console | None = None) -> RunResult:
             p.requires_grad and p.dtype == torch.bfloat16 for p in model.parameters()
         ):
             display.say(_ROUNDED, style="yellow")
+        _make_optimizer(trainer)
         folder.claim()
         _write_recipe(folder.file("recipe.yaml"), recipe, model)
         recorder = Recorder(display, folder.file("metrics.jsonl"))
@@ -193,6 +194,17 @@ def _check_fits(recipe: Recipe, model: nn.Module, trainer: Trainer) -> None:
     if room is not None:
         lengths = [len(ids) for ids in trainer.train_dataset["input_ids"]]
         check_fits(recipe, model_bytes(without_adapters(model)), lengths, room)
+
+
+def _make_optimizer(trainer: Trainer) -> None:
+    """While an earlier run is still there: a trainer finds out only as it begins what cannot be made of the names."""
+    try:
+        trainer.create_optimizer_and_scheduler(num_training_steps=max(1, trainer.args.max_steps))
+    except (ImportError, ValueError) as error:
+        names = f"optim {trainer.args.optim.value!r} with lr_scheduler_type {trainer.args.lr_scheduler_type.value!r}"
+        raise UserError(
+            f"{names} cannot be made: {one_paragraph(error)} Choose others, or install what they need."
+        ) from error
 
 
 def _train(recipe: Recipe, trainer: Trainer, folder: OutputFolder, recorder: Recorder, display: Display) -> RunResult:
