@@ -165,6 +165,10 @@ def _string(where: str, field: str, row: dict[str, Any], path: str | None = None
         raise UserError(f"{where}: field {path!r} holds a {type(value).__name__}, expected a string. {_MEND}")
     if not value.strip():
         raise UserError(f"{where}: field {path!r} is empty. {_MEND}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where}: field {path!r} holds half a character, as of a cut emoji. {_MEND}") from error
     return value
 
 
