@@ -20,8 +20,6 @@ ROWS = ("whole", "packed", "padded")
 _PADDED_TO = 128  # tokens, whose multiples the lengths of our padded batches are, as README says
 # steps that do not count: ours records layers in the fourth of a kind, and padded batches are of several
 _NUM_WARM = {"whole": 4, "packed": 8, "padded": 16}
-
-
 # of this process, each of which has a GPU of its own; the first one prints
 _RANK, _NUM_PROCESSES = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 

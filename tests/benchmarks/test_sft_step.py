@@ -25,12 +25,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(made)
 
 
+def measured(output: Path, *settings: str) -> Any:
+    """What a run of the benchmark writes."""
+    command = [sys.executable, str(ROOT / "benchmarks" / "sft_step.py"), *settings, "--output", str(output)]
+    subprocess.run(command, check=True)
+    return json.loads((output / "sft_step.json").read_text())
+
+
 def test_it_runs_from_end_to_end(folder: str, tmp_path: Path) -> None:
     sizes = ["--shape", "tiny", "--layers", "2", "--contexts", "32,64", "--steps", "3", "--rank", "4"]
     peers = ["--peers", "expertune:lean", "--folder", folder]
-    command = [sys.executable, str(ROOT / "benchmarks" / "sft_step.py"), *sizes, *peers, "--output", str(tmp_path)]
-    subprocess.run(command, check=True)
-    report = json.loads((tmp_path / "sft_step.json").read_text())
+    report = measured(tmp_path, *sizes, *peers)
     assert report["provenance"]["commit"]
     assert (report["shape"], report["layers"], report["rank"], report["steps"]) == ("tiny", 2, 4, 3)
     rows = report["peers"]["expertune:lean"]
@@ -67,9 +72,7 @@ def test_all_peers_take_the_same_steps_and_samples_do_not_see_each_other(
 def test_several_processes_take_steps_together(folder: str, tmp_path: Path) -> None:
     sizes = ["--shape", "tiny", "--layers", "2", "--contexts", "32", "--steps", "3", "--rank", "4", "--processes", "2"]
     peers = ["--peers", "transformers", "--folder", folder]
-    command = [sys.executable, str(ROOT / "benchmarks" / "sft_step.py"), *sizes, *peers, "--output", str(tmp_path)]
-    subprocess.run(command, check=True)
-    report = json.loads((tmp_path / "sft_step.json").read_text())
+    report = measured(tmp_path, *sizes, *peers)
     assert report["processes"] == 2
     (row,) = report["peers"]["transformers"]
     assert len(row["loss"]) == 3

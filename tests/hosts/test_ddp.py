@@ -1,6 +1,7 @@
 """Two processes under DDP or FSDP, each with a batch of its own: the gradients of one process on both batches."""
 
 import itertools
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,14 @@ def _shard(rank: int, folder: Path, results: Path) -> None:
     distributed.destroy_process_group()
 
 
+def _of_one_process(model: Any, steps: Iterable[int]) -> dict[str, torch.Tensor]:
+    """The gradients on the batches of both."""
+    model.zero_grad()
+    for rank, step in itertools.product(range(2), steps):
+        (model(**_batch(rank, step)).loss / 2).backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
 needs_gloo = pytest.mark.skipif(not distributed.is_gloo_available(), reason="needs gloo")
 
 
@@ -140,10 +149,7 @@ def test_shards_get_the_gradients_of_both_batches(checkpoint: Checkpoint, tmp_pa
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     model = _model(folder)
     for step in range(NUM_STEPS):
-        model.zero_grad()
-        for rank in range(2):
-            (model(**_batch(rank, step)).loss / 2).backward()
-        truth = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+        truth = _of_one_process(model, [step])
         for memory, grads in itertools.product(SHARDED, (first, second)):
             assert_equal_within(grads[memory, step], truth, 1e-12)
 
@@ -158,11 +164,7 @@ def test_gradients_are_those_of_one_process_on_both_batches(
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     model = _model(folder)
     for step in range(NUM_STEPS + 1):
-        model.zero_grad()
-        batches = range(NUM_STEPS) if step == NUM_STEPS else [step]  # the last is of both
-        for rank, number in itertools.product(range(2), batches):
-            (model(**_batch(rank, number)).loss / 2).backward()
-        truth = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+        truth = _of_one_process(model, range(NUM_STEPS) if step == NUM_STEPS else [step])  # the last is of both
         assert any("experts" in name for name in truth)
         assert any("self_attn" in name for name in truth)
         for memory in SETTINGS:

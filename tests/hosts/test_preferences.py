@@ -21,6 +21,7 @@ from tests.graphs.replayed import FakeCapture
 from tests.hosts.adapters import lora, stock
 from tests.hosts.models import SHARED, tokenizer
 from tests.hosts.recorded import recorder_of
+from tests.hosts.trainers import arguments
 
 NUM_STEPS = 6
 NUM_ROWS, LENGTH = 2, 4
@@ -36,33 +37,19 @@ def num_even(completions: list[str], **_: Any) -> list[float]:
     return [float(sum(ord(letter) % 2 for letter in completion)) for completion in completions]
 
 
-def arguments(folder: Path) -> dict[str, Any]:
-    return {
-        "output_dir": str(folder),
-        "max_steps": NUM_STEPS,
-        "per_device_train_batch_size": NUM_ROWS,
-        "learning_rate": 2e-2,
-        "lr_scheduler_type": "constant",
-        "bf16": False,
-        "use_cpu": not torch.cuda.is_available(),
-        "gradient_checkpointing": False,
-        "report_to": "none",
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "disable_tqdm": True,
-        "seed": 1,
-    }
+def settings(folder: Path) -> dict[str, Any]:
+    ours = {"per_device_train_batch_size": NUM_ROWS, "learning_rate": 2e-2, "logging_steps": 1}
+    return arguments(folder, NUM_STEPS) | ours
 
 
 def dpo(model: nn.Module, folder: Path) -> Trainer:
     rows = [{"prompt": words(3 * i), "chosen": words(3 * i + 1), "rejected": words(3 * i + 2)} for i in range(12)]
-    return DPOTrainer(model, args=DPOConfig(**arguments(folder)), **given(rows))
+    return DPOTrainer(model, args=DPOConfig(**settings(folder)), **given(rows))
 
 
 def grpo(model: nn.Module, folder: Path) -> Trainer:
-    settings = {"num_generations": NUM_ROWS, "max_completion_length": LENGTH, "beta": 0.1}
-    generating = {"min_new_tokens": LENGTH}
-    args = GRPOConfig(**arguments(folder), **settings, generation_kwargs=generating)
+    writing = {"num_generations": NUM_ROWS, "max_completion_length": LENGTH, "beta": 0.1}
+    args = GRPOConfig(**settings(folder), **writing, generation_kwargs={"min_new_tokens": LENGTH})
     return GRPOTrainer(model, num_even, args=args, **given([{"prompt": words(i)} for i in range(12)]))
 
 

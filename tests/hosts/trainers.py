@@ -30,8 +30,9 @@ class Recording(SFTTrainer):
         return loss
 
 
-def sft_trainer(model: nn.Module, folder: Path, num_steps: int, **settings: Any) -> Recording:
-    arguments: dict[str, Any] = {
+def arguments(folder: Path, num_steps: int) -> dict[str, Any]:
+    """What TRL's trainers are told alike."""
+    return {
         "output_dir": str(folder),
         "max_steps": num_steps,
         "per_device_train_batch_size": 3,
@@ -45,12 +46,15 @@ def sft_trainer(model: nn.Module, folder: Path, num_steps: int, **settings: Any)
         "disable_tqdm": True,
         "seed": 1,
     }
+
+
+def sft_trainer(model: nn.Module, folder: Path, num_steps: int, **settings: Any) -> Recording:
     extra = {
         key: settings.pop(key) for key in ("peft_config", "callbacks", "optimizer_cls_and_kwargs") if key in settings
     }
     return Recording(
         model=model,
-        args=SFTConfig(**arguments | settings),
+        args=SFTConfig(**arguments(folder, num_steps) | settings),
         train_dataset=dataset(),
         processing_class=tokenizer(SHARED["vocab_size"]),
         **extra,

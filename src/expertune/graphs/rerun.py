@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import get_device_states, set_device_states
 
 from expertune.accumulate import Postponed
 from expertune.graphs.capture import Graph
@@ -77,7 +78,7 @@ class Rerun(Recording):
         self._run_backward()
 
     def _try(self) -> Tried:
-        with _drawing_nothing(self._tensors[0].device):
+        with _drawing_nothing(self._tensors):
             self._run_again()
         return super()._try()
 
@@ -89,22 +90,16 @@ class Rerun(Recording):
 
 
 @contextmanager
-def _drawing_nothing(device: torch.device) -> Iterator[None]:
-    """Around work that draws no random numbers.
+def _drawing_nothing(inputs: Sequence[Tensor]) -> Iterator[None]:
+    """Around work on these inputs that draws no random numbers.
 
     Raises:
         RuntimeError: it did. What is drawn next is what would have been.
     """
-    before = _random_states(device)
+    before, (devices, of_devices) = torch.get_rng_state(), get_device_states(*inputs)
     yield
-    if not all(map(torch.equal, before, _random_states(device))):
-        torch.set_rng_state(before[0])
-        if device.type == "cuda":
-            torch.cuda.set_rng_state(before[1], device)
+    now = [torch.get_rng_state(), *get_device_states(*inputs)[1]]
+    if not all(map(torch.equal, [before, *of_devices], now)):
+        torch.set_rng_state(before)
+        set_device_states(devices, of_devices)
         raise RuntimeError("it draws random numbers, which a second forward would draw anew")
-
-
-def _random_states(device: torch.device) -> list[Tensor]:
-    """Of torch's generators on the CPU and on a CUDA device, both in memory of the host."""
-    states = [torch.get_rng_state()]
-    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states

@@ -115,21 +115,20 @@ class AdamW8bit(Optimizer):
             )
         saved = [number for group in state_dict["param_groups"] for number in group["params"]]
         ours = [param for group in self.param_groups for param in group["params"]]
-        for number, param in zip(saved, ours, strict=False):  # torch refuses groups of other numbers
-            held = state_dict["state"].get(number)
-            sizes = None if held is None else [held[name].numel() for name in _MOMENTS]
+        pairs = zip(saved, ours, strict=False)  # torch refuses groups of other numbers
+        held = [(param, state_dict["state"][number]) for number, param in pairs if number in state_dict["state"]]
+        for param, state in held:
+            sizes = [state[name].numel() for name in _MOMENTS]
             expected = [moment.numel() for moment in _zero_moments(torch.empty_like(param, device="meta"))]
-            if sizes is not None and sizes != expected:
+            if sizes != expected:
                 raise ValueError(
                     f"expected moments of {expected} numbers for a parameter of shape {tuple(param.shape)}, got "
                     f"{sizes}: the state is of a parameter of another size, such as an adapter of another rank. Go on "
                     "with that one, or begin without a state."
                 )
         super().load_state_dict(state_dict)
-        for number, param in zip(saved, ours, strict=True):
-            if number in state_dict["state"]:
-                moments = {name: state_dict["state"][number][name] for name in _MOMENTS}
-                self.state[param].update({name: t.to(param.device, copy=True) for name, t in moments.items()})
+        for param, state in held:
+            self.state[param].update({name: state[name].to(param.device, copy=True) for name in _MOMENTS})
 
     def _alike(self, number: int, params: list[Tensor], grads: list[Tensor]) -> "list[_Alike]":
         """The parameters of a group that have a gradient, by what a launch has in common.
