@@ -79,7 +79,7 @@ class CudaCapture:
             graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:
                 work()
-            except RuntimeError:
+            except BaseException:  # Ctrl-C as well: in a process whose stream still captures, every later call fails
                 with suppress(RuntimeError):  # that the recording failed, which the first error says better
                     graph.capture_end()
                 raise
