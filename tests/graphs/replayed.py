@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,6 +38,9 @@ class FakeCapture:
 
     def pool(self, _device: torch.device) -> Pool:
         return Pool(self)
+
+    def refusing_waits(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def record(self, work: Callable[[], None], *, keeps: bool) -> Rerun:
         if self.refuses is not None:

@@ -27,3 +27,25 @@ def test_an_error_within_leaves_the_process_able_to_go_on(error: type[BaseExcept
     graph = capture.record(work, keeps=True)
     graph.replay()
     assert x.tolist() == [1, 1, 1, 1]
+
+
+@needs_cuda
+def test_work_that_waits_is_refused_before_it_is_recorded() -> None:
+    """A stream that had captured it would leave the generator of random numbers as if it captured for ever."""
+    capture = CudaCapture(torch.device("cuda"))
+    with pytest.raises(RuntimeError, match="synchronizing"), capture.refusing_waits():
+        torch.zeros(4, device="cuda").sum().item()
+    assert torch.cuda.get_sync_debug_mode() == 0
+    torch.rand(4, device="cuda").sum().item()
+
+
+@needs_cuda
+def test_memory_of_graphs_that_are_gone_is_not_asked_for_again() -> None:
+    capture = CudaCapture(torch.device("cuda"))
+    x = torch.zeros(4, device="cuda")
+    held = []
+    for _ in range(3):
+        graph = capture.record(lambda: held.append(x + 1), keeps=True)
+        graph.replay()
+        del graph
+    assert [each.tolist() for each in held] == [[1] * 4] * 3

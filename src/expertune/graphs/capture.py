@@ -1,8 +1,10 @@
 """Work recorded into a CUDA graph: submitted once, run again by one call with the same addresses."""
 
 import gc
+import warnings
+import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any, Protocol
 
 import torch
@@ -20,15 +22,23 @@ class Graph(Protocol):
 class Capture(Protocol):
     """A way to record work."""
 
+    def refusing_waits(self) -> AbstractContextManager[None]:
+        """Around work that runs once before it is recorded: see that it waits for nothing.
+
+        Raises:
+            RuntimeError: it waits for the device.
+        """
+        ...
+
     def record(self, work: Callable[[], None], *, keeps: bool) -> Graph:
         """Record work, without running it.
 
         Args:
-            work: launches kernels and waits for nothing; has run once before, so that what is done but once is done.
+            work: launches kernels; has run once before, within `refusing_waits`, so that what is done but once is done.
             keeps: whether what it allocates outlives it; otherwise other recordings may be given the same memory.
 
         Raises:
-            RuntimeError: it waits for the device, or there is no memory.
+            RuntimeError: there is no memory, or it waits for the device all the same.
         """
         ...
 
@@ -61,7 +71,23 @@ class CudaCapture:
 
     def __init__(self, device: torch.device) -> None:
         self._stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._kept, self._passing = torch.cuda.graph_pool_handle(), torch.cuda.graph_pool_handle()
+        self._kept, self._passing = _Memory(), _Memory()
+
+    @contextmanager
+    def refusing_waits(self) -> Iterator[None]:
+        """By torch's own check of the whole process.
+
+        A stream that captures would refuse a wait as well. But torch's allocator and its generator of random numbers
+        are left behind as if it captured for ever.
+        """
+        before = torch.cuda.get_sync_debug_mode()
+        with warnings.catch_warnings():  # that the check is a prototype
+            warnings.simplefilter("ignore")
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
 
     def record(self, work: Callable[[], None], *, keeps: bool) -> Graph:
         """Other threads may allocate meanwhile, as those of data loaders do."""
@@ -69,14 +95,15 @@ class CudaCapture:
 
     def record_alone(self, work: Callable[[], None]) -> Graph:
         """In a pool of its own."""
-        return self._record(work, torch.cuda.graph_pool_handle())
+        return self._record(work, _Memory())
 
-    def _record(self, work: Callable[[], None], pool: Any) -> Graph:
+    def _record(self, work: Callable[[], None], memory: "_Memory") -> Graph:
         graph = torch.cuda.CUDAGraph()
         current = torch.cuda.current_stream(self._stream.device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream), _no_collection():
-            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+            graph.capture_begin(pool=memory.handle(), capture_error_mode="thread_local")
+            memory.graphs.add(graph)
             try:
                 work()
             except BaseException:  # Ctrl-C as well: in a process whose stream still captures, every later call fails
@@ -96,6 +123,20 @@ class CudaCapture:
         """The same memory, known by its address alone, so that the pool may give it to other recordings too."""
         at_address: Tensor = torch.as_tensor(_Address(x.data_ptr(), x.nbytes), device=x.device)
         return at_address.view(x.dtype).view(x.shape)
+
+
+class _Memory:
+    """A pool of memory for graphs. Once none is left torch has given it up, and refuses its name."""
+
+    def __init__(self) -> None:
+        self.graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
+        self._handle: Any = None
+
+    def handle(self) -> Any:
+        """Its name, a new one where there are no graphs."""
+        if not self.graphs:
+            self._handle = torch.cuda.graph_pool_handle()
+        return self._handle
 
 
 class _Address:

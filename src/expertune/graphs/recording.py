@@ -78,7 +78,8 @@ class Recording:
         self._large: list[Tensor] = []
         self._postponed: list[Postponed] = []
         self.wanted_outs: list[int] = []  # the numbers of the outputs that carry a gradient
-        self._leaving, self._numbers_of_large, self._douts = self._try()
+        with pool.capture.refusing_waits():
+            self._leaving, self._numbers_of_large, self._douts = self._try()
         self._ahead = pool.capture.record_alone(self._preparation.run) if self._preparation else None
         self._forward, self._backward = self._capture()
         self._large = [pool.capture.lend(grad) for grad in self._large]

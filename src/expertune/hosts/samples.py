@@ -100,17 +100,23 @@ class Teller:
         """Whether nobody would miss a mask. Waits for the device."""
         if not isinstance(mask, Tensor) or mask.dim() != 2:
             return False
-        hidden_BT, label_BT = mask == 0, self._labels.given_BT
+        hidden_BT, label_BT = mask == 0, self._labels_beside(mask, kwargs)
         if not hidden_BT.any():
             return True
         if (hidden_BT[:, :-1] > hidden_BT[:, 1:]).any():
             return False
-        has_labels = label_BT is not None and label_BT.shape == mask.shape and not kwargs.get("output_hidden_states")
-        is_read = not has_labels or bool((hidden_BT & (label_BT != IGNORED)).any())
+        is_read = label_BT is None or bool((hidden_BT & (label_BT != IGNORED)).any())
         gives_nothing = attention.gives_nothing_of_padding(decoder)
-        if is_read and has_labels and gives_nothing:
+        if is_read and label_BT is not None and gives_nothing:
             warnings.warn(_LEARNED, stacklevel=2)
         return gives_nothing or not is_read
+
+    def _labels_beside(self, mask: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
+        """Those of a mask's tokens, if only what has one is read; hooks of `device_map` may have moved the mask."""
+        label_BT = self._labels.given_BT
+        if label_BT is None or label_BT.shape != mask.shape or kwargs.get("output_hidden_states"):
+            return None
+        return label_BT.to(mask.device)
 
     def _is_causal(self, kwargs: dict[str, Any]) -> bool:
         """Whether attention is, now: some turn that off after a model was loaded, or for one call."""
