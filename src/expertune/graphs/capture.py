@@ -23,7 +23,7 @@ class Capture(Protocol):
     """A way to record work."""
 
     def refusing_waits(self) -> AbstractContextManager[None]:
-        """Around work that runs once before it is recorded: see that it waits for nothing.
+        """Around work that runs as it will be recorded: see that it waits for nothing, all done that is done but once.
 
         Raises:
             RuntimeError: it waits for the device.
@@ -34,7 +34,7 @@ class Capture(Protocol):
         """Record work, without running it.
 
         Args:
-            work: launches kernels; has run once before, within `refusing_waits`, so that what is done but once is done.
+            work: launches kernels and waits for nothing, as `refusing_waits` has seen.
             keeps: whether what it allocates outlives it; otherwise other recordings may be given the same memory.
 
         Raises:

@@ -78,8 +78,10 @@ class Recording:
         self._large: list[Tensor] = []
         self._postponed: list[Postponed] = []
         self.wanted_outs: list[int] = []  # the numbers of the outputs that carry a gradient
+        self._leaving, self._numbers_of_large, self._douts = self._try()
         with pool.capture.refusing_waits():
-            self._leaving, self._numbers_of_large, self._douts = self._try()
+            self._run_both()
+        self._forget()
         self._ahead = pool.capture.record_alone(self._preparation.run) if self._preparation else None
         self._forward, self._backward = self._capture()
         self._large = [pool.capture.lend(grad) for grad in self._large]
@@ -210,9 +212,12 @@ class Recording:
         grads = {number: grad for number, grad in enumerate(self._gradients(douts)) if grad is not None}
         large = [number for number, grad in grads.items() if grad.nbytes >= _LARGE]
         small = {number: grad for number, grad in grads.items() if grad.nbytes < _LARGE}
-        # autograd keeps the stream that a graph was first built on; the recording is built on another
-        self._outs, self._postponed = [], []
+        self._forget()
         return self._side_by_side("out", small), large, douts
+
+    def _forget(self) -> None:
+        """Drop what a run has built: autograd keeps the stream that it was on, and the recording is made on another."""
+        self._outs, self._large, self._postponed = [], [], []
 
     def _side_by_side(self, purpose: str, tensors: dict[int, Tensor]) -> list["Buffered"]:
         """Room for such tensors in buffers that recordings share, one a dtype."""
@@ -231,6 +236,10 @@ class Recording:
         with torch.enable_grad(), self._preparation.during():
             self._rest = take_apart(self._call(self._tensors, self._leaves), outs)
         self._outs = outs
+
+    def _run_both(self) -> None:
+        self._run_forward()
+        self._run_backward()
 
     def _run_backward(self) -> None:
         grads = self._gradients(self._douts)
