@@ -2,12 +2,13 @@
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from expertune.graphs.piece import Piece
 from expertune.graphs.pool import Pool
@@ -26,6 +27,15 @@ class Rerun:
         self.work()
 
 
+class _RefusingWaits(TorchDispatchMode):
+    """As torch's own check of a device would, for what it would wait for."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+            raise RuntimeError("called a synchronizing CUDA operation")
+        return func(*args, **(kwargs or {}))
+
+
 @dataclass
 class FakeCapture:
     """Records nothing; may refuse."""
@@ -39,8 +49,8 @@ class FakeCapture:
     def pool(self, _device: torch.device) -> Pool:
         return Pool(self)
 
-    def refusing_waits(self) -> AbstractContextManager[None]:
-        return nullcontext()
+    def refusing_waits(self) -> AbstractContextManager[Any]:
+        return _RefusingWaits()
 
     def record(self, work: Callable[[], None], *, keeps: bool) -> Rerun:
         if self.refuses is not None:

@@ -333,6 +333,41 @@ def test_a_module_that_cannot_be_recorded_runs_as_it_is(pair: tuple[Toy, Toy], c
     assert capture.replays == 0
 
 
+class Waits(torch.autograd.Function):
+    """Doubles, after it has waited for the device: in forward or in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, where: str) -> Tensor:
+        ctx.where = where
+        return x * 2 * x.new_ones(()).item() if where == "forward" else x * 2
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None]:
+        return dout * 2 * dout.new_ones(()).item() if ctx.where == "backward" else dout * 2, None
+
+
+class Waiter(Toy):
+    """Waits."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.where = where
+
+    def forward(self, x: Tensor, pair: tuple[Tensor, Tensor], **_: object) -> tuple[Tensor, None]:
+        return Waits.apply(super().forward(x, pair)[0], self.where), None  # type: ignore[no-untyped-call]
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_a_module_that_waits_is_not_recorded(capture: FakeCapture, where: str) -> None:
+    recorder, toy, stock = make_recorder(capture), Waiter(where), Waiter(where)
+    stock.load_state_dict(toy.state_dict())
+    toy.forward = Piece(toy, recorder)  # type: ignore[method-assign]
+    for seed in range(5):
+        assert_same(toy, stock, seed)
+    assert recorder.refused == {Waiter: "called a synchronizing CUDA operation"}
+    assert not capture.recorded
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
 def test_a_copy_records_for_itself(pair: tuple[Toy, Toy], copied: Any) -> None:
     toy, _ = pair
