@@ -49,7 +49,9 @@ def _num_runs(family: str, way: Any) -> int:
 
     Shared experts come after the routed ones and save their input: the layer is run once more, in full.
     """
-    return 3 if family in ("glm4_moe_lite", "deepseek_v3") and way is not WAYS["host's, not reentrant"] else 2
+    return (
+        3 if family in ("glm4_moe_lite", "deepseek_v3", "qwen2_moe") and way is not WAYS["host's, not reentrant"] else 2
+    )
 
 
 class _Drift(TorchFunctionMode):
@@ -100,17 +102,18 @@ def test_gradients_are_those_without(
 
 
 @pytest.mark.parametrize("name", [name for name in WAYS if name != "host's, reentrant"])  # there the host loses it
-def test_a_balance_loss_has_its_gradient(checkpoint: Checkpoint, walks: list[str], name: str) -> None:
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe"])
+def test_a_balance_loss_has_its_gradient(checkpoint: Checkpoint, walks: list[str], family: str, name: str) -> None:
     """It is computed from the routers' logits, which Transformers collects on the way through the layers."""
-    folder = checkpoint("qwen3_moe", router_aux_loss_coef=10.0)
+    folder = checkpoint(family, router_aux_loss_coef=10.0)
     plain, checkpointed = stock(folder, lora()), stock(folder, lora())  # the truth is stock's own
     WAYS[name](checkpointed)
     collecting = batch() | {"output_router_logits": True}
     truth = run(plain, collecting)
-    for _ in range(2):
+    for num_runs in (_num_runs(family, WAYS[name]), 2):
         walks.clear()
         assert_equal_within(run(checkpointed, collecting), truth, 1e-12)
-        assert len(walks) == 2 * checkpointed.config.num_hidden_layers
+        assert len(walks) == num_runs * len(list(blocks(checkpointed)))
 
 
 @pytest.mark.parametrize("name", [name for name in WAYS if name != "host's, reentrant"])

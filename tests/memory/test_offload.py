@@ -12,10 +12,12 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
 from expertune.memory import offload as memory_offload
-from expertune.memory.checkpoint import checkpoint_layer
+from expertune.memory.checkpoint import LayerCheckpoint
 from expertune.memory.offload import Offload
 from expertune.memory.replay import LayerMemory, RoutingReplay
 from tests.memory.lanes import Lane
+
+checkpoint_layer = LayerCheckpoint(nn.Module())  # of functions without parameters
 
 LAYERS, TOKENS, D_ = 6, 8, 4
 CHECKPOINTS = {

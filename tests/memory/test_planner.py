@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from expertune.memory.checkpoint import checkpoint_layer
+from expertune.memory.checkpoint import LayerCheckpoint
 from expertune.memory.planner import LayerPlan, Planner, Way
 from expertune.memory.replay import LayerMemory, RoutingReplay
+
+checkpoint_layer = LayerCheckpoint(nn.Module())  # of functions without parameters
 
 CPU = torch.device("cpu")
 LAYERS, WEIGHTS, INPUT, KEPT, WORK = 6, 1000, 1, 10, 30  # bytes; of a layer and token, but for the weights

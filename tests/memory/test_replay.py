@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from expertune.memory.checkpoint import checkpoint_layer
+from expertune.memory.checkpoint import LayerCheckpoint
 from expertune.memory.replay import RoutingReplay
+
+checkpoint_layer = LayerCheckpoint(nn.Module())  # of functions without parameters
 
 CHECKPOINTS = {
     "non-reentrant": partial(checkpoint, use_reentrant=False),

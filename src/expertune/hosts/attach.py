@@ -21,8 +21,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from expertune.graphs.recorder import Recorder
 from expertune.hosts import (
+    adapter_states,
     angles,
     attention,
+    collected,
     formulas,
     forwards,
     graphs,
@@ -37,8 +39,8 @@ from expertune.hosts import (
     transformers,
     trl_head,
 )
-from expertune.hosts.collected import checkpoint_collecting
 from expertune.hosts.widths import width_of
+from expertune.memory.checkpoint import LayerCheckpoint
 from expertune.memory.leave_out import LeaveOut
 from expertune.memory.policy import Policy, policy_of
 from expertune.memory.replay import LayerMemory, ReplayingCheckpoint, RoutingReplay
@@ -281,11 +283,7 @@ def _own_config(config: Any, copies: dict[int, Any]) -> Any:
 
 def _checkpointed(model: nn.Module) -> list[Any]:
     """The layers whose checkpoint function is ours."""
-    return [
-        module
-        for module in model.modules()
-        if isinstance(getattr(module, "_gradient_checkpointing_func", None), ReplayingCheckpoint)
-    ]
+    return [module for module in model.modules() if _is_replayed(module)]
 
 
 def _checkpoint(layer: Any, model: PreTrainedModel, state: Attached) -> None:
@@ -300,9 +298,10 @@ def _checkpoint(layer: Any, model: PreTrainedModel, state: Attached) -> None:
         moving = partial(offload.moving, stays=layer is state.layers[-1])
         around = partial(state.replay.leaving_out, leave_out)
         again = partial(graphs.running_again, layer, offload.least_tokens, around)
-    memory = LayerMemory(plan=plan, moving=moving, tiles=state.memory.tiles, again=again)
+    memory = LayerMemory(plan, moving, state.memory.tiles, again, collected.returning)
+    ours = partial(collected.checkpoint_collecting, LayerCheckpoint(layer, adapter_states.note))
     host = layer._gradient_checkpointing_func
-    layer._gradient_checkpointing_func = state.replay.wrap(checkpoint_collecting, host, memory, leave_out)
+    layer._gradient_checkpointing_func = state.replay.wrap(ours, host, memory, leave_out)
 
 
 def _replay(layer: Any, state: Attached) -> None:
@@ -355,7 +354,7 @@ def _before_decoder(model: PreTrainedModel, state: Attached, _decoder: nn.Module
 
 
 def _is_replayed(layer: Any) -> bool:
-    return isinstance(layer._gradient_checkpointing_func, ReplayingCheckpoint)
+    return isinstance(getattr(layer, "_gradient_checkpointing_func", None), ReplayingCheckpoint)
 
 
 def _is_unbound(module: nn.Module | None) -> bool:

@@ -13,7 +13,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers.utils import output_capturing
 
-from expertune.memory.checkpoint import checkpoint_layer
+from expertune.memory.checkpoint import LayerCheckpoint
 
 _ROUTER_LOGITS = "router_logits"
 
@@ -41,22 +41,32 @@ def deliver(caught: dict[str, list[Any]]) -> None:
         lists[name].extend(values)
 
 
-def checkpoint_collecting(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """As `checkpoint_layer`, where what is collected keeps its gradient.
+def checkpoint_collecting(ours: LayerCheckpoint, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """As our checkpoint of a layer whose forward is `returning` what is collected.
 
-    torch's reentrant checkpoint carries none past what a layer returns. So the layer returns the routers' logits too.
-    Where anything else is collected, it takes the other way.
+    A node of autograd carries gradient through what a layer returns, and past that none. Where anything but the
+    routers' logits is collected, torch's way is taken that is not reentrant.
     """
-    collected = () if torch.compiler.is_compiling() else names()
-    if not collected:
-        return checkpoint_layer(function, *args, **kwargs)
-    bound = partial(function, **kwargs)
-    if collected != (_ROUTER_LOGITS,):
-        return checkpoint(bound, *args, use_reentrant=False)
-    function = partial(_with_logits, bound.func, *bound.args, **bound.keywords)
-    num_logits, out, *logits = checkpoint_layer(function, *args)
-    deliver({_ROUTER_LOGITS: logits[:num_logits]})
-    return (out, *logits[num_logits:]) if len(logits) > num_logits else out
+    if torch.compiler.is_compiling() or set(names()) <= {_ROUTER_LOGITS}:
+        return ours(function, *args, **kwargs)
+    return checkpoint(partial(function, **kwargs), *args, use_reentrant=False)
+
+
+def returning(function: Callable[..., Any]) -> tuple[Callable[..., Any], Callable[[Any], Any] | None]:
+    """A layer's forward that returns the routers' logits as well, however often it runs, if they are collected.
+
+    Returns:
+        the forward, and what hands the logits on and makes of its result what the layer returns; None for nothing.
+    """
+    if names() != (_ROUTER_LOGITS,):
+        return function, None
+    return partial(_with_logits, function), _deliver_logits
+
+
+def _deliver_logits(out: tuple[Any, ...]) -> Any:
+    num_logits, first, *others = out
+    deliver({_ROUTER_LOGITS: others[:num_logits]})
+    return (first, *others[num_logits:]) if len(others) > num_logits else first
 
 
 def _with_logits(function: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, ...]:

@@ -1,38 +1,193 @@
 """Gradient checkpointing of one layer: keep its input, compute the rest again in backward.
 
 torch has two ways. The reentrant one runs the first forward without autograd and saves through no hook, which costs the
-CPU far less; but it carries gradient through positional tensors alone, and none where no such tensor requires it, and
-it hides a layer's parameters from DDP, which looks for those that a loss does not reach (Transformers' trainer asks it
-to for a PEFT model). The other is right everywhere, and the one that `torch.compile` knows. A layer takes the first
-where it is right.
+CPU far less than the other. But it hides a layer's parameters from whoever asks autograd for their gradients, carries
+none where no positional tensor requires one, and runs again with whatever the layer holds by then. This is a node of
+its own that is as cheap: the parameters are among its inputs, and the layer runs again as it ran. The other way of
+torch's is taken where gradients come through keywords, by `torch.compile`, which knows it alone, and beside other
+processes: whoever shards parameters puts others in their place while a layer runs.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint, get_device_states, set_device_states
+
+As: TypeAlias = Callable[[], AbstractContextManager[None]]
 
 
-def checkpoint_layer(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Call `function(*args, **kwargs)` and keep nothing but its inputs until backward.
+class LayerCheckpoint:
+    """Of one layer; called as torch's `checkpoint` is.
 
     Args:
-        function: the layer's forward; keywords bound to it by `functools.partial` count as keywords.
-        args: its positional inputs, tensors or not.
-        kwargs: its keyword inputs.
+        layer: the layer.
+        note: of the layer's modules, before it runs: gives what puts their settings as they are then around its second
+            run.
     """
-    keywords = kwargs | (function.keywords if isinstance(function, partial) else {})
-    is_right = _any_requires_grad(args) and not _any_requires_grad(keywords.values())
-    use_reentrant = is_right and not torch.compiler.is_compiling() and not _is_one_of_many()
-    return checkpoint(partial(function, **kwargs), *args, use_reentrant=use_reentrant)
+
+    def __init__(self, layer: nn.Module, note: Callable[[Sequence[nn.Module]], As] | None = None) -> None:
+        self._layer = layer
+        self._note = note
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call `function(*args, **kwargs)` and keep nothing but its inputs until backward.
+
+        Args:
+            function: the layer's forward; keywords bound to it by `functools.partial` count as keywords.
+            args: its positional inputs, tensors or not.
+            kwargs: its keyword inputs.
+        """
+        keywords = kwargs | (function.keywords if isinstance(function, partial) else {})
+        bound = partial(function, **kwargs)
+        if torch.compiler.is_compiling() or _is_one_of_many() or _any_requires_grad(_but_tensors(args, keywords)):
+            return checkpoint(bound, *args, use_reentrant=False)
+        if not torch.is_grad_enabled():
+            return bound(*args)
+        modules = _modules(self._layer)
+        as_noted: As = nullcontext if self._note is None else self._note(modules)
+        call = _Call(bound, args, modules, as_noted)
+        inputs = [*call.tensors_of(args), *call.trained]
+        if not any(each.requires_grad for each in inputs):  # it may still reach what does
+            return checkpoint(bound, *args, use_reentrant=False)
+        return _Checkpointed.apply(call, *inputs)  # type: ignore[no-untyped-call]
+
+
+class _Call:
+    """One call of a layer, to be run again as it ran.
+
+    Args:
+        function: the layer's forward.
+        args: its positional inputs, of which the tensors are kept elsewhere.
+        modules: of the layer.
+        as_noted: around its second run.
+    """
+
+    def __init__(
+        self, function: Callable[..., Any], args: Sequence[Any], modules: Sequence[nn.Module], as_noted: As
+    ) -> None:
+        self._function, self._as_noted = function, as_noted
+        self._places = [place for place, arg in enumerate(args) if isinstance(arg, Tensor)]
+        self._args = [None if isinstance(arg, Tensor) else arg for arg in args]
+        dicts: list[dict[str, Any]] = [
+            held for module in modules for held in (module._parameters, module._buffers) if held
+        ]
+        self._held = [(held, name, tensor) for held in dicts for name, tensor in held.items() if tensor is not None]
+        self.trained = list(dict.fromkeys(tensor for _, _, tensor in self._held if tensor.requires_grad))
+        self._random = torch.get_rng_state(), *get_device_states(*args)
+        devices = dict.fromkeys(["cpu", *(tensor.device.type for tensor in self.tensors_of(args))])
+        self._autocasts = [(d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in devices]
+        self._caches = torch.is_autocast_cache_enabled()
+
+    def tensors_of(self, args: Sequence[Any]) -> list[Tensor]:
+        """The tensors among the positional inputs."""
+        return [args[place] for place in self._places]
+
+    def run(self, tensors: Sequence[Tensor]) -> Any:
+        """The layer, on these in place of its tensors."""
+        args = list(self._args)
+        for place, tensor in zip(self._places, tensors, strict=True):
+            args[place] = tensor
+        return self._function(*args)
+
+    def run_again(self, tensors: Sequence[Tensor]) -> Any:
+        """The same with autograd, and with all else as it was."""
+        cpu_state, devices, states = self._random
+        with ExitStack() as around:
+            around.enter_context(torch.random.fork_rng(devices))
+            torch.set_rng_state(cpu_state)
+            set_device_states(devices, states)
+            for device, is_enabled, dtype in self._autocasts:
+                around.enter_context(torch.autocast(device, dtype, is_enabled, self._caches))
+            around.enter_context(self._as_held())
+            around.enter_context(self._as_noted())
+            around.enter_context(torch.enable_grad())
+            return self.run(tensors)
+
+    def adds_by_itself(self) -> bool:
+        """Whether the backward pass adds gradients to all leaves, and nobody sees how often one comes.
+
+        Then the layer's own backward may do so at once, and experts add theirs in place (`accumulate.py`).
+        """
+        is_whole: bool = torch.autograd._is_checkpoint_valid()  # type: ignore[no-untyped-call]
+        return is_whole and not any(map(_is_watched, self.trained))
+
+    @contextmanager
+    def _as_held(self) -> Iterator[None]:
+        """The parameters and buffers of the first run, where others have taken their place, and all wanted again."""
+        moved = [(held, name, tensor) for held, name, tensor in self._held if held.get(name) is not tensor]
+        others = [held.get(name) for held, name, _ in moved]
+        frozen = [tensor for tensor in self.trained if not tensor.requires_grad]
+        try:
+            for held, name, tensor in moved:
+                held[name] = tensor
+            for tensor in frozen:
+                tensor.requires_grad_()
+            yield
+        finally:
+            for tensor in frozen:
+                tensor.requires_grad_(False)
+            for (held, name, _), other in zip(moved, others, strict=True):
+                held[name] = other
+
+
+class _Checkpointed(torch.autograd.Function):
+    """A layer as a function of its tensors and its trained parameters."""
+
+    @staticmethod
+    def forward(ctx: Any, call: _Call, *inputs: Tensor) -> Any:
+        tensors = inputs[: len(inputs) - len(call.trained)]
+        ctx.call = call
+        ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(False)
+        return call.run(tensors)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *douts: Tensor | None) -> tuple[Tensor | None, ...]:
+        call: _Call = ctx.call
+        wants = ctx.needs_input_grad[1:]
+        tensors = [x.detach().requires_grad_(want) for x, want in zip(ctx.saved_tensors, wants, strict=False)]
+        out = call.run_again(tensors)
+        outs = out if isinstance(out, tuple) else (out,)
+        ends = [(o, dout) for o, dout in zip(outs, douts, strict=True) if dout is not None and o.requires_grad]
+        wanted = [x for x in tensors if x.requires_grad]
+        if not ends:
+            return (None, *[None] * len(wants))
+        reached, of_reached = zip(*ends, strict=True)
+        if call.adds_by_itself():
+            torch.autograd.backward(reached, of_reached)
+            return (None, *[x.grad for x in tensors], *[None] * len(call.trained))
+        grads = iter(torch.autograd.grad(reached, [*wanted, *call.trained], of_reached, allow_unused=True))
+        return (None, *[next(grads) if x.requires_grad else None for x in tensors], *grads)
+
+
+def _modules(module: nn.Module) -> list[nn.Module]:
+    """All in it and itself, in half the time that `modules()` takes; one that is there twice comes twice."""
+    found = [module]
+    for each in found:
+        found.extend(inner for inner in each._modules.values() if inner is not None)
+    return found
+
+
+def _is_watched(tensor: Tensor) -> bool:
+    """Whether hooks lie on a parameter, or it is no leaf and has a backward of its own."""
+    has_hooks = bool(tensor._backward_hooks) or bool(getattr(tensor, "_post_accumulate_grad_hooks", None))
+    return has_hooks or not tensor.is_leaf
 
 
 def _is_one_of_many() -> bool:
     """Whether other processes may wait for gradients of this one."""
     return distributed.is_available() and distributed.is_initialized()
+
+
+def _but_tensors(args: Iterable[Any], keywords: dict[str, Any]) -> list[Any]:
+    """All inputs but tensors that are positional, whose gradients the node carries."""
+    return [*(arg for arg in args if not isinstance(arg, Tensor)), *keywords.values()]
 
 
 def _any_requires_grad(values: Iterable[Any], depth: int = 5) -> bool:

@@ -23,6 +23,8 @@ from expertune.memory.token_tiles import TokenTiles
 _Made = TypeVar("_Made")
 Moving: TypeAlias = Callable[[Tensor], AbstractContextManager[None]]
 Again: TypeAlias = Callable[[Way, tuple[Any, ...], dict[str, Any]], AbstractContextManager[None] | None]
+Forward: TypeAlias = Callable[..., Any]
+Returning: TypeAlias = Callable[[Forward], tuple[Forward, Callable[[Any], Any] | None]]
 
 
 class LayerMemory(NamedTuple):
@@ -34,12 +36,15 @@ class LayerMemory(NamedTuple):
         tiles: in the lean way those into which its experts cut a long batch.
         again: around a call, given the planned way and its arguments, in place of that way: its backward then runs
             forward again by itself. Gives None where that cannot be, or would be slower.
+        returning: gives a forward that returns as well what the layer's leaves elsewhere, and what puts that there and
+            makes of the one's result the other's. None where nothing is left elsewhere.
     """
 
     plan: LayerPlan | None = None
     moving: Moving | None = None
     tiles: TokenTiles | None = None
     again: Again | None = None
+    returning: Returning | None = None
 
 
 class Tape:
@@ -149,6 +154,7 @@ class RoutingReplay:
         try:
             yield
         finally:
+            self.leave_block()  # which Ctrl-C has kept from its end: torch calls hooks after errors alone
             if outer is None:
                 del self._tapes[thread]
             else:
@@ -213,14 +219,17 @@ class ReplayingCheckpoint:
         keywords: dict[str, Any] = {}
         if isinstance(function, partial):  # hosts bind a layer's keywords this way; the checkpoint may look at them
             function, keywords = partial(function.func, *function.args), function.keywords
+        returning = self._memory.returning
+        forward, finish = (function, None) if returning is None else returning(function)
 
         def run(*run_args: Any, **run_kwargs: Any) -> Any:
             is_noted = way is Way.RUN_AGAIN and tape.is_recorded
             with self._replay.using(tape), self._running_again(run_args) if is_noted else nullcontext():
-                return tape.run(function, *run_args, **run_kwargs)
+                return tape.run(forward, *run_args, **run_kwargs)
 
         with self._moving(args) if way is Way.LEAN else nullcontext():
-            return self.checkpoint(partial(run, **keywords), *args, **kwargs)
+            out = self.checkpoint(partial(run, **keywords), *args, **kwargs)
+        return out if finish is None else finish(out)
 
     def _way(self, args: tuple[Any, ...]) -> Way:
         if self._memory.plan is None:
