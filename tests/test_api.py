@@ -33,6 +33,17 @@ def folder(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "glm4_moe_lite", "qwen2_moe", "gemma3_text"])
+def test_what_is_drawn_next_is_what_would_have_been(checkpoint: Checkpoint, model_type: str) -> None:
+    """So that a seed gives the adapters that it gives without us."""
+    model = load_tiny(checkpoint(model_type))
+    torch.manual_seed(42)
+    expected = torch.rand(3)
+    torch.manual_seed(42)
+    expertune.optimize(model)
+    assert torch.equal(torch.rand(3), expected)
+
+
 def test_load(folder: Path) -> None:
     model, tokenizer = expertune.load(str(folder), max_seq_length=100)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}

@@ -167,6 +167,34 @@ def test_restore_gives_back_what_there_was(checkpoint: Checkpoint) -> None:
     assert all(torch.equal(a, b) for a, b in zip(before.values(), run(model, batch()).values(), strict=True))
 
 
+def copied(model: PreTrainedModel) -> PreTrainedModel:
+    """A layer in another's place, as PEFT copies those of `modules_to_save`: with a config of its own."""
+    model.model.layers[1].self_attn = copy.deepcopy(model.model.layers[1].self_attn)  # type: ignore[union-attr]
+    return model
+
+
+@pytest.mark.parametrize("is_packed", [False, True], ids=["whole", "packed"])
+@pytest.mark.parametrize("family", ["gpt_oss", "gemma3", "qwen3_moe", "glm4_moe_lite"])
+def test_a_copied_attention_attends_as_the_others(checkpoint: Checkpoint, family: str, is_packed: bool) -> None:
+    _, ours = pair(checkpoint, family)
+    inputs: dict[str, Any] = {"input_ids": batch()["input_ids"][:1].clamp(min=3), "use_cache": False}
+    length = inputs["input_ids"].shape[1]
+    if is_packed:
+        inputs["position_ids"] = torch.cat([torch.arange(4), torch.arange(length - 4)])[None]
+    inputs["labels"] = inputs["input_ids"]
+    expected = run(ours, inputs)
+    expertune.optimize(copied(expertune.restore(ours)))
+    assert_equal_within(run(ours, inputs), expected, 1e-11)
+
+
+def test_a_layer_that_is_to_attend_otherwise_keeps_the_hosts(checkpoint: Checkpoint) -> None:
+    model = copied(load_tiny(checkpoint("qwen3_moe")))
+    model.model.layers[1].self_attn.config._attn_implementation = "eager"  # type: ignore[union-attr]
+    expertune.optimize(model)
+    assert model.config._attn_implementation == "sdpa"
+    assert "a config of one of its layers asks for eager" in str(expertune.explain(model))
+
+
 def test_what_the_user_chose_stays(checkpoint: Checkpoint, tmp_path: Path) -> None:
     model = expertune.optimize(load_tiny(checkpoint("gpt_oss")), attention="host")
     assert model.config._attn_implementation == "eager"

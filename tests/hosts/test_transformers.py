@@ -297,10 +297,10 @@ def test_optimizing_twice_is_optimizing_once(checkpoint: Checkpoint, walks: list
 def test_optimizing_again_leaves_checkpointing_as_it_is(checkpoint: Checkpoint) -> None:
     model = expertune.optimize(load_tiny(checkpoint("qwen3_moe"), torch.float32), memory="lean")
     layer: Any = model.model.layers[0]
-    ours = layer._gradient_checkpointing_func.checkpoint
+    ours = layer._gradient_checkpointing_func.checkpoint.func
     expertune.optimize(model, backend="native_torch")
     assert layer.gradient_checkpointing
-    assert layer._gradient_checkpointing_func.checkpoint is ours
+    assert layer._gradient_checkpointing_func.checkpoint.func is ours
 
 
 def test_models_that_share_a_config_are_each_on_their_own(checkpoint: Checkpoint, walks: list[str]) -> None:

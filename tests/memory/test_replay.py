@@ -85,6 +85,28 @@ def test_a_block_that_raises_leaves_nothing_behind() -> None:
     assert not replay._modes
 
 
+@pytest.mark.parametrize("number", [1, 2], ids=["the first run", "the second run"])
+@pytest.mark.parametrize("host_checkpoint", CHECKPOINTS.values(), ids=CHECKPOINTS)
+def test_a_block_that_ctrl_c_ends_leaves_nothing_behind(host_checkpoint: Any, number: int) -> None:
+    """torch calls the hook behind a module after errors, but not after Ctrl-C."""
+    replay, runs = RoutingReplay(), []
+
+    def stopped(x: Tensor) -> Tensor:
+        replay.enter_block()
+        runs.append(x)
+        out = x * x.topk(1).values
+        if len(runs) == number:
+            raise KeyboardInterrupt
+        replay.leave_block()
+        return out
+
+    with pytest.raises(KeyboardInterrupt):
+        replay.wrap(host_checkpoint)(stopped, torch.ones(2, requires_grad=True)).sum().backward()
+    assert not replay._tapes
+    assert not replay._modes
+    assert not torch._C._len_torch_function_stack()
+
+
 class TestCheckpointLayer:
     """Which of torch's two ways a layer takes shows in whether its first run builds a graph."""
 

@@ -57,7 +57,7 @@ class Attached:
         blocks: its MoE blocks.
         layers: its layers that can be checkpointed.
         adapters: the names of PEFT's adapters when wrappers were last bound.
-        attentions: the decoders that attend through ours, each with what it had.
+        attentions: the configs of decoders that attend through ours, each with the attention that it named.
         norms: those that run our forward.
         latents: the attentions that put their heads together by our function.
         rotaries: the others that rotate queries and keys by our function.
@@ -73,7 +73,7 @@ class Attached:
     blocks: list[nn.Module] = field(default_factory=list)
     layers: list[GradientCheckpointingLayer] = field(default_factory=list)
     adapters: tuple[str, ...] = ()
-    attentions: list[tuple[PreTrainedModel, str]] = field(default_factory=list)
+    attentions: list[tuple[Any, str]] = field(default_factory=list)
     norms: list[nn.Module] = field(default_factory=list)
     latents: list[nn.Module] = field(default_factory=list)
     rotaries: list[nn.Module] = field(default_factory=list)
@@ -109,7 +109,8 @@ def attach(
     _refuse_unknown_blocks(model)
     _refuse_all_the_hosts(model, is_attention_ours)
     state = Attached(requested=requested)
-    with torch.device("cpu"):  # where formulas are tried, wherever the caller makes tensors by default
+    # where formulas are tried, wherever the caller makes tensors by default, and whatever is drawn next
+    with torch.device("cpu"), torch.random.fork_rng(devices=[]):
         plans = [
             (module, transformers.make_plan(name, module, _model_type(module, model), requested, state.replay))
             for name, module in transformers.named_experts(model)
@@ -123,7 +124,7 @@ def attach(
     detach(model)
 
     if is_attention_ours:
-        state.attentions = [(decoder, attention.take_over(decoder)) for decoder in taken]
+        state.attentions = [each for decoder in taken for each in attention.take_over(decoder)]
     state.norms = formulas.bind(found_norms, norms.forward)
     state.latents = forwards.bind(found_latents, latent_attention.forward)
     state.rotaries = forwards.bind(found_rotaries, rotary.forward)
@@ -182,8 +183,7 @@ def detach(model: PreTrainedModel) -> None:
     forwards.unbind(state.routers, router.forward)
     forwards.unbind(state.mlps, mlps.forward)
     trl_head.unbind(model)
-    for decoder, had in state.attentions:
-        attention.give_back(decoder, had)
+    attention.give_back(state.attentions)
     forwards.unbind(state.blocks, llama4.block_forward)
     for _, module in transformers.named_experts(model):  # also those that PEFT copied, to save them whole
         if llama4.is_experts(module):

@@ -23,6 +23,7 @@ from expertune.attention.sequences import Sequences
 
 IMPLEMENTATION = "expertune"
 BESIDE_SDPA = "expertune_beside_sdpa"
+_OURS = (IMPLEMENTATION, BESIDE_SDPA)
 _HOSTS_OWN = ("eager", "sdpa")
 _SEQUENCES = WeakTensorKeyDictionary()  # found once a step, by the mask or the positions that every layer gets
 _BESIDE_A_MASK = WeakTensorKeyDictionary()  # positions that start no samples
@@ -57,6 +58,8 @@ def why_not(decoder: PreTrainedModel, model: nn.Module) -> str | None:
         return "it attends in both directions"
     if not all(each.is_causal for each in attentions_of(model) if getattr(each, "config", None) is config):
         return "one in both directions has the same config, by which both are chosen"
+    if others := {each._attn_implementation for each in _configs_of(decoder)} - {implementation}:
+        return f"a config of one of its layers asks for {', '.join(sorted(others))}"
     if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
         return "it attends in chunks"
     if getattr(config, "attn_logit_softcapping", None) is not None:
@@ -82,12 +85,23 @@ def has_sinks(attention: Any) -> bool:
     return getattr(attention, "sinks", None) is not None
 
 
-def take_over(decoder: PreTrainedModel) -> str:
-    """Let a decoder attend through ours; the name of what it had comes back, for `give_back`."""
+def take_over(decoder: PreTrainedModel) -> list[tuple[Any, str]]:
+    """Let a decoder attend through ours; its configs come back, each with what it named, for `give_back`."""
     register()
-    had: str = decoder.config._attn_implementation
-    decoder.config._attn_implementation = IMPLEMENTATION if forms_scores(decoder) else BESIDE_SDPA
+    ours = IMPLEMENTATION if forms_scores(decoder) else BESIDE_SDPA
+    had = [(config, config._attn_implementation) for config in _configs_of(decoder)]
+    for config, _ in had:
+        config._attn_implementation = ours
     return had
+
+
+def _configs_of(decoder: PreTrainedModel) -> list[Any]:
+    """By which a decoder makes masks and its attentions choose their function: one, but where layers were copied.
+
+    PEFT copies those of `modules_to_save`, for instance.
+    """
+    configs = [getattr(each, "config", None) for each in (decoder, *attentions_of(decoder))]
+    return list({id(config): config for config in configs if hasattr(config, "_attn_implementation")}.values())
 
 
 def forms_scores(decoder: PreTrainedModel) -> bool:
@@ -95,15 +109,16 @@ def forms_scores(decoder: PreTrainedModel) -> bool:
     return not decoder._supports_sdpa or _has_windows(decoder.config)
 
 
-def give_back(decoder: PreTrainedModel, had: str) -> None:
-    """Undo `take_over`, unless someone has chosen another attention since."""
-    if is_ours(decoder):
-        decoder.config._attn_implementation = had
+def give_back(configs: list[tuple[Any, str]]) -> None:
+    """Undo `take_over`, but where someone has chosen another attention since."""
+    for config, had in configs:
+        if config._attn_implementation in _OURS:
+            config._attn_implementation = had
 
 
 def is_ours(decoder: PreTrainedModel) -> bool:
     """Whether a decoder attends through ours."""
-    return decoder.config._attn_implementation in (IMPLEMENTATION, BESIDE_SDPA)
+    return decoder.config._attn_implementation in _OURS
 
 
 def gives_nothing_of_padding(decoder: PreTrainedModel) -> bool:
