@@ -75,6 +75,22 @@ def test_tools_that_the_first_row_has_not_are_kept() -> None:
     assert dataset["tools"][:] == [None, "[]"]
 
 
+def test_calls_of_tools_keep_their_own_arguments() -> None:
+    """Of one type for all rows, each would have the arguments of all, which are null where it has none."""
+
+    def row(arguments: Any, tools: Any) -> dict[str, Any]:
+        call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+        return {"messages": [{"role": "assistant", "content": None, "tool_calls": [call]}], "tools": tools}
+
+    rows = (
+        row({"x": 1}, [{"name": "f", "parameters": {"x": {"type": "int"}}}]),
+        row({"y": "2", "z": None}, [{"name": "g", "parameters": {"y": {"enum": ["2"]}}}]),
+        row({"x": [3]}, None),
+    )
+    dataset = to_dataset(Rows(shape="messages", values=rows, where=("1", "2", "3")), make_tokenizer(CHAT))
+    assert tuple(dataset) == rows
+
+
 def test_evaluates_on_the_same_shape_only(write_rows: Callable[..., Path]) -> None:
     talk = str(write_rows([{"messages": [{"role": "assistant", "content": "a"}]}], "test.jsonl"))
     with pytest.raises(UserError, match=r"holds messages, but .* text\. Give both"):

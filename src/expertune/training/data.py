@@ -93,7 +93,9 @@ def to_dataset(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> Dataset:
     try:
         # not from_list, which takes the columns of the first row alone
         columns = dict.fromkeys(column for row in values for column in row)
-        return Dataset.from_dict({column: [row.get(column) for row in values] for column in columns})
+        by_column = {column: [row.get(column) for row in values] for column in columns}
+        # as JSON where rows differ: in one type for all, every call of a tool would have the arguments of all tools
+        return Dataset.from_dict(by_column, on_mixed_types="use_json")
     except pa.ArrowException as error:
         raise UserError(
             f"the rows cannot be laid into one table: {one_paragraph(error)}. Give every row the same types; "
