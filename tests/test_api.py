@@ -10,14 +10,14 @@ from peft import PeftModel
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import nn
-from transformers import PreTrainedTokenizerFast
+from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, PreTrainedModel, PreTrainedTokenizerFast
 
 import expertune
 from tests.conftest import Checkpoint
 from tests.families.found import family
 from tests.families.tiny import tiny_model
 from tests.hosts.adapters import lora, several_adapters, stock
-from tests.hosts.models import SHARED, batch, load_tiny, save_tiny, tokenizer
+from tests.hosts.models import CONFIGS, SHARED, batch, load_tiny, randomize, save_tiny, tokenizer
 from tests.hosts.passes import assert_equal_within, run
 
 
@@ -42,6 +42,69 @@ def test_what_is_drawn_next_is_what_would_have_been(checkpoint: Checkpoint, mode
     torch.manual_seed(42)
     expertune.optimize(model)
     assert torch.equal(torch.rand(3), expected)
+
+
+SEES: dict[str, dict[str, Any]] = {
+    "qwen3_5_moe": {
+        "text_config": SHARED
+        | {
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "moe_intermediate_size": 24,
+            "shared_expert_intermediate_size": 24,
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "layer_types": ["linear_attention", "full_attention"],
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+        },
+        "vision_config": {
+            "depth": 1,
+            "hidden_size": 32,
+            "num_heads": 4,
+            "intermediate_size": 48,
+            "out_hidden_size": 32,
+        },
+        "image_token_id": 60,
+        "video_token_id": 61,
+    },
+    "llama4": {
+        "text_config": CONFIGS["llama4_text"] | SHARED,
+        "vision_config": {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 128},
+    },
+}
+
+
+def whole(name: str, folder: Path) -> PreTrainedModel:
+    """A model that also sees, with a tokenizer, of a family that has a class for its language model alone, too."""
+    if name not in CONFIG_MAPPING:
+        pytest.skip(f"this Transformers has no {name}")
+    config = CONFIG_MAPPING[name](**SEES[name])
+    model: PreTrainedModel = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+    randomize(model)
+    model.save_pretrained(folder)
+    tokenizer(64).save_pretrained(folder)
+    return model
+
+
+def test_load_takes_the_whole_of_a_model_that_sees(tmp_path: Path) -> None:
+    """As stock and TRL do, so that adapters have the names that they look for."""
+    host = whole("qwen3_5_moe", tmp_path / "model").eval()
+    model, _ = expertune.load(str(tmp_path / "model"))
+    model = expertune.add_lora(model, r=4, init_lora_weights=False).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    theirs = PeftModel.from_pretrained(host, tmp_path / "adapter").eval()
+    ids = batch()["input_ids"]
+    torch.testing.assert_close(model(input_ids=ids).logits, theirs(input_ids=ids).logits)
+
+
+def test_load_says_where_it_takes_the_language_model_alone(tmp_path: Path) -> None:
+    whole("llama4", tmp_path)
+    with pytest.warns(UserWarning, match="the language model alone is loaded, without what sees"):
+        model, _ = expertune.load(str(tmp_path))
+    assert type(model).__name__ == "Llama4ForCausalLM"
 
 
 def test_load(folder: Path) -> None:

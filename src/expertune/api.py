@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 
 from expertune.backends import PREFERRED
 from expertune.hosts import attach, early, peft, report, trl_head, walks
-from expertune.hosts.classes import auto_class
+from expertune.hosts.classes import auto_class, is_cut
 from expertune.hosts.coverage import Coverage, coverage
 from expertune.hosts.own_device import take_own_device
 from expertune.hosts.targets import Targets, resolve
@@ -26,6 +26,10 @@ from expertune.hosts.transformers import num_positions
 _BACKEND_VARIABLE = "EXPERTUNE_MOE_BACKEND"
 # Fields of LoraConfig by which PEFT chooses among modules, but not among parameters.
 _SELECTING = ("layers_to_transform", "layers_pattern", "exclude_modules", "layer_replication")
+_CUT = (
+    "of {} the language model alone is loaded, without what sees: Transformers' whole {} model does not run. Inputs "
+    "other than text are ignored, and what is saved of it has no other part."
+)
 # What `from_pretrained` of models, configs and tokenizers all take.
 _OF_THE_HUB = (
     "revision",
@@ -71,7 +75,7 @@ def load(
         memory: "lean" checkpoints every layer, with the routing replayed, moves long inputs of layers to the host and
             walks long batches in tiles; "auto" checkpoints only those layers whose activations the card has no room
             for (found in the first step), and is lean in steps that would not fit even so; "fast" checkpoints none.
-            It takes the place of a trainer's `gradient_checkpointing`; None leaves that to the trainer. What is
+            It takes the place of a trainer's `gradient_checkpointing`; None leaves that to the trainer.
             checkpointed gives gradients to a `backward()` without `inputs` alone.
         full_finetuning: train all base weights. Otherwise they are frozen, until `add_lora` adds what is trained.
         from_pretrained: more arguments for `from_pretrained` of the model, and of config and tokenizer where they take
@@ -97,6 +101,8 @@ def load(
         _check_attention(from_pretrained["attn_implementation"], config, shared.get("trust_remote_code"))
     if torch.cuda.is_available():
         from_pretrained.setdefault("device_map", {"": take_own_device()})
+    if is_cut(config):
+        warnings.warn(_CUT.format(base, config.model_type), stacklevel=2)
     model = auto_class(config).from_pretrained(base, dtype=dtype or "auto", **from_pretrained)
     if saved is not None:
         peft.check_saved(saved, model)
