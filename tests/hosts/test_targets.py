@@ -6,9 +6,13 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
 
 import expertune
+from expertune.hosts.targets import resolve
 from tests.conftest import Checkpoint
+from tests.families.found import Family
+from tests.families.tiny import tiny_model
 from tests.hosts.adapters import lora, wrap
 from tests.hosts.fingerprints import fingerprint
 from tests.hosts.models import batch, load_tiny
@@ -76,6 +80,25 @@ def test_all_linear_is_all_but_router_and_head(checkpoint: Checkpoint, family: s
 
 
 @pytest.mark.parametrize("family", FEED_FORWARD)
+@pytest.mark.parametrize(
+    ("model_type", "left"),
+    [
+        ("aria", {"model.vision_tower", "model.multi_modal_projector"}),
+        ("minimax_m3_vl", {"model.vision_tower", "model.multi_modal_projector"}),  # with an indexer, too
+        ("glm_moe_dsa", set()),
+    ],
+)
+def test_all_linear_is_what_text_trains(model_type: str, left: set[str]) -> None:
+    """Neither what lies beside the language model nor what chooses tokens for its attention, which has no gradient."""
+    if model_type not in CONFIG_MAPPING:
+        pytest.skip(f"this Transformers has no {model_type}")
+    auto = AutoModelForImageTextToText if left else AutoModelForCausalLM
+    model = tiny_model(Family(model_type, model_type, auto))
+    assert set(resolve(model, "all-linear").left) == left
+    adapted = expertune.add_lora(expertune.optimize(model), r=2, init_lora_weights=False)
+    run(adapted, batch())  # in which each has a gradient
+
+
 def test_attention_alone(checkpoint: Checkpoint, walks: list[str], family: str) -> None:
     names = [path.split(".")[1] for path in ATTENTION[family]]
     model = expertune.add_lora(load_tiny(checkpoint(family)), target_modules=names, lora_dropout=0.1)

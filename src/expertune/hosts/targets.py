@@ -28,7 +28,7 @@ class Targets:
         modules: for `target_modules`.
         parameters: for `target_parameters`.
         paths: every linear and every experts parameter meant, by its full path.
-        left: the vision or audio towers in which nothing is meant.
+        left: what lies beside the language model, such as a vision tower, in which nothing is meant.
     """
 
     modules: tuple[str, ...]
@@ -44,8 +44,9 @@ def resolve(model: PreTrainedModel, requested: Sequence[str] | str, parameters: 
         model: a Transformers model without adapters.
         requested: names or dotted endings of paths, or "all-linear": every linear and all experts, without the router
             and other gates of a MoE block, without the output head, and without what a model's own code makes of a
-            linear (groups of them in DeepSeek-V4), whose shapes PEFT's factors do not fit. A name without a dot, and
-            "all-linear", leave the vision or audio tower of a composite model alone.
+            linear (groups of them in DeepSeek-V4), whose shapes PEFT's factors do not fit, and without indexers, which
+            choose tokens and have no gradient. A name without a dot, and "all-linear", leave alone what lies beside
+            the language model of a composite one, such as a vision tower and its projector.
         parameters: names or dotted endings of parameters, meant beside them.
 
     Raises:
@@ -56,7 +57,7 @@ def resolve(model: PreTrainedModel, requested: Sequence[str] | str, parameters: 
     if missing := [name for name in parameters if not any(_ends(path, name) for path in held)]:
         raise ValueError(f"target_parameters {missing} match nothing in this model.")
     meant = {path.removesuffix(".weight") for path in held for name in parameters if _ends(path, name)}
-    towers = _towers(model)
+    towers = _beside(model)
     targets = _resolve_modules(model, requested, towers)
     paths = targets.paths | meant
     return Targets(
@@ -67,11 +68,34 @@ def resolve(model: PreTrainedModel, requested: Sequence[str] | str, parameters: 
     )
 
 
-def _towers(model: PreTrainedModel) -> tuple[str, ...]:
-    """The paths of models without experts beside one with: a vision or audio tower, which bare names leave alone."""
+def _beside(model: PreTrainedModel) -> tuple[str, ...]:
+    """The paths of what lies beside the decoders with experts in a model that also sees or hears: towers, projectors.
+
+    Bare names leave it alone: nothing of it has a gradient where the data is text alone.
+    """
     names = {id(module): path for path, module in model.named_modules()}
     inner = {names[id(decoder)]: any(is_experts(module) for module in decoder.modules()) for decoder in decoders(model)}
-    return tuple(name for name, has_experts in inner.items() if not has_experts) if any(inner.values()) else ()
+    language = [path for path, has_experts in inner.items() if has_experts]
+    if not language or len(language) == len(inner):
+        return ()
+    around = {".".join(path.split(".")[:depth]) for path in language for depth in range(path.count(".") + 1)}
+    found = []
+    for path, module in ((path, model.get_submodule(path)) for path in sorted(around)):
+        for name, child in module.named_children():
+            below = f"{path}.{name}".lstrip(".")
+            is_head = module is model and isinstance(child, nn.Linear)
+            if below not in around and below not in language and not is_head and _has_linears(child):
+                found.append(below)
+    return tuple(found)
+
+
+def _has_linears(module: nn.Module) -> bool:
+    return any(isinstance(each, nn.Linear) for each in module.modules())
+
+
+def _chooses(module: nn.Module) -> bool:
+    """Whether it does nothing but choose tokens to attend to, as the indexers of DeepSeek-V3.2 do: without gradient."""
+    return type(module).__name__.endswith("Indexer")
 
 
 def _resolve_modules(model: PreTrainedModel, requested: Sequence[str] | str, towers: Sequence[str]) -> Targets:
@@ -80,6 +104,7 @@ def _resolve_modules(model: PreTrainedModel, requested: Sequence[str] | str, tow
     experts = _experts_parameters(model)
     if requested == "all-linear":
         moe = set(blocks(model))
+        choosing = [path for path, module in model.named_modules() if _chooses(module)]
         names_of_blocks = {path for path, module in model.named_modules() if module in moe}
         heads = (model.get_output_embeddings(), *model.children())  # a classifier's is a linear beside the decoder
         paths = [
@@ -89,7 +114,7 @@ def _resolve_modules(model: PreTrainedModel, requested: Sequence[str] | str, tow
             and not _is_of_its_own(module)
             and path not in routers
             and path.rpartition(".")[0] not in names_of_blocks
-            and not _is_below(path, towers)
+            and not _is_below(path, (*towers, *choosing))
         ]
         return _targets(paths, list(experts), (*linears, *routers, *experts), rewritten=bool(experts))
     if isinstance(requested, str):
@@ -183,8 +208,8 @@ def _is_of_its_own(linear: nn.Linear) -> bool:
     return kind.forward is not nn.Linear.forward and kind.__module__.startswith("transformers.models.")
 
 
-def _is_below(path: str, towers: Sequence[str]) -> bool:
-    return any(path.startswith(f"{tower}.") for tower in towers)
+def _is_below(path: str, others: Sequence[str]) -> bool:
+    return any(f"{path}.".startswith(f"{other}.") for other in others)
 
 
 def _ends(path: str, name: str) -> bool:

@@ -48,7 +48,8 @@ class GradientProof(TrainerCallback):
             shown = ", ".join(silent[:5]) + (f" and {len(silent) - 5} more" if len(silent) > 5 else "")
             raise RuntimeError(
                 f"{len(silent)} adapters received no gradient in the first step: {shown}. They would stay untrained. "
-                "Check that the model was passed to expertune.optimize after the adapters were attached, and that the "
-                "batch holds supervised tokens."
+                "Leave them out of target_modules if the data does not reach them, as text does not reach what sees; "
+                "else check that the batch holds supervised tokens, and that the model was passed to "
+                "expertune.optimize after the adapters were attached."
             )
         self._is_proven = True
