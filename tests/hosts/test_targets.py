@@ -79,7 +79,6 @@ def test_all_linear_is_all_but_router_and_head(checkpoint: Checkpoint, family: s
     assert expertune.trained(model).kinds()["router"] == 0
 
 
-@pytest.mark.parametrize("family", FEED_FORWARD)
 @pytest.mark.parametrize(
     ("model_type", "left"),
     [
@@ -99,6 +98,7 @@ def test_all_linear_is_what_text_trains(model_type: str, left: set[str]) -> None
     run(adapted, batch())  # in which each has a gradient
 
 
+@pytest.mark.parametrize("family", FEED_FORWARD)
 def test_attention_alone(checkpoint: Checkpoint, walks: list[str], family: str) -> None:
     names = [path.split(".")[1] for path in ATTENTION[family]]
     model = expertune.add_lora(load_tiny(checkpoint(family)), target_modules=names, lora_dropout=0.1)
