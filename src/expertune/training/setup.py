@@ -4,7 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+import trl
 from jinja2 import TemplateError
+from packaging.version import Version
 from peft import PeftModel
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -103,9 +106,7 @@ def set_balance_loss(model: nn.Module, recipe: Recipe) -> None:
     inner = without_adapters(model)
     config = inner.config.get_text_config()
     has_settings = hasattr(config, "output_router_logits") and hasattr(config, "router_aux_loss_coef")
-    # TRL's loss asks the model or its config for it; Llama 4 has the settings alone, and no such loss
-    has_loss = has_settings and (hasattr(inner, "num_experts") or hasattr(config, "num_experts"))
-    if has_loss:
+    if has_settings and _computes_balance_loss(inner, config):
         if recipe.router_aux_loss_coef is not None:
             config.router_aux_loss_coef = recipe.router_aux_loss_coef
             # a copy that Transformers made when it built the model; it counts for TRL before 1.8
@@ -114,10 +115,20 @@ def set_balance_loss(model: nn.Module, recipe: Recipe) -> None:
     elif recipe.router_aux_loss_coef:
         raise UserError(
             f"router_aux_loss_coef={recipe.router_aux_loss_coef:g} is set, but {config.model_type} has no balance "
-            "loss. Drop it."
+            f"loss that TRL {trl.__version__} computes. Drop it."
         )
     elif has_settings:
         config.router_aux_loss_coef, config.output_router_logits = 0.0, False
+
+
+def _computes_balance_loss(model: Any, config: Any) -> bool:
+    """Whether TRL's loss does: it needs the number of experts. Llama 4, for one, has the settings alone.
+
+    Since 1.8 TRL asks the config, but of gpt-oss before Transformers 5.6; before, the model's own loss is taken.
+    """
+    is_models_own = Version(trl.__version__) < Version("1.8")
+    is_gpt_oss = config.model_type == "gpt_oss" and Version(transformers.__version__) < Version("5.6")
+    return hasattr(model if is_models_own or is_gpt_oss else config, "num_experts")
 
 
 def name_decoder(model: nn.Module) -> None:
