@@ -24,6 +24,7 @@ from expertune.hosts.targets import Targets, resolve
 from expertune.hosts.transformers import num_positions
 
 _BACKEND_VARIABLE = "EXPERTUNE_MOE_BACKEND"
+_PATTERNS = ("rank_pattern", "alpha_pattern")
 # Fields of LoraConfig by which PEFT chooses among modules, but not among parameters.
 _SELECTING = ("layers_to_transform", "layers_pattern", "exclude_modules", "layer_replication")
 _CUT = (
@@ -151,6 +152,7 @@ def add_lora(
     model = _transformers_model(model)
     targets = resolve(model, target_modules, lora_config.pop("target_parameters", None) or ())
     _check_lora_settings(targets, r, lora_config)
+    lora_config |= {name: targets.reached_by(name, lora_config[name]) for name in _PATTERNS if lora_config.get(name)}
     config = LoraConfig(
         r=r,
         lora_alpha=lora_alpha,

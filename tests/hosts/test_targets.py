@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from peft.tuners.lora.layer import LoraLayer
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
 
 import expertune
@@ -197,6 +198,26 @@ def test_a_second_add_lora_is_refused(checkpoint: Checkpoint) -> None:
         expertune.add_lora(model)
     with pytest.raises(ValueError, match="has adapters already"):
         expertune.add_lora(model.get_base_model())
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "glm4_moe_lite"])
+def test_patterns_reach_every_part_of_their_name(checkpoint: Checkpoint, family: str) -> None:
+    """Those of dense layers and shared experts, too, which PEFT adapts by their weights, and knows by another name."""
+    settings = {"rank_pattern": {"down_proj": 2, r"self_attn\.o_proj": 5}, "alpha_pattern": {"down_proj": 7}}
+    model = expertune.add_lora(load_tiny(checkpoint(family)), r=4, lora_alpha=8, **settings)
+    seen: dict[str, set[int]] = {}
+    for row in expertune.trained(model).rows:
+        seen.setdefault(row.name.rpartition(".")[2], set()).update(row.ranks)
+    assert (seen["down_proj"], seen["o_proj"], seen["gate_up_proj"]) == ({2}, {5}, {4})
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    assert {layer.scaling["default"] for layer in layers if layer.r["default"] == 2} == {7 / 2}
+
+
+@pytest.mark.parametrize("setting", ["rank_pattern", "alpha_pattern"])
+def test_a_pattern_that_matches_nothing_is_refused(checkpoint: Checkpoint, setting: str) -> None:
+    """The experts hold gate and up as one."""
+    with pytest.raises(ValueError, match=f"{setting} names 'gate_proj', which matches nothing .* mlp.experts.gate_up"):
+        expertune.add_lora(load_tiny(checkpoint("qwen3_moe")), **{setting: {"gate_proj": 8}})
 
 
 def test_stock_pefts_own_refusals_stand(checkpoint: Checkpoint) -> None:

@@ -5,8 +5,10 @@ In a model with experts, PEFT (0.19 to 0.21) reads `gate_proj`, `up_proj`, `down
 word. A linear of such a name is therefore targeted by its weight, as a parameter: the same keys and shapes on disk.
 """
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -35,6 +37,32 @@ class Targets:
     parameters: tuple[str, ...]
     paths: frozenset[str]
     left: tuple[str, ...] = ()
+
+    def reached_by(self, setting: str, patterns: Mapping[str, Any]) -> dict[str, Any]:
+        """A `rank_pattern` or `alpha_pattern` for PEFT, with which each reaches all that it matches.
+
+        PEFT matches a linear that is adapted by its weight as a parameter's path, whose last name is `weight`.
+
+        Args:
+            setting: its name.
+            patterns: values by what ends a path, a name or a regular expression.
+
+        Raises:
+            ValueError: one matches nothing, which PEFT would not say.
+        """
+        of_weights = [name for name in self.parameters if name.endswith(".weight")]
+        reaching = {}
+        for pattern, value in patterns.items():
+            met = [path for path in self.paths if re.match(rf"(.*\.)?({pattern})(\.weight)?$", f"{path}.weight")]
+            if not met:
+                ends = sorted({re.sub(r"^.*\.\d+\.", "", path) for path in self.paths})
+                raise ValueError(
+                    f"{setting} names {pattern!r}, which matches nothing that is adapted. A pattern is a name, or the "
+                    f"end of a path, of {', '.join(ends)}."
+                )
+            has_weights = any(_ends(f"{path}.weight", name) for path in met for name in of_weights)
+            reaching[rf"({pattern})(\.weight)?" if has_weights else pattern] = value
+        return reaching
 
 
 def resolve(model: PreTrainedModel, requested: Sequence[str] | str, parameters: Iterable[str] = ()) -> Targets:
