@@ -25,7 +25,8 @@ def _norm_kernel(
     places = row[:, None] * D + d[None, :]
     x = tl.load(x_ptr + places, mask=mask, other=0.0).to(tl.float32)
     weight = tl.load(weight_ptr + d, mask=d < D, other=0.0).to(tl.float32) + offset
-    scale = 1.0 / tl.sqrt(tl.sum(x * x, axis=1) / D + eps)
+    # rounded as torch does it: the approximations are off by more, for all of a row alike
+    scale = tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(tl.sum(x * x, axis=1), tl.cast(D, tl.float32)) + eps))
     y = x * scale[:, None] * weight[None, :]
     tl.store(y_ptr + places, y.to(y_ptr.dtype.element_ty), mask=mask)
     tl.store(scale_ptr + row, scale, mask=row < num_rows)
@@ -46,7 +47,7 @@ def _norm_backward_kernel(
     scale = tl.load(scale_ptr + row, mask=row < num_rows, other=0.0)[:, None]
     g = dy * weight[None, :]
     x *= scale
-    dx = scale * (g - x * (tl.sum(g * x, axis=1) / D)[:, None])
+    dx = scale * (g - x * tl.div_rn(tl.sum(g * x, axis=1), tl.cast(D, tl.float32))[:, None])
     tl.store(dx_ptr + places, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
