@@ -17,7 +17,7 @@ from expertune.shapes import Tensors
 
 
 class Preparation(RecordedPass):
-    """Of one forward pass that is recorded: run once as it is, then computed by `run`, then run again.
+    """Of one forward pass that is recorded: run as it is, once or more, then computed by `run`, then run again.
 
     What is computed of the leaves that it covers may be computed beforehand.
     """
@@ -34,7 +34,7 @@ class Preparation(RecordedPass):
         return bool(self._makes)
 
     def made(self, leaves: Sequence[Tensor | None], make: Callable[[], Tensors]) -> Tensors:
-        """What `make` yields: in the first run by calling it, later what `run` has made of it.
+        """What `make` yields: by calling it, or what `run` has made of it.
 
         Args:
             leaves: which `covers`.
@@ -52,7 +52,7 @@ class Preparation(RecordedPass):
         return [leaf._version for leaf in self._read.values()]
 
     def run(self) -> None:
-        """Make all, in the order in which the first run asked for it; later runs of the pass read this."""
+        """Make all, in the order in which the last run asked for it; later runs of the pass read this."""
         with torch.no_grad():
             self._made = [make() for make in self._makes]
 
@@ -60,6 +60,9 @@ class Preparation(RecordedPass):
     def during(self) -> Iterator[None]:
         """Around each run of the pass."""
         self._place = 0
+        if self._made is None:
+            self._makes.clear()
+            self._read.clear()
         with _running.during(self):
             yield
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from expertune import prepare
 from expertune.activations import SwiGlu
 from expertune.gated_mlp import Linear, gated_mlp
 from expertune.graphs.piece import Piece
@@ -91,6 +92,22 @@ def test_in_a_forward_of_the_model_all_are_prepared_before_the_first_layer(
         assert begun == (2 if seed > 2 else 0), "those that the forward before was served by"
         assert capture.preparations - before == (2 if seed >= 2 else 0)
     assert capture.replays == 4 * 2 * 2
+
+
+def test_each_is_made_once(
+    recorder: Recorder, stacks: tuple[nn.ModuleList, nn.ModuleList], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In each step, however often the layers ran before they were recorded."""
+    made, cast = [], prepare._cast
+    monkeypatch.setattr(prepare, "_cast", lambda *given: made.append(given) or cast(*given))
+    counts = []
+    for seed in range(5):
+        made.clear()
+        recorder.begin(LENGTH)
+        _run(stacks[0], seed).float().square().sum().backward()
+        recorder.end()
+        counts.append(len(made))
+    assert counts[-1] == counts[0] > 0
 
 
 def test_outside_of_one_each_is_prepared_when_it_is_called(
