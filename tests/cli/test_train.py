@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from typer.testing import CliRunner
 from expertune.cli import app
 from expertune.training import run as run_module
 from expertune.training.output import OutputFolder
-from tests.training.conftest import CHAT, SUMS, UNMARKED
+from tests.training.conftest import CHAT, SUMS, UNMARKED, make_tokenizer
 
 
 class Desk:
@@ -146,6 +147,50 @@ def test_all_labels_masked(desk: Desk, make_base: Callable[..., Path]) -> None:
     desk.refuses(f"{talk}, line 1: no token to learn from", dataset_name=talk, chat_template_path=template)
 
 
+ASKED, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+RULE = {"role": "system", "content": "r"}
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+@pytest.mark.parametrize("columns", ["messages", "prompt and completion"])
+def test_a_row_that_the_chat_template_does_not_take(desk: Desk, columns: str, held_out: bool) -> None:
+    strict = "{% if messages[0].role == 'system' %}{{ raise_exception('no system here') }}{% endif %}" + CHAT
+    if columns == "messages":
+        good, bad = {"messages": [ASKED, ANSWER]}, {"messages": [RULE, ASKED, ANSWER]}
+    else:
+        good, bad = {"prompt": [ASKED], "completion": [ANSWER]}, {"prompt": [RULE, ASKED], "completion": [ANSWER]}
+    data = {
+        "dataset_name": desk.write("good.jsonl", json.dumps(good)),
+        "eval_dataset_name": desk.write("also_good.jsonl", json.dumps(good)),
+    }
+    data[list(data)[held_out]] = desk.write("talk.jsonl", f"{json.dumps(good)}\n{json.dumps(bad)}\n")
+    words = "talk.jsonl, line 2: the chat template does not take this row: no system here. Mend or remove the row"
+    desk.refuses(words, **data, chat_template_path=desk.write("strict.jinja", strict))
+    assert not (desk.folder / "out").exists()
+
+
+@pytest.mark.parametrize("tools", ["search(query)", 3, {"name": "f"}, '{"name": "f"}', ["f"]])
+@pytest.mark.parametrize("shape", ["messages", "sharegpt"])
+def test_tools_that_are_no_list_of_schemas(desk: Desk, make_base: Callable[..., Path], shape: str, tools: Any) -> None:
+    shared = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    talk = {"messages": [ASKED, ANSWER]} if shape == "messages" else {"conversations": shared}
+    rows = [talk | {"tools": "[]"}, talk | {"tools": tools}]
+    data = desk.write("talk.jsonl", "\n".join(json.dumps(row) for row in rows))
+    model = str(make_base(chat_template=CHAT))
+    words = (f"{data}, line 2: field 'tools' holds ", "expected a list of the tools' JSON schemas. Mend or remove")
+    desk.refuses(*words, dataset_name=data, model_name_or_path=model)
+
+
+def test_a_tokenizer_of_another_model(desk: Desk, make_base: Callable[..., Path]) -> None:
+    model = shutil.copytree(make_base(), desk.folder / "model")
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens([f"<{i}>" for i in range(50)])
+    tokenizer.save_pretrained(model)
+    data = desk.write("data.jsonl", '{"prompt": "a", "completion": "b"}\n{"prompt": "<49>", "completion": "b"}\n')
+    words = f"{data}, line 2: token 308, '<49>', is beyond the 272 that the model knows"
+    desk.refuses(words, dataset_name=data, model_name_or_path=str(model))
+
+
 def test_target_that_matches_nothing(desk: Desk) -> None:
     desk.refuses("target_modules ['qproj'] match nothing", "It has ", target_modules=["qproj"])
     desk.refuses("names 'gate_proj' without 'up_proj'", target_modules=["gate_proj"])
@@ -185,6 +230,7 @@ def _swap(tensors: dict[str, torch.Tensor], key: str) -> torch.Tensor:
 
 
 def test_output_folders(desk: Desk) -> None:
+    desk.refuses("cannot be written", "is a file. Choose another", output_dir=str(desk.folder / "recipe.yaml" / "out"))
     out = desk.folder / "out"
     out.mkdir()
     desk.write("out/thesis.tex", "mine")

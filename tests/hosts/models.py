@@ -66,12 +66,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "attention_chunk_size": 8,
     },
 }
-# Other ways to name the parts: a gate on the shared expert, Mixtral's w1, w2, w3, Granite's number of experts. For what
+# Other ways to name the parts: a gate on the shared expert, Mixtral's w1, w2, w3, PhiMoE's number of experts. For what
 # is about names alone.
 NAMED: dict[str, dict[str, Any]] = {
     "qwen2_moe": CONFIGS["qwen3_moe"] | {"shared_expert_intermediate_size": 40, "mlp_only_layers": [0]},
     "mixtral": {"num_key_value_heads": 2, "intermediate_size": 24, "num_local_experts": 8, "num_experts_per_tok": 2},
-    "granitemoe": {"num_key_value_heads": 2, "intermediate_size": 24, "num_local_experts": 8, "num_experts_per_tok": 2},
+    "phimoe": {"num_key_value_heads": 2, "intermediate_size": 24, "num_local_experts": 8, "num_experts_per_tok": 2},
 }
 # For what is about its attention alone.
 LATENT: dict[str, dict[str, Any]] = {"deepseek_v2": {**MLA, "first_k_dense_replace": 1}}

@@ -1,6 +1,8 @@
-"""Out of memory in a run: what is told, and that nothing that was written is lost."""
+"""Out of memory or disk in a run: what is told, and that nothing that was written is lost."""
 
+import errno
 import json
+import os
 import re
 from collections.abc import Callable
 from io import StringIO
@@ -13,10 +15,11 @@ from rich.console import Console
 
 import expertune
 from expertune.training import fits, out_of_memory
+from expertune.training import run as run_module
 from expertune.training.callbacks import Trainer
 from expertune.training.errors import UserError
 from expertune.training.fits import GIB
-from expertune.training.out_of_memory import Held, settings
+from expertune.training.out_of_memory import Held, settings, told_disk_full
 from expertune.training.recipe import Recipe
 from expertune.training.recipe_file import load_recipe
 from expertune.training.run import run
@@ -164,3 +167,49 @@ def test_weights_that_do_not_fit_are_told(make: Make, monkeypatch: pytest.Monkey
     told = failed(make())
     assert "its weights alone do not fit the GPU. CUDA out of memory. Tried to allocate 2.00 GiB." in told
     assert told.endswith("Take a smaller model or a larger card, or set dtype=bfloat16.")
+
+
+@pytest.mark.parametrize(("save_steps", "saved"), [(1, "checkpoint-1"), (2, None)])
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_full_disk_is_told_with_what_was_saved(
+    method: str, save_steps: int, saved: str | None, make: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def full_at_the_second_step(trainer: Trainer, path: Path) -> None:
+        if trainer.state.global_step == 2:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))  # bytes of a file, so no weights
+        try:
+            save(trainer, path)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    save = run_module._save
+    monkeypatch.setattr(run_module, "_save", full_at_the_second_step)
+    with pytest.raises(UserError, match=r"can be written no more: .*Make room on the disk") as raised:
+        run(make(save_steps=save_steps, finetuning_type=method), Console(file=StringIO()))
+    if saved is None:
+        assert "No weights were saved yet" in str(raised.value)
+    else:
+        assert f"The weights in {tmp_path / 'out' / saved} stand" in str(raised.value)
+        assert any((tmp_path / "out" / saved).glob("*.safetensors"))
+
+
+def test_a_disk_that_is_full_when_all_is_saved_is_told(
+    make: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def plot_losses(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(run_module, "plot_losses", plot_losses)
+    with pytest.raises(UserError, match=f"The weights in {tmp_path / 'out' / 'adapter'} stand"):
+        run(make(max_steps=1), Console(file=StringIO()))
+
+
+def test_only_the_disk_is_blamed_on_the_disk(tmp_path: Path) -> None:
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with pytest.raises(UserError, match=r"No space left on device\. Make room"), told_disk_full(tmp_path, []):
+        raise full
+    with pytest.raises(ConnectionError), told_disk_full(tmp_path, []):
+        raise ConnectionError("a tracker that cannot be reached")

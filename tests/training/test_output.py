@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -117,5 +118,32 @@ def test_refuses_a_file_and_a_folder_that_cannot_be_made(tmp_path: Path) -> None
     (tmp_path / "file").write_text("mine")
     with pytest.raises(UserError, match="is a file"):
         OutputFolder(tmp_path / "file", overwrite=True)
-    with pytest.raises(UserError, match="cannot be written"):
-        OutputFolder(tmp_path / "file" / "out", overwrite=True).claim()
+    with pytest.raises(UserError, match=r"cannot be written: '.*file' is a file\. Choose another"):
+        OutputFolder(tmp_path / "file" / "out" / "in", overwrite=True)
+    with pytest.raises(UserError, match="cannot be written: File name too long"):
+        OutputFolder(tmp_path / ("o" * 300), overwrite=True)
+    assert files(tmp_path) == {"file"}
+
+
+def test_refuses_a_folder_where_it_has_no_right_to_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Path] = []  # a test may run as root, who has every right
+    monkeypatch.setattr(os, "access", lambda path, _mode: asked.append(path))
+    with pytest.raises(UserError, match=r"cannot be written: there is no right to write into"):
+        OutputFolder(tmp_path / "new" / "out", overwrite=True)
+    assert asked == [tmp_path]
+
+
+def test_a_folder_that_was_made_too_early_is_not_left_empty(tmp_path: Path) -> None:
+    out = tmp_path / "new" / "out"
+    folder = OutputFolder(out, overwrite=True)
+    with pytest.raises(UserError), folder.never_left_empty():
+        out.mkdir(parents=True)
+        raise UserError("refused")
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "there").mkdir()
+    with OutputFolder(tmp_path / "there", overwrite=True).never_left_empty():
+        pass
+    assert (tmp_path / "there").exists()
+    with folder.never_left_empty():
+        folder.claim()
+    assert files(out) == {STATE_FILE}

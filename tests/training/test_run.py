@@ -1,6 +1,7 @@
 """Whole runs on a tiny model."""
 
 import json
+import shutil
 from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
@@ -94,6 +95,19 @@ def test_full_fine_tuning_saves_a_model(make: Make, tmp_path: Path) -> None:
     same = [torch.equal(a, b.to(a.dtype)) for a, b in zip(model.parameters(), before.parameters(), strict=True)]
     assert not any(same)
     assert load_recipe(result.output_dir / "recipe.yaml") == recipe
+
+
+def test_settings_of_generation_that_transformers_would_not_save_cost_no_weights(
+    make: Make, make_base: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = shutil.copytree(make_base(), tmp_path / "base")
+    asked = {"do_sample": False, "temperature": 0.3, "top_p": 0.9}
+    (base / "generation_config.json").write_text(json.dumps(asked))
+    result = quiet(make(model_name_or_path=str(base), finetuning_type="full"))
+    assert asked.items() <= json.loads((result.weights / "generation_config.json").read_text()).items()
+    model, info = AutoModelForCausalLM.from_pretrained(result.weights, output_loading_info=True)
+    assert not any(info.values())
+    assert model.generation_config.temperature == 0.3
 
 
 def labels(make: Make, monkeypatch: pytest.MonkeyPatch, **fields: Any) -> list[str]:
@@ -284,8 +298,8 @@ def test_llama4_is_trained(make: Make, make_base: Callable[..., Path], method: s
 
 
 def test_a_balance_loss_that_trl_cannot_compute_is_off(make: Make, make_base: Callable[..., Path]) -> None:
-    """Granite's config has the settings, but names the experts otherwise than TRL asks for them since 1.8."""
-    result = quiet(make(model_name_or_path=str(make_base("granitemoe")), max_steps=1, r=4))
+    """PhiMoE's config has the settings, but names its experts otherwise than TRL asks for them since 1.8."""
+    result = quiet(make(model_name_or_path=str(make_base("phimoe")), max_steps=1, r=4))
     assert len(result.losses) == 1
 
 
@@ -324,7 +338,7 @@ def test_a_row_beyond_the_positions_is_refused_before_the_first_step(
     fields = {names[held_out]: bad, names[not held_out]: str(write_rows(SUMS))}
     with pytest.raises(UserError, match=r"long\.jsonl, line 2: 202 tokens are beyond the 128.*Set max_length=128"):
         quiet(make(max_length=None, **fields))
-    assert not any((tmp_path / "out").iterdir())
+    assert not (tmp_path / "out").exists()
     quiet(make(max_length=128, max_steps=1, **fields))
 
 

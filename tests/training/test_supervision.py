@@ -2,7 +2,7 @@ import pytest
 from datasets import Dataset
 
 from expertune.training.errors import UserError
-from expertune.training.supervision import check_chat_template, check_positions, supervise
+from expertune.training.supervision import check_chat_template, check_positions, check_vocabulary, supervise
 from tests.training.conftest import CHAT, UNMARKED, make_tokenizer
 
 
@@ -53,3 +53,14 @@ def test_chat_template() -> None:
     check_chat_template(make_tokenizer(CHAT))
     with pytest.raises(UserError, match=r"does not mark what the assistant says.*chat_template_path"):
         check_chat_template(make_tokenizer(UNMARKED))
+
+
+def test_names_the_row_with_a_token_that_the_model_has_not() -> None:
+    tokenizer = make_tokenizer()
+    result = supervise(tokens([1] * 4, [1] * 7, [1] * 9), ["a", "b", "c"], max_length=None)
+    check_vocabulary(result, ["a", "b", "c"], tokenizer, num_embeddings=9)
+    with pytest.raises(UserError, match=r"^b \(and 1 more rows\): token 6, .* beyond the 6 .* the tokenizer has 259"):
+        check_vocabulary(result, ["a", "b", "c"], tokenizer, num_embeddings=6)
+    tokenizer.add_special_tokens({"pad_token": "<fill>"})
+    with pytest.raises(UserError, match=r"^what batches are padded with: token 259, '<fill>', is beyond the 259"):
+        check_vocabulary(result, ["a", "b", "c"], tokenizer, num_embeddings=259)

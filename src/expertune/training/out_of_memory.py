@@ -1,5 +1,6 @@
-"""Out of memory, told so that the next run fits: what lay on the card by part, what helps here, what was saved."""
+"""Out of memory or disk, told so that the next run fits: what lay on the card by part, what helps, what was saved."""
 
+import errno
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -8,17 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from expertune.hosts.peft import adapter_and_base
 from expertune.training.callbacks import Trainer
-from expertune.training.errors import UserError
+from expertune.training.errors import UserError, one_paragraph
 from expertune.training.fits import LENGTH_MULTIPLE, in_gib, parts_in_gib
 from expertune.training.metrics import GIB, peak_gib
 from expertune.training.recipe import Recipe
 from expertune.training.setup import without_adapters
 
 _NUM_SETTINGS = 3
+# of a disk that takes no more: full, the user's share of it or the file too large, read-only, broken
+_OF_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +84,28 @@ def told_out_of_memory(recipe: Recipe, trainer: Trainer, saves: Sequence[Path]) 
             f"out of GPU memory in {f'the evaluation after step {step}' if is_evaluation else f'step {step + 1}'}. At "
             f"the peak {in_gib(held.peak)} GiB were held: {parts_in_gib(held.parts())}. What helps here, the best "
             f"first: {'; '.join(helpful)}. {_saved(saves)}"
+        ) from error
+
+
+@contextmanager
+def told_disk_full(folder: Path, saves: Sequence[Path]) -> Iterator[None]:
+    """Around all that writes into the folder of a run.
+
+    Args:
+        folder: of the run.
+        saves: the folders that it has written there, the last one last.
+
+    Raises:
+        UserError: the disk takes no more.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:  # safetensors' has no number
+        if isinstance(error, OSError) and error.errno not in _OF_DISK:
+            raise
+        raise UserError(
+            f"output_dir {str(folder)!r} can be written no more: {one_paragraph(error)}. Make room on the disk, or "
+            f"choose an output_dir on another one. {_saved(saves)}"
         ) from error
 
 

@@ -5,8 +5,10 @@ Folders of weights are written beside their place and renamed: a killed run leav
 """
 
 import json
+import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -27,8 +29,8 @@ class OutputFolder:
         reads: what this run reads, by the name of the setting; names that are no paths do no harm.
 
     Raises:
-        UserError: the folder holds an earlier run and `overwrite` is false, it holds files of somebody else, or this
-            run reads what would be replaced.
+        UserError: the folder cannot be written, it holds an earlier run and `overwrite` is false, it holds files of
+            somebody else, or this run reads what would be replaced.
     """
 
     def __init__(self, path: str | Path, *, overwrite: bool, reads: Mapping[str, str | None] | None = None) -> None:
@@ -36,7 +38,22 @@ class OutputFolder:
         self._reads = {name: Path(read) for name, read in (reads or {}).items() if read is not None}
         self._wrote: list[str] = []
         self._started = ""
-        self._earlier = self._check(overwrite=overwrite)
+        try:
+            self._check_place()
+            self._earlier = self._check(overwrite=overwrite)
+        except OSError as error:
+            raise self._unwritable(str(error.strerror)) from error
+
+    @contextmanager
+    def never_left_empty(self) -> Iterator[None]:
+        """Around what may make the folder before it is claimed, as Transformers' trainer does, and then be refused."""
+        missing = [path for path in self._upwards() if not path.exists()]
+        try:
+            yield
+        finally:
+            for path in missing:
+                if path.is_dir() and not any(path.iterdir()):
+                    path.rmdir()
 
     def claim(self) -> None:
         """Make the folder, remove what an earlier run wrote there, and mark it as a run that has not finished."""
@@ -52,9 +69,7 @@ class OutputFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             self._write_state("running")
         except OSError as error:
-            raise UserError(
-                f"output_dir {str(self.path)!r} cannot be written: {error.strerror}. Choose another."
-            ) from error
+            raise self._unwritable(str(error.strerror)) from error
 
     def file(self, name: str) -> Path:
         """The path of a file to write, which then counts as this run's."""
@@ -79,10 +94,25 @@ class OutputFolder:
         """Mark the run as finished."""
         self._write_state("finished")
 
+    def _upwards(self) -> tuple[Path, ...]:
+        return (self.path, *self.path.parents)
+
+    def _unwritable(self, reason: str) -> UserError:
+        return UserError(f"output_dir {str(self.path)!r} cannot be written: {reason}. Choose another.")
+
+    def _check_place(self) -> None:
+        """Ask what is there already, and make nothing."""
+        there = next(path for path in self._upwards() if path.exists() or path.is_symlink())
+        if there.is_dir():
+            if not os.access(there, os.W_OK | os.X_OK):
+                raise self._unwritable(f"there is no right to write into {str(there)!r}")
+        elif there == self.path:
+            raise UserError(f"output_dir {str(self.path)!r} is a file. Choose a folder.")
+        else:
+            raise self._unwritable(f"{str(there)!r} is a file")
+
     def _check(self, *, overwrite: bool) -> list[str]:
         """The files of an earlier run that `claim` may remove."""
-        if self.path.exists() and not self.path.is_dir():
-            raise UserError(f"output_dir {str(self.path)!r} is a file. Choose a folder.")
         if not self.path.is_dir() or not any(self.path.iterdir()):
             return []
         state = self._read_state()

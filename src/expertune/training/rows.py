@@ -12,6 +12,7 @@
 Prompt and completion that are messages may have tools, too.
 """
 
+import json
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -101,12 +102,12 @@ def _prompt_completion(where: str, row: dict[str, Any]) -> dict[str, Any]:
     return {
         "prompt": _messages(where, "prompt", row, must_answer=False),
         "completion": _messages(where, "completion", row, must_answer=True),
-        **_tools(row),
+        **_tools(where, row),
     }
 
 
 def _chat(where: str, row: dict[str, Any]) -> dict[str, Any]:
-    return {"messages": _messages(where, "messages", row, must_answer=True), **_tools(row)}
+    return {"messages": _messages(where, "messages", row, must_answer=True), **_tools(where, row)}
 
 
 def _alpaca(where: str, row: dict[str, Any]) -> dict[str, Any]:
@@ -138,12 +139,31 @@ def _sharegpt(where: str, row: dict[str, Any]) -> dict[str, Any]:
         if messages[0]["role"] == "system":
             raise UserError(f"{where}: both field 'system' and the first turn are the system's. {_MEND}")
         messages.insert(0, {"role": "system", "content": _string(where, "system", row)})
-    return {"messages": _messages(where, "messages", {"messages": messages}, must_answer=True), **_tools(row)}
+    return {"messages": _messages(where, "messages", {"messages": messages}, must_answer=True), **_tools(where, row)}
 
 
-def _tools(row: dict[str, Any]) -> dict[str, Any]:
-    """The tools that a conversation may call, where the row has any."""
-    return {"tools": row["tools"]} if row.get("tools") else {}
+def _tools(where: str, row: dict[str, Any]) -> dict[str, Any]:
+    """The tools that a conversation may call, where the row has any: a list of JSON schemas, or that list as text."""
+    if not row.get("tools"):
+        return {}
+    if came := _not_schemas(row["tools"]):
+        raise UserError(f"{where}: field 'tools' holds {came}, expected a list of the tools' JSON schemas. {_MEND}")
+    return {"tools": row["tools"]}
+
+
+def _not_schemas(tools: Any) -> str | None:
+    """What tools are instead of a list of JSON schemas, in words; None where they are one, or null."""
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except json.JSONDecodeError as error:
+            return f"text that is no JSON ({error})"
+    if tools is None:
+        return None
+    if not isinstance(tools, list):
+        return f"a {type(tools).__name__}"
+    strange = [tool for tool in tools if not isinstance(tool, dict)]
+    return f"a list with a {type(strange[0]).__name__} in it" if strange else None
 
 
 _CHECKS: dict[str, Callable[[str, dict[str, Any]], dict[str, Any]]] = {

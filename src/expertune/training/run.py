@@ -15,10 +15,13 @@ import torch
 import transformers
 import yaml
 from datasets import concatenate_datasets
+from jinja2 import TemplateError
+from peft import PeftModel
 from rich.console import Console
 from torch import nn
 from transformers import PreTrainedTokenizerBase, PrinterCallback
 from transformers.training_args import OptimizerNames
+from transformers.utils import GENERATION_CONFIG_NAME
 from trl import pack_dataset
 
 import expertune
@@ -33,7 +36,7 @@ from expertune.training.data import Rows, read_data, to_dataset
 from expertune.training.errors import UserError, one_paragraph
 from expertune.training.fits import check_fits
 from expertune.training.metrics import Record, plot_losses
-from expertune.training.out_of_memory import told_out_of_memory
+from expertune.training.out_of_memory import told_disk_full, told_out_of_memory
 from expertune.training.output import OutputFolder
 from expertune.training.progress import Display
 from expertune.training.recipe import Recipe
@@ -51,8 +54,11 @@ from expertune.training.supervision import (
     Supervision,
     check_chat_template,
     check_positions,
+    check_vocabulary,
+    first_row_refused,
     first_row_without_answer,
     nothing_to_learn,
+    refused_by_template,
     supervise,
 )
 
@@ -98,7 +104,8 @@ def run(recipe: Recipe, console: Console | None = None) -> RunResult:
     """
     folder = OutputFolder(recipe.output_dir, overwrite=recipe.overwrite_output_dir, reads=_reads(recipe))
     transformers.set_seed(recipe.seed)
-    with Display(console or Console()) as display, _bars_of_hosts(shown=False), warnings.catch_warnings():
+    display = Display(console or Console())
+    with display, _bars_of_hosts(shown=False), warnings.catch_warnings(), folder.never_left_empty():
         # names that the hosts changed among themselves; a user of a recipe can do nothing about them
         warnings.simplefilter("ignore", FutureWarning)
         with display.stage("reading the data"):
@@ -129,7 +136,6 @@ def run(recipe: Recipe, console: Console | None = None) -> RunResult:
         _write_recipe(folder.file("recipe.yaml"), recipe, model)
         recorder = Recorder(display, folder.file("metrics.jsonl"))
         result = _train(recipe, trainer, folder, recorder, display)
-        folder.finish()
         display.say(f"wrote {result.weights}, and recipe.yaml, metrics.jsonl and loss.png beside it", style="green")
         return result
 
@@ -154,6 +160,7 @@ def _make_trainer(
 ) -> tuple[Trainer, list[Supervision]]:
     """TRL's trainer, whose data is then counted, cut and packed."""
     raw = [to_dataset(part, tokenizer) for part in rows if part is not None]
+    where = [place for part in rows if part is not None for place in part.where]
     if "messages" in raw[0].column_names:
         check_chat_template(tokenizer)
         arguments.assistant_only_loss = True
@@ -169,15 +176,19 @@ def _make_trainer(
     except RuntimeError as error:  # TRL's, which does not say which row
         if "no assistant tokens" not in str(error):
             raise
-        everything = concatenate_datasets(raw)
-        where = [place for part in rows if part is not None for place in part.where]
-        raise nothing_to_learn([where[first_row_without_answer(everything, tokenizer)]]) from error
+        raise nothing_to_learn([where[first_row_without_answer(concatenate_datasets(raw), tokenizer)]]) from error
+    except (TemplateError, TypeError) as error:
+        refused = first_row_refused(concatenate_datasets(raw), tokenizer)
+        if refused is None:
+            raise
+        raise refused_by_template(where[refused], error) from error
     trainer.remove_callback(PrinterCallback)
     tokenised = (trainer.train_dataset, trainer.eval_dataset)
     sets = []
     for dataset, part in zip(tokenised, rows, strict=True):
         if part is not None:
             sets.append(supervise(dataset, part.where, recipe.max_length))
+            check_vocabulary(sets[-1], part.where, tokenizer, trainer.model.get_input_embeddings().weight.shape[0])
             if recipe.max_length is None:  # else no row is longer than that, and `load` has refused what is too long
                 check_positions(sets[-1], part.where, num_positions(trainer.model.config))
     trainer.train_dataset = sets[0].dataset
@@ -222,7 +233,7 @@ def _train(recipe: Recipe, trainer: Trainer, folder: OutputFolder, recorder: Rec
     trainer.add_callback(recorder)
     if recipe.save_steps is not None:
         trainer.add_callback(PeriodicSave(recipe.save_steps, save))
-    with told_out_of_memory(recipe, trainer, saves):
+    with told_disk_full(folder.path, saves), told_out_of_memory(recipe, trainer, saves):
         if trainer.eval_dataset is not None:
             with display.stage("evaluating"):
                 trainer.evaluate()
@@ -232,7 +243,8 @@ def _train(recipe: Recipe, trainer: Trainer, folder: OutputFolder, recorder: Rec
         if trainer.eval_dataset is not None and recorder.records[-1].eval_loss is None:
             with display.stage("evaluating"):
                 trainer.evaluate()
-    plot_losses(folder.file("loss.png"), recorder.records)
+        plot_losses(folder.file("loss.png"), recorder.records)
+        folder.finish()
     return RunResult(output_dir=folder.path, weights=weights, records=tuple(recorder.records))
 
 
@@ -243,10 +255,22 @@ def _save(trainer: Trainer, path: Path) -> None:
     asked = getattr(config, "output_router_logits", None)
     if asked is not None:
         config.output_router_logits = False
-    trainer.model.save_pretrained(path)
+    _save_model(trainer.model, path)
     if asked is not None:
         config.output_router_logits = asked
     trainer.processing_class.save_pretrained(path)
+
+
+def _save_model(model: Any, path: Path) -> None:
+    """Write the weights, and a model's settings of generation as they came: Transformers loads more than it saves."""
+    settings = None if isinstance(model, PeftModel) else model.generation_config
+    if settings is None:
+        model.save_pretrained(path)
+        return
+    model.generation_config = type(settings)()
+    model.save_pretrained(path)
+    model.generation_config = settings
+    settings.to_json_file(path / GENERATION_CONFIG_NAME, keys_to_pop=["compile_config"])  # as Transformers does
 
 
 def _backends(model: nn.Module) -> str:

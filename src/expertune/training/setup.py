@@ -1,14 +1,18 @@
 """From a recipe to what TRL's trainer takes: the model with its adapters, the tokenizer, the arguments."""
 
 from pathlib import Path
+from pickle import UnpicklingError
+from traceback import walk_tb
 from typing import Any
 
 import torch
 import transformers
 import trl
+from huggingface_hub.errors import StrictDataclassError
 from jinja2 import TemplateError
 from packaging.version import Version
 from peft import PeftModel
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.integrations import get_available_reporting_integrations
@@ -70,6 +74,7 @@ def load_model(recipe: Recipe) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     Raises:
         UserError: it cannot be had, or the recipe asks of it what it cannot do.
     """
+    named = f"model_name_or_path {recipe.model_name_or_path!r}"
     try:
         model, tokenizer = expertune.load(
             recipe.model_name_or_path,
@@ -83,18 +88,53 @@ def load_model(recipe: Recipe) -> tuple[nn.Module, PreTrainedTokenizerBase]:
             trust_remote_code=recipe.trust_remote_code,
         )
     except (ValueError, OSError) as error:
-        raise UserError(f"model_name_or_path {recipe.model_name_or_path!r}: {one_paragraph(error)}") from error
+        raise UserError(f"{named}: {one_paragraph(error)}") from error
     except torch.OutOfMemoryError as error:
         raise UserError(
-            f"model_name_or_path {recipe.model_name_or_path!r}: its weights alone do not fit the GPU. "
+            f"{named}: its weights alone do not fit the GPU. "
             f"{one_paragraph(error)} Take a smaller model or a larger card"
             f"{', or set dtype=bfloat16' if recipe.dtype == 'float32' else ''}."
         ) from error
+    except _OF_FILES as error:
+        if not _was_reading(error):
+            raise
+        mend = _INSTALL if isinstance(error, ImportError) else _FETCH
+        raise UserError(f"{named} cannot be loaded ({type(error).__name__}: {one_paragraph(error)}). {mend}") from error
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        raise UserError(
+            f"{named} has no tokenizer: what was loaded knows no tokens but {len(tokenizer)} special ones. Put the "
+            "tokenizer's files (tokenizer.json, tokenizer_config.json) beside the weights."
+        )
     # `load` lowered it to max_length; rows are cut here later, and the tokenizer is saved as it came
     tokenizer.model_max_length = tokenizer.init_kwargs.get("model_max_length", VERY_LARGE_INTEGER)
     if recipe.chat_template_path is not None:
         tokenizer.chat_template = _chat_template(recipe.chat_template_path, tokenizer)
     return model, tokenizer
+
+
+# what hosts raise where files are cut, lack something or do not fit together, or a package that they need is not here
+_OF_FILES = (
+    ImportError,
+    SafetensorError,
+    UnpicklingError,
+    EOFError,
+    StrictDataclassError,
+    RuntimeError,
+    AttributeError,
+    TypeError,
+    LookupError,
+    ArithmeticError,
+    AssertionError,
+)
+_INSTALL = "Install what it needs, or take a model that does not need it."
+_FETCH = "Where a file is cut, fetch it again; where config.json does not fit the other files, mend it."
+
+
+def _was_reading(error: BaseException) -> bool:
+    """Whether a host raised it as it read the files; else it is a bug of ours, or the device's."""
+    frames = walk_tb(error.__traceback__)
+    is_of_device = isinstance(error, torch.AcceleratorError)
+    return not is_of_device and any(frame.f_code.co_name == "from_pretrained" for frame, _ in frames)
 
 
 def set_balance_loss(model: nn.Module, recipe: Recipe) -> None:
@@ -198,6 +238,7 @@ def _arguments(recipe: Recipe, *, has_eval: bool) -> SFTConfig:
         gradient_checkpointing=False,  # expertune's `memory` has decided it
         disable_tqdm=True,
         dataloader_pin_memory=torch.cuda.is_available(),
+        accelerator_config={"non_blocking": torch.cuda.is_available()},  # no wait for the step before
     )
 
 

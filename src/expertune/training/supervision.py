@@ -7,13 +7,15 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from datasets import Dataset
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from trl import get_training_chat_template
 
 from expertune.hosts.label_rows import IGNORED
-from expertune.training.errors import UserError
+from expertune.training.errors import UserError, one_paragraph
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,17 +62,34 @@ def check_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
         )
 
 
+def first_row_refused(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The index of the first conversation that the chat template does not take; None where it takes all."""
+    for index, row in enumerate(dataset):
+        try:
+            if "messages" in row:
+                _render(row["messages"], row, tokenizer)
+            elif isinstance(row.get("prompt"), list):
+                _render(row["prompt"], row, tokenizer, add_generation_prompt=True)
+                _render(row["prompt"] + row["completion"], row, tokenizer)
+        except (TemplateError, TypeError):  # what a template raises by itself, or where it adds text and None
+            return index
+    return None
+
+
 def first_row_without_answer(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> int:
     """The index of the first conversation in which the chat template marks no token of the assistant."""
-    template = None if _is_marked(tokenizer.chat_template) else get_training_chat_template(tokenizer)
     for index, row in enumerate(dataset):
-        tools = json.loads(row["tools"]) if isinstance(row.get("tools"), str) else row.get("tools")
-        marks = tokenizer.apply_chat_template(
-            row["messages"], tools=tools, chat_template=template, return_dict=True, return_assistant_tokens_mask=True
-        )["assistant_masks"]
-        if not any(marks):
+        if not any(_render(row["messages"], row, tokenizer, return_assistant_tokens_mask=True)["assistant_masks"]):
             return index
     raise AssertionError("every row has a token of the assistant")
+
+
+def _render(messages: list[Any], row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, **settings: bool) -> Any:
+    """The tokens of messages of a row, as TRL has them."""
+    is_marked = "prompt" in row or _is_marked(tokenizer.chat_template)
+    template = None if is_marked else get_training_chat_template(tokenizer)
+    tools = json.loads(row["tools"]) if isinstance(row.get("tools"), str) else row.get("tools")
+    return tokenizer.apply_chat_template(messages, tools=tools, chat_template=template, return_dict=True, **settings)
 
 
 def _is_marked(template: str | dict[str, str]) -> bool:
@@ -138,6 +157,36 @@ def check_positions(supervision: Supervision, where: Sequence[str], num_position
         )
 
 
+def check_vocabulary(
+    supervision: Supervision, where: Sequence[str], tokenizer: PreTrainedTokenizerBase, num_embeddings: int
+) -> None:
+    """Refuse tokens that the model has no embedding for.
+
+    Args:
+        supervision: what `supervise` gave.
+        where: each row came from, in words.
+        tokenizer: that made the tokens, and pads with another.
+        num_embeddings: of the model.
+
+    Raises:
+        UserError: names the first row with such a token, or the token that pads.
+    """
+    highest = zip(where, map(max, supervision.dataset["input_ids"]), strict=True)
+    if strange := [(place, token) for place, token in highest if token >= num_embeddings]:
+        places = _places([place for place, _ in strange])
+        raise _unknown_token(places, strange[0][1], tokenizer, num_embeddings)
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id >= num_embeddings:
+        raise _unknown_token("what batches are padded with", tokenizer.pad_token_id, tokenizer, num_embeddings)
+
+
+def _unknown_token(place: str, token: int, tokenizer: PreTrainedTokenizerBase, num_embeddings: int) -> UserError:
+    return UserError(
+        f"{place}: token {token}, {tokenizer.convert_ids_to_tokens(token)!r}, is beyond the {num_embeddings} that the "
+        f"model knows; the tokenizer has {len(tokenizer)}. Take the tokenizer that belongs to the model, or give the "
+        "model as many embeddings (resize_token_embeddings), save it, and begin from that."
+    )
+
+
 def _with_labels(dataset: Dataset) -> Dataset:
     """TRL before 1.8 leaves masks, which its collator would turn into labels; both take the labels that are there."""
     if "labels" in dataset.column_names:
@@ -156,6 +205,14 @@ def nothing_to_learn(places: Sequence[str]) -> UserError:
     return UserError(
         f"{_places(places)}: no token to learn from; the tokenizer and its chat template leave nothing of the answer. "
         "Mend or remove the row, or change the template (chat_template_path)."
+    )
+
+
+def refused_by_template(place: str, error: Exception) -> UserError:
+    """The error for a row, in words, that the chat template does not take, with what the template says."""
+    return UserError(
+        f"{place}: the chat template does not take this row: {one_paragraph(error)}. Mend or remove the row, or change "
+        "the template (chat_template_path)."
     )
 
 
