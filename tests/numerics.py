@@ -24,12 +24,12 @@ def error(result: Tensor, truth: Tensor) -> float:
     return ((result.double() - truth.double()).norm() / scale).item()
 
 
-def assert_no_worse(result: Tensor, plain: Tensor, truth: Tensor, name: str = "result") -> None:
-    """`result` against the float64 `truth` is at most as far off as `plain`, plus the dtype's slack.
+def assert_no_worse(result: Tensor, plain: Tensor, truth: Tensor, name: str = "result", depth: int = 1) -> None:
+    """`result` against the float64 `truth` is at most as far off as `plain`, plus the dtype's slack of each layer.
 
     The error of a tensor of two numbers is a sample of two, and another sample of the same error differs from it by
     about `1/√n`: plain torch's counts with that much more. From a thousand numbers on that is nothing.
     """
-    slack = SLACK[result.dtype]
+    slack = depth * SLACK[result.dtype]
     ours, theirs = error(result, truth), error(plain, truth) * (1 + max(truth.numel(), 1) ** -0.5)
     assert ours <= theirs + slack, f"{name}: error {ours:.3g}, plain torch {theirs:.3g} + slack {slack:.3g}"

@@ -27,10 +27,6 @@ _BACKEND_VARIABLE = "EXPERTUNE_MOE_BACKEND"
 _PATTERNS = ("rank_pattern", "alpha_pattern")
 # Fields of LoraConfig by which PEFT chooses among modules, but not among parameters.
 _SELECTING = ("layers_to_transform", "layers_pattern", "exclude_modules", "layer_replication")
-_CUT = (
-    "of {} the language model alone is loaded, without what sees: Transformers' whole {} model does not run. Inputs "
-    "other than text are ignored, and what is saved of it has no other part."
-)
 # What `from_pretrained` of models, configs and tokenizers all take.
 _OF_THE_HUB = (
     "revision",
@@ -77,7 +73,6 @@ def load(
             walks long batches in tiles; "auto" checkpoints only those layers whose activations the card has no room
             for (found in the first step), and is lean in steps that would not fit even so; "fast" checkpoints none.
             It takes the place of a trainer's `gradient_checkpointing`; None leaves that to the trainer.
-            checkpointed gives gradients to a `backward()` without `inputs` alone.
         full_finetuning: train all base weights. Otherwise they are frozen, until `add_lora` adds what is trained.
         from_pretrained: more arguments for `from_pretrained` of the model, and of config and tokenizer where they take
             them (`revision`, `local_files_only`, …). With `attn_implementation` the attention stays the host's.
@@ -102,8 +97,7 @@ def load(
         _check_attention(from_pretrained["attn_implementation"], config, shared.get("trust_remote_code"))
     if torch.cuda.is_available():
         from_pretrained.setdefault("device_map", {"": take_own_device()})
-    if is_cut(config):
-        warnings.warn(_CUT.format(base, config.model_type), stacklevel=2)
+    _warn_of_cut(base, config)
     model = auto_class(config).from_pretrained(base, dtype=dtype or "auto", **from_pretrained)
     if saved is not None:
         peft.check_saved(saved, model)
@@ -303,6 +297,15 @@ def _task_type(model: nn.Module) -> str | None:
     if hasattr(model, "prepare_inputs_for_generation"):
         return "CAUSAL_LM"
     return next((task for ending, task in _TASKS.items() if type(model).__name__.endswith(ending)), None)
+
+
+def _warn_of_cut(name: str, config: Any) -> None:
+    if is_cut(config):
+        warnings.warn(
+            f"of {name} the language model alone is loaded, without what sees: Transformers' whole {config.model_type} "
+            "model does not run. Inputs other than text are ignored, and what is saved of it has no other part.",
+            stacklevel=3,
+        )
 
 
 def _warn_of_lost(model: PeftModel) -> None:

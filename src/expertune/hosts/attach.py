@@ -122,7 +122,6 @@ def attach(
     if (before := attached(model)) is not None:
         state.memory = before.memory
     detach(model)
-
     if is_attention_ours:
         state.attentions = [each for decoder in taken for each in attention.take_over(decoder)]
     state.norms = formulas.bind(found_norms, norms.forward)
