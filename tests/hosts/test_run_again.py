@@ -133,6 +133,19 @@ def test_gradients_are_stocks(checkpoint: Checkpoint, family: str, way: Any, ask
     check(checkpoint, family, way, ask)
 
 
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_a_module_that_is_saved_whole_is_disabled_as_it_was(checkpoint: Checkpoint, way: Any) -> None:
+    """PEFT keeps a copy of it, which is trained, beside the original."""
+    models = [stock(checkpoint("qwen3_moe"), lora(modules_to_save=["q_proj"])) for _ in range(2)]
+    for model in models:
+        for name, p in trained(model).items():
+            if "q_proj" in name:
+                p.data.mul_(2)
+    way(models[0])
+    found, expected = map(without_adapters, models)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
 @several_adapters
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 def test_gradients_of_two_adapters_are_stocks(checkpoint: Checkpoint, way: Any) -> None:

@@ -7,7 +7,8 @@ caught at it, the layer is run once more in full, and from then on always. So it
 comes after the experts, which may keep what it reads without saving it. A layer that somebody looks into by hooks is
 run in full as long as they are there.
 
-Only under the reentrant checkpoint. The other stops by itself once all that was saved is there, and counts what is.
+Only where the first run builds no graph, as under our checkpoint and torch's reentrant one. Torch's other stops by
+itself once all that was saved is there, and counts what is.
 """
 
 from collections import defaultdict
