@@ -104,7 +104,7 @@ def plus(total: Tensor | None, grad: Tensor | None, *, widens: bool = True) -> T
 
 def _is_plain(tensor: Tensor) -> bool:
     """Whether it is a leaf with a gradient, and nothing but autograd would see one more."""
-    grad = tensor.grad if tensor.is_leaf else None
+    grad = tensor.grad if tensor.is_leaf and tensor.requires_grad else None  # else the pass would add nothing
     return (
         grad is not None
         and type(grad) is Tensor

@@ -7,6 +7,7 @@ import pytest
 import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
+from torch.autograd.graph import register_multi_grad_hook
 from torch.func import functional_call
 
 import expertune
@@ -71,6 +72,36 @@ def seen_by_hooks(model: Any) -> dict[str, Tensor]:
     return {name: grad for name, (grad,) in seen.items()}
 
 
+def halved_by_hooks(model: Any) -> dict[str, Tensor]:
+    """By hooks that change gradients on their way, each once; and one that sees all of them together."""
+    together: list[int] = []
+    handles: list[Any] = [p.register_hook(lambda grad: grad / 2) for p in trained(model).values()]
+    handles.append(register_multi_grad_hook(list(trained(model).values()), lambda all_: together.append(len(all_))))
+    loss_of(model).backward()
+    for handle in handles:
+        handle.remove()
+    assert together == [len(trained(model))]
+    return grads(model)
+
+
+def frozen_meanwhile(model: Any) -> dict[str, Tensor]:
+    """Some are frozen between forward and backward, and keep the gradient that they have; others come too late."""
+    late = [p for name, p in trained(model).items() if "layers.1" in name]
+    loss_of(model, 1).backward()
+    for p in late:
+        p.requires_grad_(False)
+    loss = loss_of(model)
+    for p in trained(model).values():
+        p.requires_grad_(False)
+    for p in late:
+        p.requires_grad_()
+    loss.backward()
+    for p in model.parameters():
+        if p.grad is not None:
+            p.requires_grad_()
+    return grads(model)
+
+
 def of_two_adapters(model: Any) -> dict[str, Tensor]:
     """Two losses, each of its own adapter, and one backward of their sum."""
     torch.manual_seed(5)
@@ -106,7 +137,17 @@ def scaled(model: Any) -> dict[str, Tensor]:
 
 
 ASKED: dict[str, Asked] = {
-    each.__name__: each for each in (handed_out, of_some, of_others, seen_by_hooks, without_adapters, scaled)
+    each.__name__: each
+    for each in (
+        handed_out,
+        of_some,
+        of_others,
+        seen_by_hooks,
+        halved_by_hooks,
+        frozen_meanwhile,
+        without_adapters,
+        scaled,
+    )
 }
 
 
@@ -144,6 +185,42 @@ def test_a_module_that_is_saved_whole_is_disabled_as_it_was(checkpoint: Checkpoi
     way(models[0])
     found, expected = map(without_adapters, models)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+class Steered:
+    """A hook on a layer by which it reads a trained tensor that is no parameter of it."""
+
+    def __init__(self, model: Any) -> None:
+        self.vector = torch.ones(32, dtype=torch.float64, requires_grad=True)
+        mlp = model.get_base_model().model.layers[1].mlp
+        mlp.register_forward_hook(lambda _module, _args, out: out * self.vector)
+
+
+@pytest.mark.parametrize("is_hooked", [False, True], ids=["", "a parameter with a hook"])
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_what_a_layer_reads_beyond_its_parameters_has_its_gradient(
+    checkpoint: Checkpoint, way: Any, is_hooked: bool
+) -> None:
+    found = []
+    for turn_on in (way, lambda _: None):
+        model = stock(checkpoint("qwen3_moe"), lora())
+        turn_on(model)
+        steered = Steered(model)
+        if is_hooked:
+            next(iter(trained(model).values())).register_hook(lambda grad: grad)
+        loss_of(model).backward()
+        found.append([steered.vector.grad, *grads(model).values()])
+    torch.testing.assert_close(*found, rtol=1e-10, atol=1e-12)
+
+
+def test_what_a_layer_reads_beyond_its_parameters_is_not_lost_in_silence(checkpoint: Checkpoint) -> None:
+    model = stock(checkpoint("qwen3_moe"), lora())
+    lean(model)
+    steered = Steered(model)
+    with pytest.raises(RuntimeError, match="have been used"):  # torch's
+        torch.autograd.grad(loss_of(model), steered.vector)
+    with pytest.raises(RuntimeError, match="is no parameter of it"):
+        torch.autograd.grad(loss_of(model), list(trained(model).values()))
 
 
 @several_adapters

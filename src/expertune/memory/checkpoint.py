@@ -94,8 +94,8 @@ class _Call:
             args[place] = tensor
         return self._function(*args)
 
-    def run_again(self, tensors: Sequence[Tensor]) -> Any:
-        """The same with autograd, and with all else as it was."""
+    def run_again(self, tensors: Sequence[Tensor], trained: Sequence[Tensor]) -> Any:
+        """The same with autograd, on these in place of its trained parameters, and with all else as it was."""
         cpu_state, devices, states = self._random
         with ExitStack() as around:
             around.enter_context(torch.random.fork_rng(devices))
@@ -103,34 +103,27 @@ class _Call:
             set_device_states(devices, states)
             for device, is_enabled, dtype in self._autocasts:
                 around.enter_context(torch.autocast(device, dtype, is_enabled, self._caches))
-            around.enter_context(self._as_held())
+            around.enter_context(self._as_held(dict(zip(self.trained, trained, strict=True))))
             around.enter_context(self._as_noted())
             around.enter_context(torch.enable_grad())
             return self.run(tensors)
 
-    def adds_by_itself(self) -> bool:
-        """Whether the backward pass adds gradients to all leaves, and nobody sees how often one comes.
-
-        Then the layer's own backward may do so at once, and experts add theirs in place (`accumulate.py`).
-        """
-        is_whole: bool = torch.autograd._is_checkpoint_valid()  # type: ignore[no-untyped-call]
-        return is_whole and not any(map(_is_watched, self.trained))
-
     @contextmanager
-    def _as_held(self) -> Iterator[None]:
-        """The parameters and buffers of the first run, where others have taken their place, and all wanted again."""
-        moved = [(held, name, tensor) for held, name, tensor in self._held if held.get(name) is not tensor]
+    def _as_held(self, instead: dict[Tensor, Tensor]) -> Iterator[None]:
+        """The parameters and buffers of the first run, or others instead, where they were, wanted or not as then."""
+        places = [(held, name, instead.get(tensor, tensor)) for held, name, tensor in self._held]
+        moved = [(held, name, tensor) for held, name, tensor in places if held.get(name) is not tensor]
         others = [held.get(name) for held, name, _ in moved]
-        frozen = [tensor for tensor in self.trained if not tensor.requires_grad]
+        turned = {tensor for _, _, tensor in self._held if tensor.requires_grad is not (tensor in instead)}
         try:
             for held, name, tensor in moved:
                 held[name] = tensor
-            for tensor in frozen:
-                tensor.requires_grad_()
+            for tensor in turned:
+                tensor.requires_grad_(not tensor.requires_grad)
             yield
         finally:
-            for tensor in frozen:
-                tensor.requires_grad_(False)
+            for tensor in turned:
+                tensor.requires_grad_(not tensor.requires_grad)
             for (held, name, _), other in zip(moved, others, strict=True):
                 held[name] = other
 
@@ -152,18 +145,44 @@ class _Checkpointed(torch.autograd.Function):
         call: _Call = ctx.call
         wants = ctx.needs_input_grad[1:]
         tensors = [x.detach().requires_grad_(want) for x, want in zip(ctx.saved_tensors, wants, strict=False)]
-        out = call.run_again(tensors)
+        is_whole: bool = torch.autograd._is_checkpoint_valid()  # type: ignore[no-untyped-call]
+        # then the layer's own backward may add to `.grad` at once, and experts in place (`accumulate.py`)
+        adds_itself = is_whole and not any(map(_is_watched, call.trained))
+        trained = call.trained if adds_itself else [each.detach().requires_grad_() for each in call.trained]
+        out = call.run_again(tensors, trained)
         outs = out if isinstance(out, tuple) else (out,)
         ends = [(o, dout) for o, dout in zip(outs, douts, strict=True) if dout is not None and o.requires_grad]
-        wanted = [x for x in tensors if x.requires_grad]
         if not ends:
             return (None, *[None] * len(wants))
         reached, of_reached = zip(*ends, strict=True)
-        if call.adds_by_itself():
+        if is_whole:
             torch.autograd.backward(reached, of_reached)
-            return (None, *[x.grad for x in tensors], *[None] * len(call.trained))
-        grads = iter(torch.autograd.grad(reached, [*wanted, *call.trained], of_reached, allow_unused=True))
+            return (None, *[x.grad for x in tensors], *[None if adds_itself else each.grad for each in trained])
+        wanted = [*(x for x in tensors if x.requires_grad), *trained]
+        _refuse_others(reached, wanted)
+        grads = iter(torch.autograd.grad(reached, wanted, of_reached, allow_unused=True))
         return (None, *[next(grads) if x.requires_grad else None for x in tensors], *grads)
+
+
+def _refuse_others(ends: Iterable[Tensor], known: Iterable[Tensor]) -> None:
+    """Refuse a layer that reaches leaves beyond these: a pass that hands gradients out gets none of theirs from it.
+
+    Raises:
+        RuntimeError: it does.
+    """
+    ours, seen, to_visit = set(map(id, known)), set(), [end.grad_fn for end in ends]
+    while to_visit:
+        node = to_visit.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        to_visit.extend(made_of for made_of, _ in node.next_functions)
+        if id(getattr(node, "variable", None)) not in ours | {id(None)}:
+            raise RuntimeError(
+                "a layer reads a tensor that requires a gradient and is no parameter of it. Where the layer runs again "
+                "in backward, autograd.grad and backward(inputs=…) cannot reach it. Make it a parameter of the layer, "
+                "or use memory='fast'."
+            )
 
 
 def _modules(module: nn.Module) -> list[nn.Module]:
@@ -175,7 +194,7 @@ def _modules(module: nn.Module) -> list[nn.Module]:
 
 
 def _is_watched(tensor: Tensor) -> bool:
-    """Whether hooks lie on a parameter, or it is no leaf and has a backward of its own."""
+    """Whether hooks lie on a parameter, which see its gradient once, or it is no leaf and has a backward of its own."""
     has_hooks = bool(tensor._backward_hooks) or bool(getattr(tensor, "_post_accumulate_grad_hooks", None))
     return has_hooks or not tensor.is_leaf
 
