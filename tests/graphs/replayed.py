@@ -32,7 +32,7 @@ class _RefusingWaits(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
-            raise RuntimeError("called a synchronizing CUDA operation")
+            raise RuntimeError("it waits for the device")
         return func(*args, **(kwargs or {}))
 
 

@@ -1,10 +1,15 @@
 """Recording on a device."""
 
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+from expertune.graphs import capture as capturing
 from expertune.graphs.capture import CudaCapture
 from tests.cases import needs_cuda
 
@@ -29,14 +34,52 @@ def test_an_error_within_leaves_the_process_able_to_go_on(error: type[BaseExcept
     assert x.tolist() == [1, 1, 1, 1]
 
 
+class Waits(torch.autograd.Function):
+    """Doubles, after its backward has waited for the device."""
+
+    @staticmethod
+    def forward(_ctx: Any, x: Tensor) -> Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(_ctx: Any, dout: Tensor) -> Tensor:
+        return dout * 2 * dout.new_ones(()).item()
+
+
 @needs_cuda
-def test_work_that_waits_is_refused_before_it_is_recorded() -> None:
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_work_that_waits_is_refused_before_it_is_recorded(where: str) -> None:
     """A stream that had captured it would leave the generator of random numbers as if it captured for ever."""
-    capture = CudaCapture(torch.device("cuda"))
-    with pytest.raises(RuntimeError, match="synchronizing"), capture.refusing_waits():
-        torch.zeros(4, device="cuda").sum().item()
+    capture, x = CudaCapture(torch.device("cuda")), torch.ones(4, device="cuda", requires_grad=True)
+    with pytest.raises(RuntimeError, match="waits for the device"), capture.refusing_waits():
+        if where == "forward":
+            x.sum().item()
+        else:
+            torch.autograd.grad(Waits.apply(x).sum(), x)  # type: ignore[no-untyped-call]
     assert torch.cuda.get_sync_debug_mode() == 0
     torch.rand(4, device="cuda").sum().item()
+
+
+@needs_cuda
+def test_another_thread_may_wait_meanwhile() -> None:
+    capture, x = CudaCapture(torch.device("cuda")), torch.ones(4, device="cuda")
+    with capture.refusing_waits(), ThreadPoolExecutor(1) as pool:
+        y = x * 2
+        assert pool.submit(lambda: x.sum().item()).result() == 4
+    assert y.tolist() == [2] * 4
+
+
+def test_of_warnings_this_threads_of_waits_are_taken() -> None:
+    waits: list[Any] = []
+    with pytest.warns(UserWarning) as shown, warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = capturing._collecting(waits, warnings.showwarning)
+        warnings.warn(f"{capturing._WAITS} (Triggered internally)", stacklevel=1)
+        warnings.warn("another", stacklevel=1)
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(warnings.warn, capturing._WAITS).result()
+    assert [str(each) for each in waits] == [f"{capturing._WAITS} (Triggered internally)"]
+    assert [str(each.message) for each in shown] == ["another", capturing._WAITS]
 
 
 @needs_cuda

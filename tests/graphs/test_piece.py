@@ -364,7 +364,7 @@ def test_a_module_that_waits_is_not_recorded(capture: FakeCapture, where: str) -
     toy.forward = Piece(toy, recorder)  # type: ignore[method-assign]
     for seed in range(5):
         assert_same(toy, stock, seed)
-    assert recorder.refused == {Waiter: "called a synchronizing CUDA operation"}
+    assert recorder.refused == {Waiter: "it waits for the device"}
     assert not capture.recorded
 
 

@@ -1,6 +1,7 @@
 """Work recorded into a CUDA graph: submitted once, run again by one call with the same addresses."""
 
 import gc
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -9,6 +10,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+_WAITS = "called a synchronizing CUDA operation"  # torch's warning
 
 
 class Graph(Protocol):
@@ -75,19 +78,23 @@ class CudaCapture:
 
     @contextmanager
     def refusing_waits(self) -> Iterator[None]:
-        """By torch's own check of the whole process.
+        """By torch's own check, which tells of waits in warnings: other threads may wait meanwhile.
 
         A stream that captures would refuse a wait as well. But torch's allocator and its generator of random numbers
         are left behind as if it captured for ever.
         """
-        before = torch.cuda.get_sync_debug_mode()
-        with warnings.catch_warnings():  # that the check is a prototype
-            warnings.simplefilter("ignore")
-            torch.cuda.set_sync_debug_mode("error")
-        try:
-            yield
-        finally:
-            torch.cuda.set_sync_debug_mode(before)
+        before, waits = torch.cuda.get_sync_debug_mode(), list[Any]()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Synchronization debug mode")  # that the check is a prototype
+            warnings.filterwarnings("always", _WAITS)
+            warnings.showwarning = _collecting(waits, warnings.showwarning)
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                yield
+            finally:
+                torch.cuda.set_sync_debug_mode(before)
+        if waits:
+            raise RuntimeError("it waits for the device")
 
     def record(self, work: Callable[[], None], *, keeps: bool) -> Graph:
         """Other threads may allocate meanwhile, as those of data loaders do."""
@@ -123,6 +130,19 @@ class CudaCapture:
         """The same memory, known by its address alone, so that the pool may give it to other recordings too."""
         at_address: Tensor = torch.as_tensor(_Address(x.data_ptr(), x.nbytes), device=x.device)
         return at_address.view(x.dtype).view(x.shape)
+
+
+def _collecting(waits: list[Any], others: Callable[..., None]) -> Callable[..., None]:
+    """Takes this thread's warnings of waits, to which autograd's threads leave theirs, and hands on all others."""
+    thread = threading.get_ident()
+
+    def show(message: Any, *where: Any, **more: Any) -> None:
+        if threading.get_ident() == thread and str(message).startswith(_WAITS):
+            waits.append(message)
+        else:
+            others(message, *where, **more)
+
+    return show
 
 
 class _Memory:
