@@ -13,7 +13,7 @@ import expertune
 from expertune.hosts.targets import resolve
 from expertune.hosts.transformers import named_experts
 from tests.conftest import Checkpoint
-from tests.families.found import Family
+from tests.families import found
 from tests.families.tiny import tiny_model
 from tests.hosts.adapters import lora, wrap
 from tests.hosts.fingerprints import fingerprint
@@ -87,6 +87,7 @@ def test_all_linear_is_all_but_router_and_head(checkpoint: Checkpoint, family: s
         ("aria", {"model.vision_tower", "model.multi_modal_projector"}),
         ("minimax_m3_vl", {"model.vision_tower", "model.multi_modal_projector"}),  # with an indexer, too
         ("glm_moe_dsa", set()),
+        ("nemotron_h", set()),  # of which PEFT refuses out_proj
     ],
 )
 def test_all_linear_is_what_text_trains(model_type: str, left: set[str]) -> None:
@@ -94,12 +95,24 @@ def test_all_linear_is_what_text_trains(model_type: str, left: set[str]) -> None
     if model_type not in CONFIG_MAPPING:
         pytest.skip(f"this Transformers has no {model_type}")
     auto = AutoModelForImageTextToText if left else AutoModelForCausalLM
-    model = tiny_model(Family(model_type, model_type, auto))
+    model = tiny_model(found.Family(model_type, model_type, auto))
     if not any(named_experts(model)):
         pytest.skip(f"the experts of this Transformers' {model_type} are not marked")
     assert set(resolve(model, "all-linear").left) == left
     adapted = expertune.add_lora(expertune.optimize(model), r=2, init_lora_weights=False)
     run(adapted, batch())  # in which each has a gradient
+
+
+@pytest.mark.parametrize("requested", ["all-linear", ["q_proj", "o_proj"]])
+def test_modules_beside_that_are_called_alike_are_not_named(requested: Any) -> None:
+    """Those of this model's tower are no linears, but hold some: PEFT would be told to adapt them, and refuse."""
+    if "diffusion_gemma" not in CONFIG_MAPPING:
+        pytest.skip("this Transformers has no diffusion_gemma")
+    model = tiny_model(found.family("diffusion_gemma"))
+    targets = resolve(model, requested)
+    named = {path for path, _ in model.named_modules() if any(f".{path}".endswith(f".{t}") for t in targets.modules)}
+    assert named
+    assert named <= targets.paths
 
 
 @pytest.mark.parametrize("family", FEED_FORWARD)

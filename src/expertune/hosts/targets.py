@@ -18,6 +18,8 @@ from expertune.hosts.transformers import first_name, is_experts, named_experts
 
 # Rewritten by PEFT's _convert_peft_config_moe (peft/utils/transformers_weight_conversion.py, 0.21.2).
 _REWRITTEN_BY_PEFT = frozenset({"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"})
+# Refused by PEFT in these models, whose fused kernels read their weights past an adapter.
+_REFUSED_BY_PEFT, _WITH_MAMBA = frozenset({"out_proj", "conv1d"}), ("nemotron_h",)
 # The halves of a fused first projection, by the names of Qwen and of Mixtral checkpoints.
 _HALVES = ({"gate_proj", "up_proj"}, {"w1", "w3"})
 
@@ -71,10 +73,11 @@ def resolve(model: PreTrainedModel, requested: Sequence[str] | str, parameters: 
     Args:
         model: a Transformers model without adapters.
         requested: names or dotted endings of paths, or "all-linear": every linear and all experts, without the router
-            and other gates of a MoE block, without the output head, and without what a model's own code makes of a
-            linear (groups of them in DeepSeek-V4), whose shapes PEFT's factors do not fit, and without indexers, which
-            choose tokens and have no gradient. A name without a dot, and "all-linear", leave alone what lies beside
-            the language model of a composite one, such as a vision tower and its projector.
+            and other gates of a MoE block, without the output head, without what a model's own code makes of a
+            linear (groups of them in DeepSeek-V4), whose shapes PEFT's factors do not fit, without indexers, which
+            choose tokens and have no gradient, and without what PEFT refuses (Mamba's out_proj in Nemotron-H). A name
+            without a dot, and "all-linear", leave alone what lies beside the language model of a composite one, such as
+            a vision tower and its projector.
         parameters: names or dotted endings of parameters, meant beside them.
 
     Raises:
@@ -130,6 +133,8 @@ def _resolve_modules(model: PreTrainedModel, requested: Sequence[str] | str, tow
     linears = {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
     routers = _routers(model)
     experts = _experts_parameters(model)
+    present = [*(path for path, _ in model.named_modules()), *experts]  # PEFT matches names with modules of any kind
+    refused = _REFUSED_BY_PEFT if model.config.model_type in _WITH_MAMBA else frozenset()
     if requested == "all-linear":
         moe = set(blocks(model))
         choosing = [path for path, module in model.named_modules() if _chooses(module)]
@@ -142,9 +147,10 @@ def _resolve_modules(model: PreTrainedModel, requested: Sequence[str] | str, tow
             and not _is_of_its_own(module)
             and path not in routers
             and path.rpartition(".")[0] not in names_of_blocks
+            and path.rpartition(".")[2] not in refused
             and not _is_below(path, (*towers, *choosing))
         ]
-        return _targets(paths, list(experts), (*linears, *routers, *experts), rewritten=bool(experts))
+        return _targets(paths, list(experts), present, rewritten=bool(experts))
     if isinstance(requested, str):
         raise ValueError(
             f"target_modules takes a list of names or 'all-linear', got the string {requested!r}. For a regular "
@@ -168,7 +174,7 @@ def _resolve_modules(model: PreTrainedModel, requested: Sequence[str] | str, tow
     return _targets(
         plain,
         [path for path in hits if path in experts],
-        (*linears, *routers, *experts),
+        present,
         rewritten=bool(experts),
         routers=routers,
     )
