@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from expertune.graphs import capture as capturing
 from expertune.graphs.capture import CudaCapture
 from tests.cases import needs_cuda
+from tests.graphs.replayed import Waits
 
 
 @needs_cuda
@@ -34,28 +34,13 @@ def test_an_error_within_leaves_the_process_able_to_go_on(error: type[BaseExcept
     assert x.tolist() == [1, 1, 1, 1]
 
 
-class Waits(torch.autograd.Function):
-    """Doubles, after its backward has waited for the device."""
-
-    @staticmethod
-    def forward(_ctx: Any, x: Tensor) -> Tensor:
-        return x * 2
-
-    @staticmethod
-    def backward(_ctx: Any, dout: Tensor) -> Tensor:
-        return dout * 2 * dout.new_ones(()).item()
-
-
 @needs_cuda
 @pytest.mark.parametrize("where", ["forward", "backward"])
 def test_work_that_waits_is_refused_before_it_is_recorded(where: str) -> None:
     """A stream that had captured it would leave the generator of random numbers as if it captured for ever."""
     capture, x = CudaCapture(torch.device("cuda")), torch.ones(4, device="cuda", requires_grad=True)
     with pytest.raises(RuntimeError, match="waits for the device"), capture.refusing_waits():
-        if where == "forward":
-            x.sum().item()
-        else:
-            torch.autograd.grad(Waits.apply(x).sum(), x)  # type: ignore[no-untyped-call]
+        torch.autograd.grad(Waits.apply(x, where).sum(), x)  # type: ignore[no-untyped-call]
     assert torch.cuda.get_sync_debug_mode() == 0
     torch.rand(4, device="cuda").sum().item()
 

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from expertune.graphs import recording
 from expertune.graphs.piece import Piece
 from expertune.graphs.recorder import together
-from tests.graphs.replayed import FakeCapture, Toy, assert_same, gradients, inputs, make_recorder, toys
+from tests.graphs.replayed import FakeCapture, Toy, Waits, assert_same, gradients, inputs, make_recorder, toys
 
 
 def test_the_third_call_of_a_kind_is_recorded_and_all_are_right(capture: FakeCapture, pair: tuple[Toy, Toy]) -> None:
@@ -331,19 +331,6 @@ def test_a_module_that_cannot_be_recorded_runs_as_it_is(pair: tuple[Toy, Toy], c
     recorder = toy.forward._recorder  # type: ignore[attr-defined]
     assert recorder.refused == {Toy: "operation not permitted when stream is capturing"}
     assert capture.replays == 0
-
-
-class Waits(torch.autograd.Function):
-    """Doubles, after it has waited for the device: in forward or in backward."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, where: str) -> Tensor:
-        ctx.where = where
-        return x * 2 * x.new_ones(()).item() if where == "forward" else x * 2
-
-    @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None]:
-        return dout * 2 * dout.new_ones(()).item() if ctx.where == "backward" else dout * 2, None
 
 
 class Waiter(Toy):

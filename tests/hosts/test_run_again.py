@@ -187,13 +187,12 @@ def test_a_module_that_is_saved_whole_is_disabled_as_it_was(checkpoint: Checkpoi
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
 
 
-class Steered:
-    """A hook on a layer by which it reads a trained tensor that is no parameter of it."""
-
-    def __init__(self, model: Any) -> None:
-        self.vector = torch.ones(32, dtype=torch.float64, requires_grad=True)
-        mlp = model.get_base_model().model.layers[1].mlp
-        mlp.register_forward_hook(lambda _module, _args, out: out * self.vector)
+def steer(model: Any) -> Tensor:
+    """A trained tensor that a layer reads by a hook, and that is no parameter of it."""
+    vector = torch.ones(32, dtype=torch.float64, requires_grad=True)
+    mlp = model.get_base_model().model.layers[1].mlp
+    mlp.register_forward_hook(lambda _module, _args, out: out * vector)
+    return vector
 
 
 @pytest.mark.parametrize("is_hooked", [False, True], ids=["", "a parameter with a hook"])
@@ -205,20 +204,20 @@ def test_what_a_layer_reads_beyond_its_parameters_has_its_gradient(
     for turn_on in (way, lambda _: None):
         model = stock(checkpoint("qwen3_moe"), lora())
         turn_on(model)
-        steered = Steered(model)
+        vector = steer(model)
         if is_hooked:
             next(iter(trained(model).values())).register_hook(lambda grad: grad)
         loss_of(model).backward()
-        found.append([steered.vector.grad, *grads(model).values()])
+        found.append([vector.grad, *grads(model).values()])
     torch.testing.assert_close(*found, rtol=1e-10, atol=1e-12)
 
 
 def test_what_a_layer_reads_beyond_its_parameters_is_not_lost_in_silence(checkpoint: Checkpoint) -> None:
     model = stock(checkpoint("qwen3_moe"), lora())
     lean(model)
-    steered = Steered(model)
+    vector = steer(model)
     with pytest.raises(RuntimeError, match="have been used"):  # torch's
-        torch.autograd.grad(loss_of(model), steered.vector)
+        torch.autograd.grad(loss_of(model), vector)
     with pytest.raises(RuntimeError, match="is no parameter of it"):
         torch.autograd.grad(loss_of(model), list(trained(model).values()))
 

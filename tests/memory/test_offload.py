@@ -9,22 +9,14 @@ import pytest
 import torch
 from torch import Tensor, distributed, nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils.checkpoint import checkpoint
 
 from expertune.memory import offload as memory_offload
-from expertune.memory.checkpoint import LayerCheckpoint
 from expertune.memory.offload import Offload
 from expertune.memory.replay import LayerMemory, RoutingReplay
+from tests.memory.checkpoints import CHECKPOINTS, checkpoint_layer
 from tests.memory.lanes import Lane
 
-checkpoint_layer = LayerCheckpoint(nn.Module())  # of functions without parameters
-
 LAYERS, TOKENS, D_ = 6, 8, 4
-CHECKPOINTS = {
-    "non-reentrant": partial(checkpoint, use_reentrant=False),
-    "reentrant": partial(checkpoint, use_reentrant=True),
-    "ours": checkpoint_layer,
-}
 
 
 class _Layer(nn.Module):

@@ -14,7 +14,6 @@ from expertune.backends import choose
 from expertune.experts import experts
 from expertune.hosts.sizes import model_bytes
 from expertune.memory import policy, token_tiles
-from expertune.memory.checkpoint import LayerCheckpoint
 from expertune.memory.meter import room_of
 from expertune.memory.needs import Batches, least_needs
 from expertune.memory.offload import LEAST_TOKENS, CudaLane, Offload
@@ -27,8 +26,7 @@ from tests.conftest import Checkpoint
 from tests.hosts.adapters import lora, stock
 from tests.hosts.models import batch
 from tests.hosts.passes import assert_equal_within, run
-
-checkpoint_layer = LayerCheckpoint(nn.Module())  # of functions without parameters
+from tests.memory.checkpoints import checkpoint_layer
 
 pytestmark = needs_cuda
 

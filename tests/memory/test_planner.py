@@ -9,11 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from expertune.memory.checkpoint import LayerCheckpoint
 from expertune.memory.planner import LayerPlan, Planner, Way
 from expertune.memory.replay import LayerMemory, RoutingReplay
-
-checkpoint_layer = LayerCheckpoint(nn.Module())  # of functions without parameters
+from tests.memory.checkpoints import checkpoint_layer
 
 CPU = torch.device("cpu")
 LAYERS, WEIGHTS, INPUT, KEPT, WORK = 6, 1000, 1, 10, 30  # bytes; of a layer and token, but for the weights

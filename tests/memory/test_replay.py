@@ -7,18 +7,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from expertune.memory.checkpoint import LayerCheckpoint
 from expertune.memory.replay import RoutingReplay
-
-checkpoint_layer = LayerCheckpoint(nn.Module())  # of functions without parameters
-
-CHECKPOINTS = {
-    "non-reentrant": partial(checkpoint, use_reentrant=False),
-    "reentrant": partial(checkpoint, use_reentrant=True),
-    "ours": checkpoint_layer,
-}
+from tests.memory.checkpoints import CHECKPOINTS, checkpoint_layer
 
 
 class _Layer(nn.Module):

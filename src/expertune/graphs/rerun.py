@@ -11,14 +11,13 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any, TypeAlias
 
-import torch
 from torch import Tensor
-from torch.utils.checkpoint import get_device_states, set_device_states
 
 from expertune.accumulate import Postponed
 from expertune.graphs.capture import Graph
 from expertune.graphs.pool import Shared
 from expertune.graphs.recording import Own, Recording, Tried
+from expertune.memory.random_states import RandomStates
 
 Around: TypeAlias = Callable[[], AbstractContextManager[None]]
 
@@ -96,10 +95,8 @@ def _drawing_nothing(inputs: Sequence[Tensor]) -> Iterator[None]:
     Raises:
         RuntimeError: it did. What is drawn next is what would have been.
     """
-    before, (devices, of_devices) = torch.get_rng_state(), get_device_states(*inputs)
+    before = RandomStates.now(inputs)
     yield
-    now = [torch.get_rng_state(), *get_device_states(*inputs)[1]]
-    if not all(map(torch.equal, [before, *of_devices], now)):
-        torch.set_rng_state(before)
-        set_device_states(devices, of_devices)
+    if not before.are_as(RandomStates.now(inputs)):
+        before.restore()
         raise RuntimeError("it draws random numbers, which a second forward would draw anew")

@@ -111,10 +111,10 @@ def _beside(model: PreTrainedModel) -> tuple[str, ...]:
         return ()
     around = {".".join(path.split(".")[:depth]) for path in language for depth in range(path.count(".") + 1)}
     found = []
-    for path, module in ((path, model.get_submodule(path)) for path in sorted(around)):
-        for name, child in module.named_children():
+    for path in sorted(around):
+        for name, child in model.get_submodule(path).named_children():
             below = f"{path}.{name}".lstrip(".")
-            is_head = module is model and isinstance(child, nn.Linear)
+            is_head = not path and isinstance(child, nn.Linear)
             if below not in around and below not in language and not is_head and _has_linears(child):
                 found.append(below)
     return tuple(found)
@@ -130,15 +130,16 @@ def _chooses(module: nn.Module) -> bool:
 
 
 def _resolve_modules(model: PreTrainedModel, requested: Sequence[str] | str, towers: Sequence[str]) -> Targets:
-    linears = {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
+    modules = dict(model.named_modules())
+    linears = {path: module for path, module in modules.items() if isinstance(module, nn.Linear)}
     routers = _routers(model)
     experts = _experts_parameters(model)
-    present = [*(path for path, _ in model.named_modules()), *experts]  # PEFT matches names with modules of any kind
+    present = [*modules, *experts]  # PEFT matches names with modules of any kind
     refused = _REFUSED_BY_PEFT if model.config.model_type in _WITH_MAMBA else frozenset()
     if requested == "all-linear":
         moe = set(blocks(model))
-        choosing = [path for path, module in model.named_modules() if _chooses(module)]
-        names_of_blocks = {path for path, module in model.named_modules() if module in moe}
+        choosing = [path for path, module in modules.items() if _chooses(module)]
+        names_of_blocks = {path for path, module in modules.items() if module in moe}
         heads = (model.get_output_embeddings(), *model.children())  # a classifier's is a linear beside the decoder
         paths = [
             path

@@ -16,7 +16,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, distributed, nn
 from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import checkpoint, get_device_states, set_device_states
+from torch.utils.checkpoint import checkpoint
+
+from expertune.memory.random_states import RandomStates
 
 As: TypeAlias = Callable[[], AbstractContextManager[None]]
 
@@ -78,7 +80,7 @@ class _Call:
         ]
         self._held = [(held, name, tensor) for held in dicts for name, tensor in held.items() if tensor is not None]
         self.trained = list(dict.fromkeys(tensor for _, _, tensor in self._held if tensor.requires_grad))
-        self._random = torch.get_rng_state(), *get_device_states(*args)
+        self._random = RandomStates.now(args)
         devices = dict.fromkeys(["cpu", *(tensor.device.type for tensor in self.tensors_of(args))])
         self._autocasts = [(d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in devices]
         self._caches = torch.is_autocast_cache_enabled()
@@ -96,11 +98,9 @@ class _Call:
 
     def run_again(self, tensors: Sequence[Tensor], trained: Sequence[Tensor]) -> Any:
         """The same with autograd, on these in place of its trained parameters, and with all else as it was."""
-        cpu_state, devices, states = self._random
         with ExitStack() as around:
-            around.enter_context(torch.random.fork_rng(devices))
-            torch.set_rng_state(cpu_state)
-            set_device_states(devices, states)
+            around.enter_context(torch.random.fork_rng(self._random.devices))
+            self._random.restore()
             for device, is_enabled, dtype in self._autocasts:
                 around.enter_context(torch.autocast(device, dtype, is_enabled, self._caches))
             around.enter_context(self._as_held(dict(zip(self.trained, trained, strict=True))))
@@ -177,7 +177,8 @@ def _refuse_others(ends: Iterable[Tensor], known: Iterable[Tensor]) -> None:
             continue
         seen.add(node)
         to_visit.extend(made_of for made_of, _ in node.next_functions)
-        if id(getattr(node, "variable", None)) not in ours | {id(None)}:
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and id(leaf) not in ours:
             raise RuntimeError(
                 "a layer reads a tensor that requires a gradient and is no parameter of it. Where the layer runs again "
                 "in backward, autograd.grad and backward(inputs=…) cannot reach it. Make it a parameter of the layer, "

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
-from torch.utils.checkpoint import get_device_states, set_device_states
+
+from expertune.memory.random_states import RandomStates
 
 
 class _OutputNeededError(Exception):
@@ -43,7 +44,7 @@ class LeaveOut:
     def rerun(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run the layer again, without its experts' output as long as that is right."""
         if self._is_right is not False and not self._is_watched():
-            cpu_state, device_states = torch.get_rng_state(), get_device_states(*args)
+            before = RandomStates.now(args)
             try:
                 with self._guarding():
                     out = function(*args, **kwargs)
@@ -51,8 +52,7 @@ class LeaveOut:
                     return out
             except _OutputNeededError:
                 self._is_right = False
-                torch.set_rng_state(cpu_state)
-                set_device_states(*device_states)
+                before.restore()
         return function(*args, **kwargs)
 
     @contextmanager

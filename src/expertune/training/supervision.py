@@ -64,13 +64,14 @@ def check_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
 
 def first_row_refused(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The index of the first conversation that the chat template does not take; None where it takes all."""
+    template = _training_template(dataset, tokenizer)
     for index, row in enumerate(dataset):
         try:
             if "messages" in row:
-                _render(row["messages"], row, tokenizer)
+                _render(row["messages"], row, tokenizer, template)
             elif isinstance(row.get("prompt"), list):
-                _render(row["prompt"], row, tokenizer, add_generation_prompt=True)
-                _render(row["prompt"] + row["completion"], row, tokenizer)
+                _render(row["prompt"], row, tokenizer, template, add_generation_prompt=True)
+                _render(row["prompt"] + row["completion"], row, tokenizer, template)
         except (TemplateError, TypeError):  # what a template raises by itself, or where it adds text and None
             return index
     return None
@@ -78,16 +79,26 @@ def first_row_refused(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> i
 
 def first_row_without_answer(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> int:
     """The index of the first conversation in which the chat template marks no token of the assistant."""
+    template = _training_template(dataset, tokenizer)
     for index, row in enumerate(dataset):
-        if not any(_render(row["messages"], row, tokenizer, return_assistant_tokens_mask=True)["assistant_masks"]):
+        rendered = _render(row["messages"], row, tokenizer, template, return_assistant_tokens_mask=True)
+        if not any(rendered["assistant_masks"]):
             return index
     raise AssertionError("every row has a token of the assistant")
 
 
-def _render(messages: list[Any], row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, **settings: bool) -> Any:
+def _training_template(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """By which TRL renders conversations in place of the tokenizer's own template; None where that will do."""
+    if "messages" not in dataset.column_names or _is_marked(tokenizer.chat_template):
+        return None
+    template: str | None = get_training_chat_template(tokenizer)
+    return template
+
+
+def _render(
+    messages: list[Any], row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, template: str | None, **settings: bool
+) -> Any:
     """The tokens of messages of a row, as TRL has them."""
-    is_marked = "prompt" in row or _is_marked(tokenizer.chat_template)
-    template = None if is_marked else get_training_chat_template(tokenizer)
     tools = json.loads(row["tools"]) if isinstance(row.get("tools"), str) else row.get("tools")
     return tokenizer.apply_chat_template(messages, tools=tools, chat_template=template, return_dict=True, **settings)
 
