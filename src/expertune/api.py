@@ -16,7 +16,8 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from expertune.backends import PREFERRED
-from expertune.hosts import attach, early, peft, report, trl_head, walks
+from expertune.hosts import attach, early, peft, recompute, report, trl_head, walks
+from expertune.hosts.attached import attached
 from expertune.hosts.classes import auto_class, is_cut
 from expertune.hosts.coverage import Coverage, coverage
 from expertune.hosts.own_device import take_own_device
@@ -154,7 +155,7 @@ def add_lora(
         target_parameters=list(targets.parameters) or None,
         **{"lora_dropout": 0.0, "bias": "none", "task_type": _task_type(model)} | lora_config,
     )
-    if attach.attached(model) is None:
+    if attached(model) is None:
         optimize(model)
     wrapped = get_peft_model(model, config, autocast_adapter_dtype=autocast_adapter_dtype)
     assert isinstance(wrapped, PeftModel)
@@ -201,7 +202,7 @@ def optimize(
         raise ValueError(f"unknown attention {attention!r}; choose one of {list(_ATTENTION)}")
     state = attach.attach(inner, requested, is_attention_ours=attention == "auto", uses_graphs=graphs)
     if memory is not None:
-        attach.set_memory(inner, state, memory)
+        recompute.set_memory(inner, state, memory)
     walks.bind(inner, trl_head.bind)
     walks.bind(model)
     return model

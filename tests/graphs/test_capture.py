@@ -1,5 +1,6 @@
 """Recording on a device."""
 
+import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -7,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from expertune.graphs import capture as capturing
 from expertune.graphs.capture import CudaCapture
@@ -45,6 +47,25 @@ def test_work_that_waits_is_refused_before_it_is_recorded(where: str) -> None:
     torch.rand(4, device="cuda").sum().item()
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
+def test_the_thread_of_backward_is_known(device: str) -> None:
+    """What Python waits for there torch tells there, and not in the thread that called backward."""
+    seen, x = [], torch.ones(4, device=device, requires_grad=True)
+
+    class Noting(torch.autograd.Function):
+        @staticmethod
+        def forward(_: Any, x: Tensor) -> Tensor:
+            return x * 2
+
+        @staticmethod
+        def backward(_: Any, dy: Tensor) -> Tensor:  # type: ignore[override]
+            seen.append(threading.get_ident())
+            return dy
+
+    torch.autograd.grad(Noting.apply(x).sum(), x)  # type: ignore[no-untyped-call]
+    assert seen == [capturing.backwards_thread(torch.device(device))]
+
+
 @needs_cuda
 def test_another_thread_may_wait_meanwhile() -> None:
     capture, x = CudaCapture(torch.device("cuda")), torch.ones(4, device="cuda")
@@ -54,11 +75,11 @@ def test_another_thread_may_wait_meanwhile() -> None:
     assert y.tolist() == [2] * 4
 
 
-def test_of_warnings_this_threads_of_waits_are_taken() -> None:
+def test_of_warnings_those_of_waits_in_these_threads_are_taken() -> None:
     waits: list[Any] = []
     with pytest.warns(UserWarning) as shown, warnings.catch_warnings():
         warnings.simplefilter("always")
-        warnings.showwarning = capturing._collecting(waits, warnings.showwarning)
+        warnings.showwarning = capturing._collecting(waits, warnings.showwarning, [threading.get_ident()])
         warnings.warn(f"{capturing._WAITS} (Triggered internally)", stacklevel=1)
         warnings.warn("another", stacklevel=1)
         with ThreadPoolExecutor(1) as pool:

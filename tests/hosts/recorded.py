@@ -9,7 +9,7 @@ from torch import nn
 
 import expertune
 from expertune.graphs.recorder import Recorder
-from expertune.hosts.attach import attached
+from expertune.hosts.attached import attached
 from tests.graphs.replayed import FakeCapture
 from tests.hosts.models import load_tiny
 

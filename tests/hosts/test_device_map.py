@@ -13,7 +13,7 @@ from torch import nn
 
 import expertune
 from expertune.hosts import router
-from expertune.hosts.attach import attached
+from expertune.hosts.attached import attached
 from tests.conftest import Checkpoint
 from tests.graphs.replayed import FakeCapture
 from tests.hosts.adapters import wrap

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 import expertune
-from expertune.hosts.attach import attached
+from expertune.hosts.attached import attached
 from expertune.hosts.transformers import plan_of
 from expertune.memory import token_tiles
 from tests.conftest import Checkpoint

@@ -13,7 +13,7 @@ import expertune
 from expertune.activations import Gate
 from expertune.gated_mlp import Linear, gated_mlp
 from expertune.hosts import forwards, mlps
-from expertune.hosts.attach import attached
+from expertune.hosts.attached import attached
 from tests.conftest import Checkpoint
 from tests.hosts.memories import lean
 from tests.hosts.models import batch, load_tiny

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import expertune
 from expertune.hosts import norms
-from expertune.hosts.attach import attached
+from expertune.hosts.attached import attached
 from expertune.hosts.norms import Formula, formula_of
 from expertune.rms_norm import rms_norm
 from tests.cases import needs_cuda

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import expertune
 from expertune.graphs import recording
 from expertune.hosts import transformers
-from expertune.hosts.attach import attached
+from expertune.hosts.attached import attached
 from expertune.memory.offload import Offload
 from tests.cases import needs_cuda
 from tests.conftest import Checkpoint

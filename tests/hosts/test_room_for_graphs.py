@@ -5,7 +5,7 @@ import torch
 
 import expertune
 from expertune.graphs.pool import Pool
-from expertune.hosts.attach import attached
+from expertune.hosts.attached import attached
 from expertune.memory import policy
 from expertune.memory.planner import Planner
 from tests.conftest import Checkpoint

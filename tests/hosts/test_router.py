@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import expertune
 from expertune.hosts import forwards, report, router
-from expertune.hosts.attach import attached
+from expertune.hosts.attached import attached
 from tests.conftest import Checkpoint
 from tests.hosts.models import batch, load_tiny
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from expertune.optim import by_chance, dynamic_8bit
-from expertune.optim.adamw_8bit import plain_step, tables
+from expertune.optim.fused_step import plain_step, tables
 from tests.cases import DEVICE, KERNEL_DTYPES, needs_kernels
 
 triton, tl = pytest.importorskip("triton"), pytest.importorskip("triton.language")

@@ -4,7 +4,7 @@ import gc
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any, Protocol
 
@@ -84,10 +84,11 @@ class CudaCapture:
         are left behind as if it captured for ever.
         """
         before, waits = torch.cuda.get_sync_debug_mode(), list[Any]()
+        threads = threading.get_ident(), backwards_thread(self._stream.device)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Synchronization debug mode")  # that the check is a prototype
             warnings.filterwarnings("always", _WAITS)
-            warnings.showwarning = _collecting(waits, warnings.showwarning)
+            warnings.showwarning = _collecting(waits, warnings.showwarning, threads)
             torch.cuda.set_sync_debug_mode("warn")
             try:
                 yield
@@ -132,12 +133,20 @@ class CudaCapture:
         return at_address.view(x.dtype).view(x.shape)
 
 
-def _collecting(waits: list[Any], others: Callable[..., None]) -> Callable[..., None]:
-    """Takes this thread's warnings of waits, to which autograd's threads leave theirs, and hands on all others."""
-    thread = threading.get_ident()
+def backwards_thread(device: torch.device) -> int:
+    """Where autograd runs what Python has written of a backward pass on this device: a thread of its own on CUDA."""
+    idents: list[int] = []
+    x = torch.zeros((), device=device, requires_grad=True)
+    x.register_hook(lambda _: idents.append(threading.get_ident()))  # type: ignore[no-untyped-call]
+    torch.autograd.grad(x * 1, x)
+    return idents[0]
+
+
+def _collecting(waits: list[Any], others: Callable[..., None], threads: Collection[int]) -> Callable[..., None]:
+    """Takes these threads' warnings of waits, and hands on all others."""
 
     def show(message: Any, *where: Any, **more: Any) -> None:
-        if threading.get_ident() == thread and str(message).startswith(_WAITS):
+        if threading.get_ident() in threads and str(message).startswith(_WAITS):
             waits.append(message)
         else:
             others(message, *where, **more)

@@ -6,8 +6,7 @@ switch that replay on for the router.
 """
 
 import copy
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -15,16 +14,14 @@ from typing import Any
 import torch
 from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from expertune.graphs.recorder import Recorder
 from expertune.hosts import (
-    adapter_states,
     angles,
     attention,
-    collected,
+    bitsandbytes,
     formulas,
     forwards,
     graphs,
@@ -33,60 +30,15 @@ from expertune.hosts import (
     mlps,
     norms,
     peft,
+    recompute,
     rotary,
     router,
     samples,
     transformers,
     trl_head,
 )
-from expertune.hosts.widths import width_of
-from expertune.memory.checkpoint import LayerCheckpoint
-from expertune.memory.leave_out import LeaveOut
-from expertune.memory.policy import Policy, policy_of
-from expertune.memory.replay import LayerMemory, ReplayingCheckpoint, RoutingReplay
-
-
-@dataclass(kw_only=True)
-class Attached:
-    """What was done to a model. Lies on it as `_expertune`.
-
-    Args:
-        requested: the backend asked for.
-        replay: its routing replay.
-        handles: its hooks.
-        blocks: its MoE blocks.
-        layers: its layers that can be checkpointed.
-        adapters: the names of PEFT's adapters when wrappers were last bound.
-        attentions: the configs of decoders that attend through ours, each with the attention that it named.
-        norms: those that run our forward.
-        latents: the attentions that put their heads together by our function.
-        rotaries: the others that rotate queries and keys by our function.
-        routers: those that choose and score by our function.
-        mlps: the dense ones that run as one node of autograd.
-        memory: what its layers spare memory by; None where nobody has set it.
-        recorder: of the parts that are replayed as CUDA graphs; None if none is to be.
-    """
-
-    requested: str
-    replay: RoutingReplay = field(default_factory=RoutingReplay)
-    handles: list[RemovableHandle] = field(default_factory=list)
-    blocks: list[nn.Module] = field(default_factory=list)
-    layers: list[GradientCheckpointingLayer] = field(default_factory=list)
-    adapters: tuple[str, ...] = ()
-    attentions: list[tuple[Any, str]] = field(default_factory=list)
-    norms: list[nn.Module] = field(default_factory=list)
-    latents: list[nn.Module] = field(default_factory=list)
-    rotaries: list[nn.Module] = field(default_factory=list)
-    routers: list[nn.Module] = field(default_factory=list)
-    mlps: list[nn.Module] = field(default_factory=list)
-    memory: Policy | None = None
-    recorder: Recorder | None = None
-
-
-def attached(model: nn.Module) -> Attached | None:
-    """What `attach` did to this model, if it did."""
-    state = getattr(model, "_expertune", None)
-    return state if isinstance(state, Attached) else None
+from expertune.hosts.attached import Attached, attached
+from expertune.memory.replay import RoutingReplay
 
 
 def attach(
@@ -142,7 +94,7 @@ def attach(
     state.layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     _hook(model, state)
     if state.memory is not None:
-        _spare([layer for layer in state.layers if layer.gradient_checkpointing], model, state)
+        recompute.take_in(model, state)
     if uses_graphs:
         state.recorder = Recorder(graphs.TransformersHost(state.replay, partial(_rest, state)))
         state.handles += [each for decoder in decoders(model) for each in graphs.hook(decoder, state.recorder)]
@@ -157,7 +109,7 @@ def _rest(state: Attached, device: torch.device) -> float:
 
 
 def _hook(model: PreTrainedModel, state: Attached) -> None:
-    """Ours around the blocks, and before the decoders."""
+    """Ours around the blocks, before the decoders, and around the optimizer's steps."""
     for block in state.blocks:
         state.handles.append(block.register_forward_pre_hook(partial(_before_block, state.replay)))
         state.handles.append(block.register_forward_hook(partial(_after_block, state.replay), always_call=True))
@@ -165,6 +117,7 @@ def _hook(model: PreTrainedModel, state: Attached) -> None:
         state.handles.append(decoder.register_forward_pre_hook(partial(_before_decoder, model, state)))
     state.handles += samples.hook(model, decoders(model))
     state.handles += [handle for decoder in decoders(model) for handle in angles.hook(decoder)]
+    bitsandbytes.take_over(model)
 
 
 def detach(model: PreTrainedModel) -> None:
@@ -182,6 +135,7 @@ def detach(model: PreTrainedModel) -> None:
     forwards.unbind(state.routers, router.forward)
     forwards.unbind(state.mlps, mlps.forward)
     trl_head.unbind(model)
+    bitsandbytes.give_back(model)
     attention.give_back(state.attentions)
     forwards.unbind(state.blocks, llama4.block_forward)
     for _, module in transformers.named_experts(model):  # also those that PEFT copied, to save them whole
@@ -190,8 +144,7 @@ def detach(model: PreTrainedModel) -> None:
         else:
             module.config = transformers.plan_of(module).host_config
         del module._expertune
-    for layer in _checkpointed(model):
-        layer._gradient_checkpointing_func = layer._gradient_checkpointing_func.host
+    recompute.give_back(model)
     for module in model.modules():
         peft.unbind(module)
     del model._expertune
@@ -280,42 +233,6 @@ def _own_config(config: Any, copies: dict[int, Any]) -> Any:
     return copies[id(config)]
 
 
-def _checkpointed(model: nn.Module) -> list[Any]:
-    """The layers whose checkpoint function is ours."""
-    return [module for module in model.modules() if _is_replayed(module)]
-
-
-def _checkpoint(layer: Any, model: PreTrainedModel, state: Attached) -> None:
-    """Give a layer our own checkpoint function, with what the setting of memory adds to it."""
-    assert state.memory is not None
-    planner, offload, plan = state.memory.planner, state.memory.offload, None
-    if planner is not None:
-        number, width = state.layers.index(layer), width_of(layer, model.config)
-        plan = planner.layer(number, layer, width, partial(graphs.holds, layer))
-    leave_out, moving, again = LeaveOut(partial(_is_watched, layer)), None, None
-    if offload is not None:
-        moving = partial(offload.moving, stays=layer is state.layers[-1])
-        around = partial(state.replay.leaving_out, leave_out)
-        again = partial(graphs.running_again, layer, offload.least_tokens, around)
-    memory = LayerMemory(plan, moving, state.memory.tiles, again, collected.returning)
-    ours = partial(collected.checkpoint_collecting, LayerCheckpoint(layer, adapter_states.note))
-    host = layer._gradient_checkpointing_func
-    layer._gradient_checkpointing_func = state.replay.wrap(ours, host, memory, leave_out)
-
-
-def _replay(layer: Any, state: Attached) -> None:
-    """Replay the routing under the host's checkpoint function, and keep that for `detach`."""
-    layer._gradient_checkpointing_func = state.replay.wrap(
-        layer._gradient_checkpointing_func, leave_out=LeaveOut(partial(_is_watched, layer))
-    )
-
-
-def _is_watched(layer: nn.Module) -> bool:
-    """Whether hooks lie on a layer or in it that are neither ours nor Transformers'."""
-    hooks = (hooks for m in layer.modules() for hooks in (m._forward_hooks, m._forward_pre_hooks) if hooks)
-    return not all(graphs.is_observer(hook) for each in hooks for hook in each.values())
-
-
 def decoders(model: PreTrainedModel) -> list[PreTrainedModel]:
     """The innermost Transformers models that hold checkpointed layers."""
     models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
@@ -336,24 +253,12 @@ def _after_block(replay: RoutingReplay, _block: nn.Module, _args: Any, _output: 
 
 
 def _before_decoder(model: PreTrainedModel, state: Attached, _decoder: nn.Module, _args: Any) -> None:
-    """Take in what changed since the last batch: new adapters, a trainer's own forward or gradient checkpointing.
-
-    Trainers turn that on by default (TRL does). Where `memory` was set, it says what runs again; elsewhere theirs does.
-    """
+    """Take in what changed since the last batch: new adapters, a trainer's own forward or gradient checkpointing."""
     trl_head.bind(model)
-    theirs = [layer for layer in state.layers if layer.gradient_checkpointing and not _is_replayed(layer)]
-    if state.memory is not None:
-        _spare(theirs, model, state)
+    recompute.take_in(model, state)
     inside = chain.from_iterable(block._modules.values() for block in state.blocks)
     if state.adapters != _adapters_of(model) or any(map(_is_unbound, inside)):
         bind_all(model)
-    if state.memory is None and state.blocks:
-        for layer in theirs:
-            _replay(layer, state)
-
-
-def _is_replayed(layer: Any) -> bool:
-    return isinstance(getattr(layer, "_gradient_checkpointing_func", None), ReplayingCheckpoint)
 
 
 def _is_unbound(module: nn.Module | None) -> bool:
@@ -363,36 +268,3 @@ def _is_unbound(module: nn.Module | None) -> bool:
         and forwards.given(module) is None
         and transformers.is_experts(peft.wrappers_of(module)[1])
     )
-
-
-def set_memory(model: PreTrainedModel, state: Attached, memory: str) -> None:
-    """Spare memory in this way from now on, and in no other that was set before.
-
-    Gradient checkpointing is turned on, with our own choice of torch's two ways and the routing replayed, or off.
-
-    Args:
-        model: the model.
-        state: what was done to it.
-        memory: see `expertune.memory.policy.policy_of`.
-    """
-    state.memory = policy_of(memory)
-    for _, module in transformers.named_experts(model):
-        transformers.plan_of(module).tiles = state.memory.tiles if state.memory.planner is None else None
-    if not model.supports_gradient_checkpointing:
-        return
-    if memory != "fast":
-        # renamed in transformers 5.2x; the old names warn there and end with version 6
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
-    _spare(state.layers, model, state)
-
-
-def _spare(layers: Sequence[Any], model: PreTrainedModel, state: Attached) -> None:
-    """Let layers with gradient checkpointing on run again as the setting of memory says, if at all."""
-    assert state.memory is not None
-    if layers and state.memory.name == "fast":
-        disable = getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable
-        disable()
-        return
-    for layer in layers:
-        _checkpoint(layer, model, state)

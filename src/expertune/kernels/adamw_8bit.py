@@ -80,7 +80,7 @@ def _of_each(x, BLOCK: tl.constexpr):
 def _adamw_8bit_kernel(
     address_ptr, tile_ptr, numel_ptr, clip_coef_ptr, mean_value_ptr, square_value_ptr,
     num_params, decay, beta1, beta2, step_size, root_correction, eps, count,
-    PARAM_DTYPE: tl.constexpr, GRAD_DTYPE: tl.constexpr, IS_ALIGNED: tl.constexpr,
+    PARAM_DTYPE: tl.constexpr, GRAD_DTYPE: tl.constexpr, IS_BY_CHANCE: tl.constexpr, IS_ALIGNED: tl.constexpr,
     TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program per tile."""
@@ -114,7 +114,7 @@ def _adamw_8bit_kernel(
     m = beta1 * m + (1 - beta1) * g
     v = beta2 * v + (1 - beta2) * g * g
     p = p * decay - step_size * m / (tl.sqrt(v) * root_correction + eps)
-    if tl.bfloat16 == PARAM_DTYPE:
+    if IS_BY_CHANCE:
         p = _to_bfloat16(p, at, count)
     tl.store(param_ptr + at, p.to(PARAM_DTYPE), mask=inside)
 
@@ -135,10 +135,14 @@ class Stepped:
         params: share a device and a dtype; dense.
         moments: of each the codes of both (uint8), and the maxima of their blocks (float32, `⌈numel / 256⌉`), dense and
             in the order of the parameter's numbers.
+        is_by_chance: whether parameters in bfloat16 are rounded by chance, or to the nearest.
     """
 
-    def __init__(self, params: Sequence[Tensor], moments: Sequence[Sequence[Tensor]]) -> None:
+    def __init__(
+        self, params: Sequence[Tensor], moments: Sequence[Sequence[Tensor]], *, is_by_chance: bool = True
+    ) -> None:
         self.params = params
+        self.is_by_chance = is_by_chance and params[0].dtype == torch.bfloat16
         self.numels = tuple(param.numel() for param in params)
         self._moments = [*chain.from_iterable(moments)]
         self._moment_addresses = _addresses(self._moments)
@@ -180,6 +184,7 @@ def adamw_8bit(
         {
             "PARAM_DTYPE": _TRITON[stepped.params[0].dtype],
             "GRAD_DTYPE": _TRITON[grads[0].dtype],
+            "IS_BY_CHANCE": stepped.is_by_chance,
             "IS_ALIGNED": are_aligned(pointers) and are_aligned(stepped.numels),
             "TILE": _TILE,
             "BLOCK": _BLOCK,

@@ -1,29 +1,22 @@
 """AdamW whose moments are kept in 8 bits, and whose step is one launch for all parameters.
 
-The moments are kept in bitsandbytes' format (`dynamic_8bit.py`): two bytes a parameter instead of eight. Theirs is a
-launch for each parameter, and a wait. The update is torch's: decay first, then `m / (√v + eps)`, with both moments as
-they are before they are rounded. A parameter in bfloat16 is rounded by chance (`by_chance.py`).
+The moments take two bytes a parameter instead of eight. A parameter in bfloat16 is rounded by chance (`by_chance.py`).
 """
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from functools import lru_cache
-from itertools import chain
-from operator import attrgetter, itemgetter
-from typing import Any, NamedTuple, overload
+from collections.abc import Callable, Iterable
+from operator import attrgetter
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from expertune.kernels import has_triton
-from expertune.optim import by_chance, dynamic_8bit
+from expertune.optim import dynamic_8bit
+from expertune.optim.fused_step import DTYPES, FusedStep
 
 # of a parameter: the codes of its moments, then the maxima of their blocks
 _MOMENTS = ("exp_avg", "exp_avg_sq", "exp_avg_max", "exp_avg_sq_max")
-_moments = itemgetter(*_MOMENTS)
-_dtype, _is_sparse = attrgetter("dtype"), attrgetter("is_sparse")
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_is_sparse = attrgetter("grad.is_sparse")
 
 
 class AdamW8bit(Optimizer):
@@ -60,14 +53,14 @@ class AdamW8bit(Optimizer):
                 "expected lr, eps and weight_decay of at least 0 and two betas in [0, 1), "
                 f"got {lr=}, {eps=}, {weight_decay=}, {betas=}."
             )
-        self._known: dict[int, _Known] = {}
+        self._step = FusedStep(_MOMENTS, is_by_chance=True)
         self.clip_coef: Tensor | None = None
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """What was known of parameters and states is looked at anew."""
         super().__setstate__(state)
-        self._known, self.clip_coef = {}, None
+        self._step, self.clip_coef = FusedStep(_MOMENTS, is_by_chance=True), None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refuses what the step does not read: other dtypes, and numbers that do not fill their memory."""
@@ -94,9 +87,9 @@ class AdamW8bit(Optimizer):
         clip_coef, self.clip_coef = self.clip_coef, None
         for number, group in enumerate(self.param_groups):
             params = [param for param in group["params"] if param.grad is not None]
-            grads = [param.grad for param in params]
-            for alike in self._alike(number, params, grads):
-                alike.step(grads, clip_coef, group)
+            if any(map(_is_sparse, params)):
+                raise ValueError("AdamW8bit takes no sparse gradients. Use torch.optim.SparseAdam for that parameter.")
+            self._step(number, group, params, [self.state[param] or self._begin(param) for param in params], clip_coef)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -130,26 +123,6 @@ class AdamW8bit(Optimizer):
         for param, state in held:
             self.state[param].update({name: state[name].to(param.device, copy=True) for name in _MOMENTS})
 
-    def _alike(self, number: int, params: list[Tensor], grads: list[Tensor]) -> "list[_Alike]":
-        """The parameters of a group that have a gradient, by what a launch has in common.
-
-        What a step asks of each of thousands takes milliseconds: so this is known until one of them, its state or its
-        moments is another, or a gradient has another form.
-        """
-        if any(map(_is_sparse, grads)):
-            raise ValueError("AdamW8bit takes no sparse gradients. Use torch.optim.SparseAdam for that parameter.")
-        states = [self.state[param] or self._begin(param) for param in params]
-        tensors = [*params, *chain.from_iterable(map(_moments, states))]
-        form = [*map(id, tensors)], [*map(id, states)], [*map(_dtype, grads)], [*map(Tensor.stride, grads)]
-        known = self._known.get(number)
-        if known is None or known.form != form:
-            places: defaultdict[Any, list[int]] = defaultdict(list)
-            for i, (param, grad, state) in enumerate(zip(params, grads, states, strict=True)):
-                places[param.device, param.dtype, grad.dtype, state["step"]].append(i)
-            alike = [_Alike(i, [params[n] for n in i], [states[n] for n in i], grads) for i in places.values()]
-            known = self._known[number] = _Known(form, tensors, alike)
-        return known.alike
-
     def _begin(self, param: Tensor) -> dict[str, Any]:
         """The state of a parameter before its first step."""
         state: dict[str, Any] = self.state[param]
@@ -165,59 +138,10 @@ def _zero_moments(param: Tensor) -> tuple[Tensor, ...]:
     return mean, square, mean_maximum, square_maximum
 
 
-class _Alike:
-    """Parameters that share device, dtypes and number of steps.
-
-    Args:
-        places: of theirs among the parameters of their group that have gradients.
-        params: themselves.
-        states: theirs.
-        grads: of all, as they are laid out.
-    """
-
-    def __init__(
-        self, places: list[int], params: list[Tensor], states: list[dict[str, Any]], grads: list[Tensor]
-    ) -> None:
-        self._places, self._params, self._states = places, params, states
-        self._turned = [n for n, i in enumerate(places) if grads[i].stride() != params[n].stride()]
-        self._launch = _launcher(params, [*map(_moments, states)])
-
-    def step(self, grads: list[Tensor], clip_coef: Tensor | None, group: dict[str, Any]) -> None:
-        """One step.
-
-        Args:
-            grads: of all parameters of the group that have one.
-            clip_coef: what multiplies them.
-            group: has the settings.
-        """
-        for state in self._states:
-            state["step"] += 1
-        mine = [grads[i] for i in self._places]
-        for n in self._turned:  # so that its numbers lie in the order of the parameter's
-            mine[n] = torch.empty_like(self._params[n]).copy_(mine[n])
-        device = self._params[0].device
-        clip_coef = _one(device) if clip_coef is None else clip_coef.to(device, non_blocking=True)
-        self._launch(mine, clip_coef, _update(group, self._states[0]["step"]))
-
-
-class _Known(NamedTuple):
-    """What a group was when it was last looked at.
-
-    Args:
-        form: which its parameters, states and moments are, and how the gradients are laid out.
-        tensors: those; they live on, so that no other gets the `id` of one.
-        alike: the parameters, by what a launch has in common.
-    """
-
-    form: tuple[list[Any], ...]
-    tensors: list[Tensor]
-    alike: list[_Alike]
-
-
 def _why_not(param: Tensor) -> str | None:
     """Why a parameter cannot be stepped, in words; None if it can."""
-    if param.dtype not in _DTYPES:
-        return f"AdamW8bit trains {', '.join(map(str, _DTYPES))}; got a parameter in {param.dtype}."
+    if param.dtype not in DTYPES:
+        return f"AdamW8bit trains {', '.join(map(str, DTYPES))}; got a parameter in {param.dtype}."
     dense = 1
     for stride, size in sorted(zip(param.stride(), param.shape, strict=True)):
         if size > 1 and stride != dense:
@@ -227,75 +151,3 @@ def _why_not(param: Tensor) -> str | None:
             )
         dense *= size
     return None
-
-
-def _update(group: dict[str, Any], count: int) -> tuple[float, ...]:
-    """The numbers of step `count`, from 1: decay, both betas, size, correction of the root, eps, the count itself."""
-    lr, (beta1, beta2) = float(group["lr"]), group["betas"]
-    step_size, root_correction = lr / (1 - beta1**count), (1 - beta2**count) ** -0.5
-    return 1 - lr * group["weight_decay"], beta1, beta2, step_size, root_correction, group["eps"], count
-
-
-def _launcher(
-    params: Sequence[Tensor], moments: Sequence[Sequence[Tensor]]
-) -> Callable[[Sequence[Tensor], Tensor, tuple[float, ...]], None]:
-    """What steps such parameters, of their gradients, what multiplies these, and the numbers of the step."""
-    device = params[0].device
-    if device.type == "cuda" and has_triton():
-        from expertune.kernels.adamw_8bit import Stepped, adamw_8bit  # imports Triton, which is optional
-
-        stepped = Stepped(params, moments)
-        return lambda grads, clip_coef, update: adamw_8bit(stepped, grads, clip_coef, tables(device), update)
-
-    def step_each(grads: Sequence[Tensor], clip_coef: Tensor, update: tuple[float, ...]) -> None:
-        for param, grad, each in zip(params, grads, moments, strict=True):
-            plain_step(param, grad, clip_coef, each, update)
-
-    return step_each
-
-
-@lru_cache
-def _one(device: torch.device) -> Tensor:
-    return torch.ones((), device=device)
-
-
-@lru_cache
-def tables(device: torch.device) -> tuple[Tensor, Tensor]:
-    """What the codes of the first and of the second moment stand for, as the kernel takes it."""
-    signed, unsigned = (dynamic_8bit.values(is_signed=is_signed).to(device) for is_signed in (True, False))
-    return signed, unsigned
-
-
-def plain_step(
-    param: Tensor, grad: Tensor, clip_coef: Tensor, moments: Sequence[Tensor], update: tuple[float, ...]
-) -> None:
-    """The step of one parameter in plain torch, in place: what the kernel is held against.
-
-    Args:
-        param: dense.
-        grad: laid out as `param` is.
-        clip_coef: what multiplies it.
-        moments: their codes and the maxima of their blocks.
-        update: the numbers of the step.
-    """
-    decay, beta1, beta2, step_size, root_correction, eps, count = update
-    mean_codes, square_codes, mean_maximum, square_maximum = moments
-    g, p = _in_memory(grad).float() * clip_coef.float(), _in_memory(param)
-    mean = dynamic_8bit.decode(mean_codes, mean_maximum, is_signed=True)
-    square = dynamic_8bit.decode(square_codes, square_maximum, is_signed=False)
-    mean = beta1 * mean + (1 - beta1) * g
-    square = beta2 * square + (1 - beta2) * g * g
-    stepped = p.float() * decay - step_size * mean / (square.sqrt() * root_correction + eps)
-    p.copy_(by_chance.to_bfloat16(stepped, int(count)) if p.dtype == torch.bfloat16 else stepped)
-    for codes, maximum, x, is_signed in (
-        (mean_codes, mean_maximum, mean, True),
-        (square_codes, square_maximum, square, False),
-    ):
-        new_codes, new_maximum = dynamic_8bit.encode(x, is_signed=is_signed)
-        codes.copy_(new_codes)
-        maximum.copy_(new_maximum)
-
-
-def _in_memory(tensor: Tensor) -> Tensor:
-    """A dense tensor's numbers in the order in which they lie, a view."""
-    return tensor.as_strided((tensor.numel(),), (1,))

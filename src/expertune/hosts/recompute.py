@@ -1,0 +1,99 @@
+"""Which layers of a model run again in backward, and how: as the setting of memory says, or as the host does."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from expertune.hosts import adapter_states, collected, graphs, transformers
+from expertune.hosts.attached import Attached
+from expertune.hosts.widths import width_of
+from expertune.memory.checkpoint import LayerCheckpoint
+from expertune.memory.leave_out import LeaveOut
+from expertune.memory.policy import policy_of
+from expertune.memory.replay import LayerMemory, ReplayingCheckpoint
+
+
+def set_memory(model: PreTrainedModel, state: Attached, memory: str) -> None:
+    """Spare memory in this way from now on, and in no other that was set before.
+
+    Gradient checkpointing is turned on, with our own choice of torch's two ways and the routing replayed, or off.
+
+    Args:
+        model: the model.
+        state: what was done to it.
+        memory: see `expertune.memory.policy.policy_of`.
+    """
+    state.memory = policy_of(memory)
+    for _, module in transformers.named_experts(model):
+        transformers.plan_of(module).tiles = state.memory.tiles if state.memory.planner is None else None
+    if not model.supports_gradient_checkpointing:
+        return
+    if memory != "fast":
+        # renamed in transformers 5.2x; the old names warn there and end with version 6
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    _spare(state.layers, model, state)
+
+
+def take_in(model: PreTrainedModel, state: Attached) -> None:
+    """Take in the layers whose checkpointing was turned on since the last batch; trainers do (TRL by default).
+
+    Where `memory` was set, it says what runs again; elsewhere the host's function does, with the routing replayed.
+    """
+    theirs = [layer for layer in state.layers if layer.gradient_checkpointing and not _is_ours(layer)]
+    if state.memory is not None:
+        _spare(theirs, model, state)
+    elif state.blocks:
+        for layer in theirs:
+            host = layer._gradient_checkpointing_func
+            leave_out = LeaveOut(partial(_is_watched, layer))
+            layer._gradient_checkpointing_func = state.replay.wrap(host, leave_out=leave_out)
+
+
+def give_back(model: nn.Module) -> None:
+    """Give layers the host's checkpoint function again."""
+    layers: list[Any] = [module for module in model.modules() if _is_ours(module)]
+    for layer in layers:
+        layer._gradient_checkpointing_func = layer._gradient_checkpointing_func.host
+
+
+def _spare(layers: Sequence[Any], model: PreTrainedModel, state: Attached) -> None:
+    """Let layers with gradient checkpointing on run again as the setting of memory says, if at all."""
+    assert state.memory is not None
+    if layers and state.memory.name == "fast":
+        disable = getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable
+        disable()
+        return
+    for layer in layers:
+        _checkpoint(layer, model, state)
+
+
+def _checkpoint(layer: Any, model: PreTrainedModel, state: Attached) -> None:
+    """Give a layer our own checkpoint function, with what the setting of memory adds to it."""
+    assert state.memory is not None
+    planner, offload, plan = state.memory.planner, state.memory.offload, None
+    if planner is not None:
+        number, width = state.layers.index(layer), width_of(layer, model.config)
+        plan = planner.layer(number, layer, width, partial(graphs.holds, layer))
+    leave_out, moving, again = LeaveOut(partial(_is_watched, layer)), None, None
+    if offload is not None:
+        moving = partial(offload.moving, stays=layer is state.layers[-1])
+        around = partial(state.replay.leaving_out, leave_out)
+        again = partial(graphs.running_again, layer, offload.least_tokens, around)
+    memory = LayerMemory(plan, moving, state.memory.tiles, again, collected.returning)
+    ours = partial(collected.checkpoint_collecting, LayerCheckpoint(layer, adapter_states.note))
+    host = layer._gradient_checkpointing_func
+    layer._gradient_checkpointing_func = state.replay.wrap(ours, host, memory, leave_out)
+
+
+def _is_watched(layer: nn.Module) -> bool:
+    """Whether hooks lie on a layer or in it that are neither ours nor Transformers'."""
+    hooks = (hooks for m in layer.modules() for hooks in (m._forward_hooks, m._forward_pre_hooks) if hooks)
+    return not all(graphs.is_observer(hook) for each in hooks for hook in each.values())
+
+
+def _is_ours(layer: Any) -> bool:
+    return isinstance(getattr(layer, "_gradient_checkpointing_func", None), ReplayingCheckpoint)
