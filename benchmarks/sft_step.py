@@ -7,14 +7,15 @@
 
 A random-weight model of the real shape is written once and read by every peer as its own documentation says. LoRA on
 the attention and on all experts, batch 1, bf16, the router frozen, checkpointing as a peer does it. 8-bit AdamW:
-bitsandbytes', and for expertune its own unless `--adam bitsandbytes` says otherwise. A peer may name how it runs:
-`expertune:lean` its memory, `transformers:eager` its experts (Transformers' loop over them). On a GPU a context takes
-`--steps` and one more for each time that it goes into 32,768, at most 32, for short steps vary most. The median of the
-steps after the fourth counts; the last is profiled, and its GPU time split by part. With `--longest` the longest that
-trains is found by bisection. With `--rows packed` a context is samples of 64 to 511 tokens or as `--sample` says, as
-TRL packs them; with `--rows padded` it is a batch of such samples, one for each 512 of its tokens, as TRL pads them:
-for ours to a multiple of 128. With `--processes` each peer runs under DDP, a GPU and a batch a process; the figures are
-of the first, tokens of all. Writes `runs/bench/sft_step.json` with its provenance and `sft_step.png`.
+bitsandbytes', and for expertune its own, without the trainer's check for infinite losses; with `--adam bitsandbytes`
+all have theirs, and the trainer is as it is. A peer may name how it runs: `expertune:lean` its memory,
+`transformers:eager` its experts (Transformers' loop over them). On a GPU a context takes `--steps` and one more for
+each time that it goes into 32,768, at most 32, for short steps vary most. The median of the steps after the fourth
+counts; the last is profiled, and its GPU time split by part. With `--longest` the longest that trains is found by
+bisection. With `--rows packed` a context is samples of 64 to 511 tokens or as `--sample` says, as TRL packs them; with
+`--rows padded` it is a batch of such samples, one for each 512 of its tokens, as TRL pads them: for ours to a multiple
+of 128. With `--processes` each peer runs under DDP, a GPU and a batch a process; the figures are of the first, tokens
+of all. Writes `runs/bench/sft_step.json` with its provenance and `sft_step.png`.
 """
 
 import argparse
@@ -93,7 +94,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--memory", default="auto", help="of expertune, where its name does not say")
     parser.add_argument("--adapter-dtype", choices=("float32", "bfloat16"), default="float32", help="of expertune's")
-    parser.add_argument("--adam", choices=("expertune", "bitsandbytes"), default="expertune", help="of expertune")
+    parser.add_argument("--adam", choices=("expertune", "bitsandbytes"), default="expertune", help="of expertune; see above")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--rows", choices=ROWS, default="whole", help="what a batch is made of")
     parser.add_argument("--sample", type=_from_and_to, default=(64, 511), help="tokens of packed and padded ones")

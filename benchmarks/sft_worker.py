@@ -209,7 +209,8 @@ def _config(peer: str, args: argparse.Namespace, context: int, steps: int) -> An
         max_steps=steps,
         learning_rate=1e-4,
         logging_steps=1,
-        logging_nan_inf_filter=False,  # it waits for backward before anything that follows can be submitted
+        # the check waits for backward before anything that follows can be submitted
+        logging_nan_inf_filter=args.adam == "bitsandbytes",
         bf16=on_gpu,
         use_cpu=not on_gpu,
         optim="adamw_8bit" if on_gpu else "adamw_torch",
