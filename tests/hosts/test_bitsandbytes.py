@@ -108,6 +108,21 @@ def test_a_step_is_theirs_to_rounding(models: tuple[Model, Model], steps_of_thei
     assert_alike(ours, theirs, optimizer, reference, 2**-7 if ours.params[0].dtype == torch.bfloat16 else 1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+def test_paged_moments_are_stepped_where_they_are(models: tuple[Model, Model], steps_of_theirs: list[int]) -> None:
+    """On a GPU those of 100,000 numbers or more lie in memory that is moved to it and back."""
+    large, expected = (nn.Parameter(torch.linspace(-1, 1, 120_000, device=DEVICE)) for _ in range(2))
+    models[0].params.append(large)
+    optimizer, reference = bnb.optim.PagedAdamW8bit([large], lr=1e-2), bnb.optim.AdamW8bit([expected], lr=1e-2)
+    for seed in range(3):
+        for param, each in ((large, optimizer), (expected, reference)):
+            param.grad = torch.linspace(-1, 1 + seed, 120_000, device=DEVICE)
+            each.step()
+    torch.testing.assert_close(large, expected, rtol=0, atol=1e-4)
+    assert len(steps_of_theirs) == 1 + 3
+    assert getattr(optimizer.state[large]["state1"], "is_paged", False) == (DEVICE.type == "cuda")
+
+
 def test_one_step_from_the_same_state_differs_by_float32s_rounding(models: tuple[Model, Model]) -> None:
     ours, theirs = models
     settings = SETTINGS | {"weight_decay": 0.0}
@@ -158,9 +173,7 @@ def test_a_moment_above_zero_is_never_rounded_to_zero() -> None:
     assert values[optimizer.state[param]["state2"][1].long()] > 0
 
 
-@pytest.mark.parametrize(
-    "kind", ["overridden", "paged", "a closure", "32 bits", "one moment", "max_unorm", "a subclass"]
-)
+@pytest.mark.parametrize("kind", ["overridden", "a closure", "32 bits", "one moment", "max_unorm", "a subclass"])
 def test_what_is_otherwise_is_theirs(kind: str, models: tuple[Model, Model], steps_of_theirs: list[int]) -> None:
     ours, _ = models
     if kind == "overridden":
@@ -170,7 +183,6 @@ def test_what_is_otherwise_is_theirs(kind: str, models: tuple[Model, Model], ste
         "32 bits": bnb.optim.AdamW32bit,
         "a subclass": subclass,
         "one moment": bnb.optim.Adagrad8bit,
-        "paged": bnb.optim.PagedAdamW8bit,
     }
     optimizer = make.get(kind, bnb.optim.AdamW8bit)(ours.parameters(), lr=1e-3)
     if kind == "max_unorm":

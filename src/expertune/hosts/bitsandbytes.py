@@ -71,6 +71,8 @@ class _Taken:
                 if param.grad is not None and self._is_ours(number, index, param, state := optimizer.state[param]):
                     params.append(param)
                     states.append(state)
+            for param in params if optimizer.is_paged else ():
+                optimizer.prefetch_state(param)
             self._step(number, group, params, states)
             for param in params:
                 self._aside.append((param, cast(Tensor, param.grad)))
@@ -138,7 +140,6 @@ def _is_adamw_8bit(optimizer: Any) -> bool:
     return (
         has_triton()
         and type(optimizer).__module__.startswith("bitsandbytes.")
-        and not optimizer.is_paged
         and args.optim_bits == 8
         and args.max_unorm == 0
         and not args.skip_zeros
