@@ -94,7 +94,9 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--memory", default="auto", help="of expertune, where its name does not say")
     parser.add_argument("--adapter-dtype", choices=("float32", "bfloat16"), default="float32", help="of expertune's")
-    parser.add_argument("--adam", choices=("expertune", "bitsandbytes"), default="expertune", help="of expertune; see above")
+    parser.add_argument(
+        "--adam", choices=("expertune", "bitsandbytes"), default="expertune", help="of expertune; see above"
+    )
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--rows", choices=ROWS, default="whole", help="what a batch is made of")
     parser.add_argument("--sample", type=_from_and_to, default=(64, 511), help="tokens of packed and padded ones")
