@@ -200,6 +200,8 @@ def optimize(
         raise ValueError(f"memory='lean' needs gradient checkpointing, which {type(inner).__name__} does not support.")
     if attention not in _ATTENTION:
         raise ValueError(f"unknown attention {attention!r}; choose one of {list(_ATTENTION)}")
+    if isinstance(model, PeftModel):
+        _warn_of_lost(model)
     state = attach.attach(inner, requested, is_attention_ours=attention == "auto", uses_graphs=graphs)
     if memory is not None:
         recompute.set_memory(inner, state, memory)

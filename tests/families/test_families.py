@@ -96,9 +96,10 @@ def test_adapters_by_the_usual_names_reach_every_expert_and_travel(model: PreTra
         difference, name = proof.by_usual_names(model, tmp_path)
         assert difference <= ROUNDING, f"{name}: {difference:.3g}"
         return
-    with pytest.warns(UserWarning, match=r"will not find \d+ of this adapter's tensors again"):
+    with pytest.warns(UserWarning, match=r"will not find \d+ of this adapter's tensors again") as told:
         difference, name = proof.by_usual_names(model, tmp_path)
     assert difference > ROUNDING, "PEFT reads this one now"
+    assert len({each.lineno for each in told if "will not find" in str(each.message)}) == 2, "and by `optimize` alone"
 
 
 @pytest.mark.parametrize("kind", ["auto", "not reentrant"])

@@ -364,8 +364,10 @@ def test_copies_are_replayed_by_recordings_of_their_own(checkpoint: Checkpoint) 
     assert (capture.replays, capture.preparations) == (replays, preparations), "those of the first model"
 
 
-def test_a_model_without_recordings_can_be_pickled(checkpoint: Checkpoint) -> None:
-    ours = make(checkpoint("qwen3_moe"), "", graphs=False)
+@pytest.mark.parametrize("graphs", [True, False])
+def test_a_model_can_be_pickled(checkpoint: Checkpoint, graphs: bool) -> None:
+    ours = make(checkpoint("qwen3_moe"), "", graphs=graphs)
+    step(ours, tokens(0))
     twin = pickle.loads(pickle.dumps(ours))
     for seed in range(2):
         torch.testing.assert_close(step(twin, tokens(seed)), step(ours, tokens(seed)))

@@ -74,6 +74,12 @@ def test_where_packed_samples_start_goes_down(checkpoint: Checkpoint, family: st
         assert kwargs[f"max_length_{side}"] == 12
     model(input_ids=tokens(0, batch=1), position_ids=torch.arange(12)[None], use_cache=False)
     assert seen[1].get("cu_seq_lens_q") is None, "one sample is not packed"
+    with torch.no_grad():
+        model.eval()(input_ids=tokens(0, batch=1), position_ids=PACKED)
+    evaluated = seen.pop()
+    assert all(torch.equal(evaluated[f"cu_seq_lens_{side}"], kwargs[f"cu_seq_lens_{side}"]) for side in "qk")
+    assert evaluated["attention_mask"] is None
+    model.train()
     mask = torch.tensor([[1] * 7 + [0] * 5])
     positions = torch.tensor([[*range(7), *[1] * 5]])  # as some derive them from a mask
     labels = torch.where(mask == 0, -100, tokens(0, batch=1))
@@ -161,11 +167,41 @@ def test_whole_samples_are_not_asked_whether_they_are_packed(checkpoint: Checkpo
     assert counts == [0, 1], "whether padding lies behind"
 
 
-def test_positions_of_one_row_are_of_all(checkpoint: Checkpoint) -> None:
-    model, stock = (load_tiny(checkpoint("qwen3_moe")).train() for _ in range(2))
-    expertune.optimize(model)
-    outs = [each(input_ids=tokens(0), position_ids=PACKED, use_cache=False).logits for each in (model, stock)]
-    torch.testing.assert_close(*outs)
+@pytest.mark.parametrize("how", ["training", "evaluation", "inference"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_positions_of_one_row_are_of_all(checkpoint: Checkpoint, family: str, how: str) -> None:
+    model = expertune.optimize(load_tiny(checkpoint(family))).train(how == "training")
+    with torch.inference_mode(how == "inference"):
+        outs = [
+            model(input_ids=tokens(0), position_ids=each, use_cache=False).logits
+            for each in (PACKED, PACKED.repeat(2, 1))
+        ]
+        apart = [model(input_ids=part, use_cache=False).logits for part in tokens(0).split([5, 7], dim=1)]
+    torch.testing.assert_close(outs[0], outs[1])
+    torch.testing.assert_close(outs[0], torch.cat(apart, dim=1))
+
+
+@pytest.mark.parametrize("trains", [True, False])
+@pytest.mark.parametrize("skips", [[*range(0, 24, 2)], [*range(5), *range(20, 27)], [0, 1, 2, 2, 2, *range(3, 10)]])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_positions_that_skip_mean_is_the_hosts_to_say(
+    checkpoint: Checkpoint, family: str, skips: list[int], trains: bool
+) -> None:
+    """Transformers' masks let a sample begin there; gpt-oss makes its own without looking at positions."""
+    inputs = batch(length=12) | {"position_ids": torch.tensor([skips, skips])}
+    del inputs["attention_mask"]
+    ours, stock = expertune.optimize(load_tiny(checkpoint(family))), load_tiny(checkpoint(family))
+    assert_equal_within(run(ours.train(trains), inputs), run(stock.train(trains), inputs), 1e-11)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_that_there_are_no_weights_is_said_to_who_asks_for_them(checkpoint: Checkpoint, family: str) -> None:
+    model = expertune.optimize(load_tiny(checkpoint(family)))
+    with pytest.warns(UserWarning, match=r"output_attentions gives none.*attention='host'"):
+        model(**batch(), output_attentions=True)
+    expertune.optimize(model, attention="host")
+    model.set_attn_implementation("eager")
+    assert len(model(**batch(), output_attentions=True).attentions) == 2
 
 
 def test_positions_in_more_dimensions_are_the_hosts_to_read(checkpoint: Checkpoint) -> None:

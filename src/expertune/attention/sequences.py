@@ -32,11 +32,11 @@ class Sequences:
 
     @classmethod
     def of_positions(cls, position_BT: Tensor) -> "Sequences | None":
-        """A sequence starts where a position does not follow the one before. None if that is nowhere in a sample.
+        """A sequence starts where positions start again, at zero. None if that is nowhere in a sample.
 
         Waits for the device.
         """
-        is_first_BT = F.pad(position_BT.diff() != 1, (1, 0), value=True)
+        is_first_BT = F.pad(position_BT[:, 1:] == 0, (1, 0), value=True)
         first_C = is_first_BT.flatten().nonzero().flatten()
         if first_C.numel() == position_BT.shape[0]:
             return None
@@ -69,6 +69,11 @@ class Sequences:
         if self.row_N is not None:
             x_NHD = x_NHD.new_zeros(batch * length, *x_NHD.shape[1:]).index_copy(0, self.row_N, x_NHD)
         return torch.unflatten(x_NHD, 0, (batch, length))
+
+
+def skip(position_BT: Tensor) -> bool:
+    """Whether positions go on otherwise than by one where they do not start again. Waits for the device."""
+    return bool(((position_BT.diff() != 1) & (position_BT[:, 1:] != 0)).any())
 
 
 def _starts(lengths_C: Tensor) -> Tensor:

@@ -253,7 +253,16 @@ def _after_block(replay: RoutingReplay, _block: nn.Module, _args: Any, _output: 
 
 
 def _before_decoder(model: PreTrainedModel, state: Attached, _decoder: nn.Module, _args: Any) -> None:
-    """Take in what changed since the last batch: new adapters, a trainer's own forward or gradient checkpointing."""
+    """Take in what changed since the last batch: new adapters, a trainer's own forward or gradient checkpointing.
+
+    Raises:
+        ValueError: `torch.jit.trace` calls, which cannot follow operators of ours.
+    """
+    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        raise ValueError(
+            "torch.jit.trace cannot follow expertune's operators. Call expertune.restore(model) first, or use "
+            "torch.export, which can."
+        )
     trl_head.bind(model)
     recompute.take_in(model, state)
     inside = chain.from_iterable(block._modules.values() for block in state.blocks)

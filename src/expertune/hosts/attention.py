@@ -292,7 +292,7 @@ def _attention(
     sequences = told(attention_mask, keywords)
     if sequences is None and not is_whole:
         are_whole = attention_mask is None and position_ids in _BESIDE_A_MASK
-        sequences = None if are_whole else _sequences(attention_mask, position_ids)
+        sequences = None if are_whole else _sequences(attention_mask, position_ids, len(query))
     query, key, value = _in_one_dtype(query, key, value)
     out_BTHV = attend(
         query,
@@ -323,21 +323,28 @@ def _attention_beside_sdpa(
     return out
 
 
-def _sequences(mask_BT: Tensor | None, position_ids: Tensor | None) -> Sequences | None:
-    """The sequences of a batch, found by the first layer, and anew if someone has written into the tensor since."""
+def _sequences(mask_BT: Tensor | None, position_ids: Tensor | None, batch: int | None = None) -> Sequences | None:
+    """The sequences of a batch, found by the first layer, and anew if someone has written into the tensor since.
+
+    Positions of one row are of all rows: `batch` says how many there are, None as many as there are positions.
+    """
     key = position_ids if mask_BT is None else mask_BT
     if key is None:
         return None
     if key.is_inference():  # it counts no writes
-        return _find(key, mask_BT is None)
+        return _find(key, mask_BT is None, batch)
     if key not in _SEQUENCES or _SEQUENCES[key][0] != key._version:
-        _SEQUENCES[key] = (key._version, _find(key, mask_BT is None))
-    found: Sequences | None = _SEQUENCES[key][1]
-    return found
+        _SEQUENCES[key] = (key._version, {})
+    by_batch: dict[int | None, Sequences | None] = _SEQUENCES[key][1]
+    if batch not in by_batch:
+        by_batch[batch] = _find(key, mask_BT is None, batch)
+    return by_batch[batch]
 
 
-def _find(key: Tensor, are_positions: bool) -> Sequences | None:
-    return Sequences.of_positions(key) if are_positions else Sequences.of_padding(key)
+def _find(key: Tensor, are_positions: bool, batch: int | None) -> Sequences | None:
+    if not are_positions:
+        return Sequences.of_padding(key)
+    return Sequences.of_positions(key if batch is None else key.expand(batch, -1))
 
 
 def _in_one_dtype(*tensors: Tensor) -> Iterator[Tensor]:

@@ -129,11 +129,25 @@ def bind(layers: Sequence[nn.Module], recorder: Recorder) -> None:
             if ours is not None or forwards.given(module) is None:
                 wrapper = _checkpointing(type(module).forward) if ours is None else None
                 around = None if wrapper is None else partial(twin_around, wrapper, "forward")
-                function: Callable[..., Any] | None = ours
-                if wrapper is not None:
-                    function = wrapper.__wrapped__  # type: ignore[attr-defined]
+                function = ours if wrapper is None else _Inside(type(module))
                 most_tokens = _MOST_TOKENS_OF_BLOCK if module is not layer and peft.is_block(module) else MOST_TOKENS
                 forwards.give(module, Piece(module, recorder, function, around, most_tokens))
+
+
+class _Inside:
+    """The forward of a layer's class inside of what checkpoints it. Looked up there, for pickle knows no other way.
+
+    Args:
+        kind: the class.
+    """
+
+    def __init__(self, kind: type[nn.Module]) -> None:
+        self._kind = kind
+
+    def __call__(self, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Of the layer, and the arguments."""
+        wrapper: Any = _checkpointing(self._kind.forward)
+        return wrapper.__wrapped__(layer, *args, **kwargs)
 
 
 @cache

@@ -1,15 +1,16 @@
 """What a batch is made of, told to a decoder once a step: where its samples begin, or that padding lies behind them.
 
 With padding or several samples a row, a decoder makes a mask for its layers, where its attention is SDPA of `T x T`:
-torch's fastest kernels take none, and a layer that is handed one is not replayed (`hosts/graphs.py`). A step of
-training needs neither.
+torch's fastest kernels take none, and a layer that is handed one is not replayed (`hosts/graphs.py`). Neither is needed
+for samples, nor in a step of training for padding.
 - No token sees the padding behind it, for attention is causal; and what is computed of padding nobody reads, where its
   labels are ignored. So that mask goes, and the batch is as one of whole samples; the decoder is given one that is
   known to hide nothing, for without any it waits for the device to tell whether samples are packed. Where padding has
   labels, or the model was given none, a mask of SDPA's stays. Attention of ours (`attention.IMPLEMENTATION`) gives
   nothing of the host's for padding either way, which is said where it has labels.
-- Where positions start again, samples are packed, unless there is a mask beside them, as Transformers has it. The rows
-  where they start go down to the attention as tensors, by the names that Transformers has for FlashAttention.
+- Where positions start again, at zero, samples are packed, unless there is a mask beside them, as Transformers has it.
+  The rows where they start go down to the attention as tensors, by the names that Transformers has for FlashAttention.
+  What positions that skip mean is the host's to say: most let a sample begin there, some read no positions.
 """
 
 import inspect
@@ -24,13 +25,17 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from expertune.attention.sequences import Sequences
+from expertune.attention.sequences import Sequences, skip
 from expertune.hosts import attention
 from expertune.hosts.label_rows import IGNORED
 
 _LEARNED = (
     "Padding has labels, and this model's attention gives nothing for padding: the loss counts what means nothing. Set "
     f"the labels of padding, where attention_mask is 0, to {IGNORED}."
+)
+_NO_WEIGHTS = (
+    "Attention is computed without a matrix of its weights, so output_attentions gives none. For these call "
+    "expertune.optimize(model, attention='host') and load the model with attn_implementation='eager'."
 )
 _USUAL = {"full_attention", "sliding_attention"}
 
@@ -81,20 +86,26 @@ class Teller:
         mask, position_ids = kwargs.get("attention_mask"), kwargs.get("position_ids")
         if position_ids is not None:
             attention.note_positions(position_ids, are_beside_a_mask=mask is not None)
-        is_trained = decoder.training and torch.is_grad_enabled()
-        has_cache = kwargs.get("past_key_values") is not None or kwargs.get("cache") is not None
-        if not is_trained or has_cache or not attention.is_ours(decoder) or not self._is_causal(kwargs):
+        if not attention.is_ours(decoder):
             return None
-        if mask is not None and not self._may_go(decoder, mask, kwargs):
+        if kwargs.get("output_attentions", getattr(decoder.config, "output_attentions", False)):
+            warnings.warn(_NO_WEIGHTS, stacklevel=2)
+        has_cache = kwargs.get("past_key_values") is not None or kwargs.get("cache") is not None
+        if has_cache or not self._is_causal(kwargs):
+            return None
+        is_trained = decoder.training and torch.is_grad_enabled()
+        if mask is not None and not (is_trained and self._may_go(decoder, mask, kwargs)):
             return None
         x = input_of(args, kwargs)
         if not self._hands_down or x is None or (position_ids is not None and position_ids.dim() != 2):
             stays = mask is not None and position_ids is not None  # without one the host would look at positions
-            return None if stays else (args, kwargs | {"attention_mask": None})
-        told = {"attention_mask": attention.hiding_nothing(x.shape[:2], x.device)}
+            return None if stays or not is_trained else (args, kwargs | {"attention_mask": None})
+        starts: dict[str, Any] | None = {}
         if mask is None and position_ids is not None:
-            told |= _packed(position_ids.expand(len(x), -1), kwargs)
-        return args, kwargs | told
+            starts = _starts(position_ids.expand(len(x), -1), kwargs)
+        if starts is None or not (starts or is_trained):
+            return None
+        return args, kwargs | starts | {"attention_mask": attention.hiding_nothing(x.shape[:2], x.device)}
 
     def _may_go(self, decoder: PreTrainedModel, mask: Any, kwargs: dict[str, Any]) -> bool:
         """Whether nobody would miss a mask. Waits for the device."""
@@ -123,9 +134,16 @@ class Teller:
         return kwargs.get("is_causal") is not False and all(module.is_causal for module in self._attentions)
 
 
-def _packed(position_BT: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The keywords that tell where samples start, if they are packed; a collator may have told it."""
-    sequences = attention.told(None, kwargs) or Sequences.of_positions(position_BT)
+def _starts(position_BT: Tensor, kwargs: dict[str, Any]) -> dict[str, Any] | None:
+    """The keywords that tell where samples start, if they are packed; a collator may have told it.
+
+    None where positions skip, too.
+    """
+    sequences = attention.told(None, kwargs)
+    if sequences is None:
+        if skip(position_BT):
+            return None
+        sequences = Sequences.of_positions(position_BT)
     if sequences is None:
         return {}
     sequences = sequences.rounded(position_BT.numel())
