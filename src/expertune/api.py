@@ -25,6 +25,7 @@ from expertune.hosts.targets import Targets, resolve
 from expertune.hosts.transformers import num_positions
 
 _BACKEND_VARIABLE = "EXPERTUNE_MOE_BACKEND"
+_INITS = ("true", "false", "gaussian")  # which look at no module, as others do
 _PATTERNS = ("rank_pattern", "alpha_pattern")
 # Fields of LoraConfig by which PEFT chooses among modules, but not among parameters.
 _SELECTING = ("layers_to_transform", "layers_pattern", "exclude_modules", "layer_replication")
@@ -288,6 +289,8 @@ def _check_lora_settings(targets: Targets, r: int, settings: dict[str, Any]) -> 
             "target_modules by dotted endings of its path, such as 'layers.0.self_attn.q_proj'."
         )
     refused = [key for key in ("lora_dropout", "use_dora", "lora_bias") if settings.get(key)]
+    if str(settings.get("init_lora_weights", True)).lower() not in _INITS:
+        refused.append("init_lora_weights")
     if targets.parameters and refused:
         raise ValueError(
             f"{', '.join(f'{key}={settings[key]}' for key in refused)} cannot be used on experts: there is no module "

@@ -148,3 +148,10 @@ def test_the_operators_are_what_they_say() -> None:
     weights = (leaf(E, D, 2 * F), leaf(E, 2 * F), leaf(E, F, D), leaf(E, D))
     inputs = (leaf(T, D), expert_TK, leaf(T, K), *weights, factors, [0.5, 2.0], 1, step.number)
     torch.library.opcheck(torch.ops.expertune.experts, inputs)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_a_trace_is_refused_in_words(checkpoint: Checkpoint) -> None:
+    model = expertune.optimize(load_tiny(checkpoint("qwen3_moe"))).eval()
+    with pytest.raises(ValueError, match=r"expertune\.restore\(model\) first, or use torch\.export"):
+        torch.jit.trace(model, batch()["input_ids"], strict=False)

@@ -5,6 +5,8 @@ import weakref
 from typing import Any
 
 import pytest
+import torch
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 import expertune
 from expertune.hosts.attached import attached
@@ -181,3 +183,22 @@ def test_what_was_set_takes_the_place_of_a_trainers_gradient_checkpointing(
         lane.bytes_moved.clear()
     expertune.restore(leanly)
     assert leanly.model.layers[0]._gradient_checkpointing_func.keywords == {"use_reentrant": True}
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "gemma3_text"])
+@pytest.mark.parametrize("memory", ["lean", "auto", "the trainer's"])
+def test_a_cache_in_training_is_attended_to(checkpoint: Checkpoint, family: str, memory: str) -> None:
+    """As tuned prefixes are: the host's checkpoint of a layer drops it, and where attention is ours nobody noticed."""
+    ours, stock = load_tiny(checkpoint(family)), load_tiny(checkpoint(family))
+    expertune.optimize(ours, memory=None if memory == "the trainer's" else memory)
+    if memory == "the trainer's":
+        ours.gradient_checkpointing_enable({"use_reentrant": False})
+    ids = batch()["input_ids"][:, :9]
+    results = []
+    for model in (ours, stock):
+        with torch.no_grad():
+            past = model.eval()(input_ids=ids[:, :4], use_cache=True).past_key_values
+        results.append(run(model.train(), {"input_ids": ids[:, 4:], "labels": ids[:, 4:], "past_key_values": past}))
+    assert_equal_within(*results, 1e-11)
+    layers = [module for module in ours.modules() if isinstance(module, GradientCheckpointingLayer)]
+    assert layers and all(layer.gradient_checkpointing for layer in layers), "only beside a cache do they run once"

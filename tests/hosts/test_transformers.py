@@ -47,13 +47,6 @@ def test_float64_equals_the_host_within_rounding(checkpoint: Checkpoint, walks: 
     assert walks == ["native_torch"] * len(expertune.explain(model).layers)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
-def test_a_trace_is_refused_in_words(checkpoint: Checkpoint) -> None:
-    model = expertune.optimize(load_tiny(checkpoint("qwen3_moe"))).eval()
-    with pytest.raises(ValueError, match=r"expertune\.restore\(model\) first, or use torch\.export"):
-        torch.jit.trace(model, batch()["input_ids"], strict=False)
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("family", CONFIGS)

@@ -22,6 +22,7 @@ from expertune.hosts import (
     angles,
     attention,
     bitsandbytes,
+    continuous_batching,
     formulas,
     forwards,
     graphs,
@@ -115,9 +116,11 @@ def _hook(model: PreTrainedModel, state: Attached) -> None:
         state.handles.append(block.register_forward_hook(partial(_after_block, state.replay), always_call=True))
     for decoder in decoders(model):
         state.handles.append(decoder.register_forward_pre_hook(partial(_before_decoder, model, state)))
+        state.handles += recompute.hook(decoder)
     state.handles += samples.hook(model, decoders(model))
     state.handles += [handle for decoder in decoders(model) for handle in angles.hook(decoder)]
     bitsandbytes.take_over(model)
+    continuous_batching.bind(model, state)
 
 
 def detach(model: PreTrainedModel) -> None:
@@ -136,6 +139,7 @@ def detach(model: PreTrainedModel) -> None:
     forwards.unbind(state.mlps, mlps.forward)
     trl_head.unbind(model)
     bitsandbytes.give_back(model)
+    continuous_batching.unbind(model)
     attention.give_back(state.attentions)
     forwards.unbind(state.blocks, llama4.block_forward)
     for _, module in transformers.named_experts(model):  # also those that PEFT copied, to save them whole
@@ -239,6 +243,14 @@ def decoders(model: PreTrainedModel) -> list[PreTrainedModel]:
     return [m for m in models if not any(inner is not m and inner in models for inner in m.modules())]
 
 
+def _attend_again(model: PreTrainedModel, state: Attached) -> None:
+    """Take over the attention of decoders that have been given back theirs, unless someone has chosen another since."""
+    had = {id(config): name for config, name in state.attentions}
+    lent = [each for each in decoders(model) if had.get(id(each.config)) == each.config._attn_implementation]
+    state.attentions = [each for decoder in lent for each in attention.take_over(decoder)]
+    state.is_attention_lent = False
+
+
 def _adapters_of(model: nn.Module) -> tuple[str, ...]:
     """The names of the adapters that PEFT put into a Transformers model; it leaves their configs on it."""
     return tuple(getattr(model, "peft_config", {}))
@@ -252,7 +264,7 @@ def _after_block(replay: RoutingReplay, _block: nn.Module, _args: Any, _output: 
     replay.leave_block()
 
 
-def _before_decoder(model: PreTrainedModel, state: Attached, _decoder: nn.Module, _args: Any) -> None:
+def _before_decoder(model: PreTrainedModel, state: Attached, decoder: nn.Module, _args: Any) -> None:
     """Take in what changed since the last batch: new adapters, a trainer's own forward or gradient checkpointing.
 
     Raises:
@@ -263,6 +275,8 @@ def _before_decoder(model: PreTrainedModel, state: Attached, _decoder: nn.Module
             "torch.jit.trace cannot follow expertune's operators. Call expertune.restore(model) first, or use "
             "torch.export, which can."
         )
+    if state.is_attention_lent and decoder.training:
+        _attend_again(model, state)
     trl_head.bind(model)
     recompute.take_in(model, state)
     inside = chain.from_iterable(block._modules.values() for block in state.blocks)

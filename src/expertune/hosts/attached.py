@@ -24,6 +24,7 @@ class Attached:
         layers: its layers that can be checkpointed.
         adapters: the names of PEFT's adapters when wrappers were last bound.
         attentions: the configs of decoders that attend through ours, each with the attention that it named.
+        is_attention_lent: whether these name the host's while it generates.
         norms: those that run our forward.
         latents: the attentions that put their heads together by our function.
         rotaries: the others that rotate queries and keys by our function.
@@ -40,6 +41,7 @@ class Attached:
     layers: list[GradientCheckpointingLayer] = field(default_factory=list)
     adapters: tuple[str, ...] = ()
     attentions: list[tuple[Any, str]] = field(default_factory=list)
+    is_attention_lent: bool = False
     norms: list[nn.Module] = field(default_factory=list)
     latents: list[nn.Module] = field(default_factory=list)
     rotaries: list[nn.Module] = field(default_factory=list)

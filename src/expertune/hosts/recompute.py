@@ -1,13 +1,16 @@
 """Which layers of a model run again in backward, and how: as the setting of memory says, or as the host does."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from expertune.hosts import adapter_states, collected, graphs, transformers
+from expertune.hosts import adapter_states, collected, graphs, samples, transformers
 from expertune.hosts.attached import Attached
 from expertune.hosts.widths import width_of
 from expertune.memory.checkpoint import LayerCheckpoint
@@ -51,6 +54,37 @@ def take_in(model: PreTrainedModel, state: Attached) -> None:
             host = layer._gradient_checkpointing_func
             leave_out = LeaveOut(partial(_is_watched, layer))
             layer._gradient_checkpointing_func = state.replay.wrap(host, leave_out=leave_out)
+
+
+def hook(decoder: nn.Module) -> Iterator[RemovableHandle]:
+    """Let a decoder's layers run once where it is called with a cache of earlier keys and values.
+
+    The host's checkpoint drops a cache: attention would see the tokens of the call alone.
+    """
+    beside = _BesideACache()
+    yield decoder.register_forward_pre_hook(beside.begin, with_kwargs=True)
+    yield decoder.register_forward_hook(beside.end, always_call=True)
+
+
+class _BesideACache:
+    """Two hooks around a decoder's forward, and which layers they have turned checkpointing off for."""
+
+    def __init__(self) -> None:
+        self._layers: list[GradientCheckpointingLayer] = []
+
+    def begin(self, decoder: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
+        """Before."""
+        if decoder.training and samples.has_cache(kwargs) and not torch.compiler.is_compiling():
+            layers = [module for module in decoder.modules() if isinstance(module, GradientCheckpointingLayer)]
+            self._layers = [layer for layer in layers if layer.gradient_checkpointing]
+        for layer in self._layers:
+            layer.gradient_checkpointing = False
+
+    def end(self, *_: Any) -> None:
+        """Behind."""
+        for layer in self._layers:
+            layer.gradient_checkpointing = True
+        self._layers = []
 
 
 def give_back(model: nn.Module) -> None:

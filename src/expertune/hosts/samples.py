@@ -90,8 +90,7 @@ class Teller:
             return None
         if kwargs.get("output_attentions", getattr(decoder.config, "output_attentions", False)):
             warnings.warn(_NO_WEIGHTS, stacklevel=2)
-        has_cache = kwargs.get("past_key_values") is not None or kwargs.get("cache") is not None
-        if has_cache or not self._is_causal(kwargs):
+        if has_cache(kwargs) or not self._is_causal(kwargs):
             return None
         is_trained = decoder.training and torch.is_grad_enabled()
         if mask is not None and not (is_trained and self._may_go(decoder, mask, kwargs)):
@@ -149,6 +148,11 @@ def _starts(position_BT: Tensor, kwargs: dict[str, Any]) -> dict[str, Any] | Non
     sequences = sequences.rounded(position_BT.numel())
     starts = dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), sequences.start_C)
     return starts | dict.fromkeys(("max_length_q", "max_length_k"), sequences.longest)
+
+
+def has_cache(kwargs: dict[str, Any]) -> bool:
+    """Whether a decoder is called with keys and values of earlier tokens, or room for them."""
+    return kwargs.get("past_key_values") is not None or kwargs.get("cache") is not None
 
 
 def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
