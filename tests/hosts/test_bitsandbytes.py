@@ -3,6 +3,7 @@
 import copy
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -26,7 +27,11 @@ LORA = LoraConfig(r=32, target_modules=["q_proj"], target_parameters=["mlp.exper
 
 @pytest.fixture(autouse=True)
 def _here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On this device, and for the models of these tests alone."""
     monkeypatch.setattr(hooks, "_DEVICES", (DEVICE.type,))
+    monkeypatch.setattr(hooks, "_models", WeakSet())
+    while hooks._handles:
+        hooks._handles.pop().remove()
 
 
 class Model(nn.Module):

@@ -214,7 +214,7 @@ def test_more_than_one_is_refused(make: Make, monkeypatch: pytest.MonkeyPatch, n
 @pytest.mark.parametrize(
     ("settings", "what"),
     [
-        ({"optim": "paged_adamw_8bit"}, "bitsandbytes"),
+        ({"optim": "grokadamw"}, "grokadamw"),
         ({"lr_scheduler_type": "polynomial", "learning_rate": 1e-8}, "lr_end"),
     ],
 )
