@@ -4,6 +4,7 @@ import copy
 import os
 import warnings
 from collections.abc import Sequence
+from dataclasses import fields
 from functools import partial
 from importlib.metadata import version
 from typing import Any, TypeVar
@@ -67,7 +68,7 @@ def load(
     Args:
         name_or_path: a hub id or folder, as `from_pretrained` takes it; or a folder with a PEFT adapter, which is then
             loaded onto its base model, trainable.
-        max_seq_length: tokens in the longest sequence; the tokenizer truncates there. None: the model's own limit.
+        max_seq_length: the tokenizer's limit; None: the model's. (TRL cuts rows at `max_length` of its `SFTConfig`.)
         load_in_4bit: not supported yet.
         dtype: of the weights; None takes the checkpoint's.
         backend: "auto", "triton", "grouped_mm" or "native_torch". None: `EXPERTUNE_MOE_BACKEND` if set, else "auto".
@@ -76,8 +77,8 @@ def load(
             for (found in the first step), and is lean in steps that would not fit even so; "fast" checkpoints none.
             It takes the place of a trainer's `gradient_checkpointing`; None leaves that to the trainer.
         full_finetuning: train all base weights. Otherwise they are frozen, until `add_lora` adds what is trained.
-        from_pretrained: more arguments for `from_pretrained` of the model, and of config and tokenizer where they take
-            them (`revision`, `local_files_only`, …). With `attn_implementation` the attention stays the host's.
+        from_pretrained: more for `from_pretrained` of the model, and of config and tokenizer where they take it
+            (`revision`, `local_files_only`, …). With `attn_implementation` the attention stays the host's.
 
     Raises:
         ValueError: a setting is unknown or cannot be honoured for this model, or nothing of it would run better (see
@@ -158,7 +159,9 @@ def add_lora(
     )
     if attached(model) is None:
         optimize(model)
-    wrapped = get_peft_model(model, config, autocast_adapter_dtype=autocast_adapter_dtype)
+    with warnings.catch_warnings():  # PEFT looks for what patterns match among modules, and experts' weights are none
+        warnings.filterwarnings("ignore", r"The following (rank|alpha)_pattern keys did not match")
+        wrapped = get_peft_model(model, config, autocast_adapter_dtype=autocast_adapter_dtype)
     assert isinstance(wrapped, PeftModel)
     attach.bind_all(model)
     _check_adapted(wrapped, targets)
@@ -283,6 +286,11 @@ def _check_lora_settings(targets: Targets, r: int, settings: dict[str, Any]) -> 
     """Refuse before PEFT changes the model what PEFT cannot do on parameters."""
     if r < 1:
         raise ValueError(f"r must be at least 1, got {r}.")
+    if unknown := sorted(settings.keys() - {each.name for each in fields(LoraConfig)}):
+        raise ValueError(
+            f"add_lora takes what PEFT's LoraConfig takes, which has no {', '.join(unknown)}. What is computed again "
+            "in backward is said to expertune.load (memory=…); seeds are set by torch.manual_seed."
+        )
     if selecting := [key for key in _SELECTING if settings.get(key) is not None]:
         raise ValueError(
             f"{', '.join(selecting)} would not reach the experts, so add_lora does not take it. Name what to train in "

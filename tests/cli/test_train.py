@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from typer.testing import CliRunner
 from expertune.cli import app
 from expertune.training import run as run_module
 from expertune.training.output import OutputFolder
+from expertune.training.recipe import Recipe
 from tests.training.conftest import CHAT, SUMS, UNMARKED, make_tokenizer
 
 
@@ -270,6 +272,23 @@ def test_a_bug_keeps_its_traceback(desk: Desk, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(run_module, "run", broken)
     result = desk.train()
     assert isinstance(result.exception, ValueError)
+
+
+def test_the_keys_of_a_recipe_are_listed_with_what_they_say() -> None:
+    result = CliRunner().invoke(app, ["train", "--keys"], env={"COLUMNS": "200"})
+    assert result.exit_code == 0, result.output
+    listed = [line.split()[0] for line in result.output.splitlines() if not line.startswith(" ")]
+    assert listed == list(Recipe.model_fields)
+    assert re.search(r'^memory +"auto" +What is kept from forward to backward', result.output, re.MULTILINE)
+    assert re.search(r"^dataset_name +needed +The data: a JSONL", result.output, re.MULTILINE)
+    assert all(field.description for field in Recipe.model_fields.values())
+
+
+def test_without_the_packages_of_the_command_line_it_says_what_to_install() -> None:
+    code = "import sys; sys.modules['typer'] = None; from expertune.cli import main; main()"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr.splitlines()[-1] == "error: the command line needs more: pip install 'expertune[train]'"
 
 
 def test_the_real_program(desk: Desk) -> None:

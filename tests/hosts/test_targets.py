@@ -185,6 +185,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "regular expression": ({"target_modules": ".*_proj"}, "a list of names or 'all-linear', got the string"),
     "dropout": ({"lora_dropout": 0.05}, "lora_dropout=0.05 cannot be used on experts"),
     "DoRA": ({"use_dora": True}, "use_dora=True cannot be used on experts"),
+    "another's setting": ({"random_state": 1}, "LoraConfig takes, which has no random_state"),
     "PiSSA": ({"init_lora_weights": "pissa"}, "init_lora_weights=pissa cannot be used on experts"),
     "LoRA bias": ({"lora_bias": True}, "lora_bias=True cannot be used on experts"),
     "layers_to_transform": ({"layers_to_transform": [1]}, r"layers_to_transform.*layers\.0\.self_attn"),

@@ -152,9 +152,25 @@ class TestGradientProof:
         proof.on_pre_optimizer_step(*host.values(), model=model)
         model.zero_grad()
         proof.on_pre_optimizer_step(*host.values(), model=model)
-        proof.on_train_begin(*host.values())
+        proof.on_train_begin(*host.values(), model=model)
         with pytest.raises(RuntimeError, match="received no gradient"):
             proof.on_pre_optimizer_step(*host.values(), model=model)
+
+    def test_stops_a_run_that_trains_nothing(self, checkpoint: Checkpoint, tmp_path: Path) -> None:
+        """As PEFT reads an adapter, unless it is told that it is to be trained."""
+        model = expertune.optimize(stock(checkpoint("qwen3_moe"), CONFIG, torch.float32), memory="auto")
+        trainer = sft_trainer(model, tmp_path, num_steps=2, callbacks=[GradientProof()])
+        model.requires_grad_(False)
+        with pytest.raises(RuntimeError, match=r"nothing of this model is trained.*is_trainable=True"):
+            trainer.train()
+
+    def test_stops_a_run_none_of_whose_tensors_gets_a_gradient(self, checkpoint: Checkpoint, tmp_path: Path) -> None:
+        model = expertune.optimize(load_tiny(checkpoint("qwen3_moe"), torch.float32), memory="auto")
+        model.requires_grad_(False)
+        model.register_parameter("unused", torch.nn.Parameter(torch.ones(3)))
+        trainer = sft_trainer(model, tmp_path, num_steps=2, callbacks=[GradientProof()])
+        with pytest.raises(RuntimeError, match=r"none of the 1 trained tensors received a gradient"):
+            trainer.train()
 
     def test_an_expert_without_tokens_is_no_error(self, checkpoint: Checkpoint) -> None:
         """Two tokens reach at most four of eight experts; the adapters of the others get none, and need none."""

@@ -2,7 +2,10 @@
 
 from typing import Annotated
 
-import typer
+try:
+    import typer
+except ModuleNotFoundError as error:  # which an installation of the library alone has not
+    raise SystemExit("error: the command line needs more: pip install 'expertune[train]'") from error
 
 import expertune
 from expertune.cli.train import train

@@ -1,10 +1,26 @@
 """`expertune train`: a run from a recipe, or the demo."""
 
+import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.table import Table
+
+
+def _show_keys(asked: bool) -> None:
+    """The keys of a recipe, each with its default and what it says."""
+    if not asked:
+        return
+    from expertune.training.recipe import Recipe
+
+    table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
+    for name, field in Recipe.model_fields.items():
+        default = "needed" if field.is_required() else json.dumps(field.get_default(call_default_factory=True))
+        table.add_row(name, default, " ".join((field.description or "").split()))
+    Console().print(table, markup=False, highlight=False)
+    raise typer.Exit
 
 
 def train(
@@ -14,6 +30,9 @@ def train(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="key=value", help="Values that are laid over the recipe.")
     ] = None,
+    _keys: Annotated[
+        bool, typer.Option("--keys", help="List the keys of a recipe and stop.", callback=_show_keys, is_eager=True)
+    ] = False,
 ) -> None:
     """Fine-tune a model as a recipe says. Paths in the recipe are relative to the working directory."""
     values = list(overrides or [])

@@ -23,7 +23,7 @@ def adapters_without_gradient(model: nn.Module) -> list[str]:
 
 
 class GradientProof(TrainerCallback):
-    """Stops the run at its first optimizer step, also after a resume, if an adapter received no gradient.
+    """Stops a run that trains nothing, and any at its first optimizer step if an adapter received no gradient.
 
     The experts of a layer count as one adapter: an expert that saw no token, or none whose output reaches a supervised
     token, rightly receives none.
@@ -33,10 +33,15 @@ class GradientProof(TrainerCallback):
         self._is_proven = False
 
     def on_train_begin(
-        self, _args: TrainingArguments, _state: TrainerState, _control: TrainerControl, **_kwargs: Any
+        self, _args: TrainingArguments, _state: TrainerState, _control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Each run is proven anew."""
+        """Each run is proven anew, also after a resume."""
         self._is_proven = False
+        if not any(parameter.requires_grad for parameter in kwargs["model"].parameters()):
+            raise RuntimeError(
+                "nothing of this model is trained. Call expertune.add_lora(model), load it with full_finetuning=True, "
+                "or read an adapter to go on with by PeftModel.from_pretrained(…, is_trainable=True)."
+            )
 
     def on_pre_optimizer_step(
         self, _args: TrainingArguments, _state: TrainerState, _control: TrainerControl, **kwargs: Any
@@ -51,5 +56,11 @@ class GradientProof(TrainerCallback):
                 "Leave them out of target_modules if the data does not reach them, as text does not reach what sees; "
                 "else check that the batch holds supervised tokens, and that the model was passed to "
                 "expertune.optimize after the adapters were attached."
+            )
+        trained = [parameter for parameter in kwargs["model"].parameters() if parameter.requires_grad]
+        if not any(parameter.grad is not None and parameter.grad.any() for parameter in trained):
+            raise RuntimeError(
+                f"none of the {len(trained)} trained tensors received a gradient in the first step. Check that the "
+                "batch holds supervised tokens, and that the model's output depends on what is trained."
             )
         self._is_proven = True
