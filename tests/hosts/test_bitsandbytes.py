@@ -32,6 +32,7 @@ def _here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hooks, "_models", WeakSet())
     while hooks._handles:
         hooks._handles.pop().remove()
+    bnb.optim.GlobalOptimManager.get_instance().initialize()  # it knows parameters by numbers that come again
 
 
 class Model(nn.Module):
@@ -201,6 +202,103 @@ def test_what_is_otherwise_is_theirs(kind: str, models: tuple[Model, Model], ste
     assert all(param.grad is not None for param in ours.params)
 
 
+def test_hooks_see_and_change_gradients_as_ever(models: tuple[Model, Model]) -> None:
+    ours, theirs = models
+    optimizers = [bnb.optim.AdamW8bit(model.parameters(), **SETTINGS) for model in models]
+    seen: list[list[bool]] = []
+
+    def flip(optimizer: Any, *_: Any) -> None:
+        params = optimizer.param_groups[0]["params"]
+        seen.append([param.grad is not None for param in params])
+        for param in params:
+            param.grad.mul_(-1)
+
+    handle = optimizer_module.register_optimizer_step_pre_hook(flip)
+    for optimizer in optimizers:
+        optimizer.register_step_pre_hook(flip)
+        optimizer.register_step_post_hook(lambda optimizer, *_: optimizer.zero_grad())
+    for seed in range(1, 4):
+        for model, optimizer in zip(models, optimizers, strict=True):
+            model.draw_grads(seed)
+            if seed == 2:  # later than ours
+                optimizer.register_step_pre_hook(flip)
+            optimizer.step()
+            assert all(param.grad is None for param in model.params)
+    handle.remove()
+    assert all(map(all, seen))
+    assert_alike(ours, theirs, *optimizers, 1e-4)
+
+
+def test_a_step_that_fails_loses_no_gradient(models: tuple[Model, Model], monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, _ = models
+    optimizer = bnb.optim.AdamW8bit(ours.parameters(), **SETTINGS)
+    ours.draw_grads(1)
+    optimizer.step()
+    grads = ours.draw_grads(2)
+    before = [param.detach().clone() for param in ours.params]
+    fails = optimizer.register_step_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        optimizer.step()
+    assert all(map(torch.equal, ours.params, before)), "nothing was stepped"
+    fails.remove()
+    monkeypatch.setattr(optimizer, "update_step", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        optimizer.step()
+    monkeypatch.undo()
+    optimizer.step()
+    assert all(map(torch.equal, [param.grad for param in ours.params], grads))
+
+
+def test_models_may_come_and_go_within_a_step(models: tuple[Model, Model]) -> None:
+    ours, other = models
+    optimizer = bnb.optim.AdamW8bit(ours.parameters())
+    optimizer.register_step_pre_hook(lambda *_: hooks.take_over(other))
+    optimizer.register_step_post_hook(lambda *_: hooks.give_back(other))
+    for seed in (1, 2, 3):
+        grads = ours.draw_grads(seed)
+        optimizer.step()
+        assert all(map(torch.equal, [param.grad for param in ours.params], grads))
+
+
+def test_counts_of_steps_may_differ(models: tuple[Model, Model]) -> None:
+    """As after a step with a closure in which some parameters have no gradient."""
+    ours, theirs = models
+    optimizers = [bnb.optim.AdamW8bit(model.parameters(), **SETTINGS) for model in models]
+    for seed in range(1, 6):
+        for model, optimizer in zip(models, optimizers, strict=True):
+            model.draw_grads(seed)
+            if seed == 3:
+                model.params[0].grad = None
+            optimizer.step(*([lambda: 0.0] if seed == 3 else []))
+    assert_alike(ours, theirs, *optimizers, 1e-4)
+
+
+def test_what_is_overridden_in_mid_run_is_theirs(models: tuple[Model, Model], steps_of_theirs: list[int]) -> None:
+    ours, _ = models
+    optimizer = bnb.optim.AdamW8bit(ours.parameters())
+    for seed in (1, 2):
+        ours.draw_grads(seed)
+        optimizer.step()
+    bnb.optim.GlobalOptimManager.get_instance().override_config(ours.params[0], "lr", 0.0)
+    ours.draw_grads(3)
+    before = ours.params[0].detach().clone()
+    optimizer.step()
+    assert torch.equal(ours.params[0], before)
+
+
+def test_optimizers_of_others_are_not_asked(models: tuple[Model, Model]) -> None:
+    class Odd(torch.optim.SGD):
+        initialized = torch.ones(2)
+
+        def __eq__(self, other: object) -> bool:
+            return NotImplemented
+
+    param = nn.Parameter(torch.ones(3))
+    param.grad = torch.ones(3)
+    Odd([param], lr=1.0).step()
+    assert param.tolist() == [0, 0, 0]
+
+
 def test_other_models_are_left_alone(models: tuple[Model, Model], steps_of_theirs: list[int]) -> None:
     ours, theirs = models
     optimizers = [bnb.optim.AdamW8bit(model.parameters()) for model in (ours, theirs)]
@@ -219,7 +317,7 @@ def test_other_models_are_left_alone(models: tuple[Model, Model], steps_of_their
 
 
 def test_a_trainer_by_the_name_that_it_knows(
-    checkpoint: Checkpoint, tmp_path: Path, steps_of_theirs: list[int]
+    checkpoint: Checkpoint, tmp_path: Path, steps_of_theirs: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With an eps beside which second moments count for little, so that none that theirs rounds to zero does."""
     folder = checkpoint("qwen3_moe")
@@ -227,8 +325,7 @@ def test_a_trainer_by_the_name_that_it_knows(
     def trained(*, is_ours: bool) -> list[Tensor]:
         torch.manual_seed(0)
         model = expertune.optimize(load_tiny(folder, torch.float32))
-        if not is_ours:
-            hooks.give_back(model)
+        monkeypatch.setattr(hooks, "_DEVICES", (DEVICE.type,) if is_ours else ())
         steps_of_theirs.clear()
         settings = {"optim": "adamw_8bit", "adam_epsilon": 0.1, "learning_rate": 0.1}
         trainer = sft_trainer(model, tmp_path, 4, peft_config=LORA, **settings)

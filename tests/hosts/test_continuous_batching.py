@@ -39,6 +39,16 @@ def test_the_host_generates_and_ours_attends_in_training_again(checkpoint: Check
         assert not attention.is_ours(ours.model)
         assert_equal_within(run(ours.train(), batch()), before, 0)
         assert ours.config._attn_implementation == name
+    generated(ours)
+    with torch.no_grad():
+        ours.eval()(**batch())
+    assert attention.is_ours(ours.model), "in evaluation, too, once it has ended"
+    with ours.continuous_batching_context_manager(GREEDY, continuous_batching_config=SMALL):
+        ours.train()(**batch())
+        assert not attention.is_ours(ours.model), "it runs"
+        ours.eval()
+    assert_equal_within(run(ours.train(), batch()), before, 0)
+    assert attention.is_ours(ours.model)
     assert generated(expertune.restore(ours)) == expected
     assert ours.config._attn_implementation == stock.config._attn_implementation
 

@@ -2,7 +2,6 @@
 
 import copy
 import gc
-import pickle
 import weakref
 from typing import Any
 
@@ -362,15 +361,6 @@ def test_copies_are_replayed_by_recordings_of_their_own(checkpoint: Checkpoint) 
     assert copies.replays == 3 * 2 * 2
     assert copies.preparations == 3 * 2
     assert (capture.replays, capture.preparations) == (replays, preparations), "those of the first model"
-
-
-@pytest.mark.parametrize("graphs", [True, False])
-def test_a_model_can_be_pickled(checkpoint: Checkpoint, graphs: bool) -> None:
-    ours = make(checkpoint("qwen3_moe"), "", graphs=graphs)
-    step(ours, tokens(0))
-    twin = pickle.loads(pickle.dumps(ours))
-    for seed in range(2):
-        torch.testing.assert_close(step(twin, tokens(seed)), step(ours, tokens(seed)))
 
 
 @needs_cuda

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import DynamicCache
 
 import expertune
 from expertune.attention.sequences import Sequences
@@ -75,7 +76,7 @@ def test_where_packed_samples_start_goes_down(checkpoint: Checkpoint, family: st
     model(input_ids=tokens(0, batch=1), position_ids=torch.arange(12)[None], use_cache=False)
     assert seen[1].get("cu_seq_lens_q") is None, "one sample is not packed"
     with torch.no_grad():
-        model.eval()(input_ids=tokens(0, batch=1), position_ids=PACKED)
+        model.eval()(input_ids=tokens(0, batch=1), position_ids=PACKED, use_cache=False)
     evaluated = seen.pop()
     assert all(torch.equal(evaluated[f"cu_seq_lens_{side}"], kwargs[f"cu_seq_lens_{side}"]) for side in "qk")
     assert evaluated["attention_mask"] is None
@@ -179,6 +180,52 @@ def test_positions_of_one_row_are_of_all(checkpoint: Checkpoint, family: str, ho
         apart = [model(input_ids=part, use_cache=False).logits for part in tokens(0).split([5, 7], dim=1)]
     torch.testing.assert_close(outs[0], outs[1])
     torch.testing.assert_close(outs[0], torch.cat(apart, dim=1))
+
+
+@pytest.mark.parametrize("given", ["a cache", "an empty cache", "none"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_with_a_cache_positions_start_no_samples(checkpoint: Checkpoint, family: str, given: str) -> None:
+    """As in Transformers, which then looks at no positions; where none is given, evaluation makes one."""
+    outs = []
+    for model in (expertune.optimize(load_tiny(checkpoint(family))), load_tiny(checkpoint(family))):
+        past = None if given == "none" else DynamicCache(config=model.config)
+        with torch.no_grad():
+            if given == "a cache":
+                past = model.eval()(input_ids=tokens(1, batch=1)).past_key_values
+            out = model.eval()(input_ids=tokens(0, batch=1), position_ids=PACKED, past_key_values=past)
+            more = model(input_ids=tokens(2, batch=1), past_key_values=out.past_key_values)
+        outs.append(torch.cat((out.logits, more.logits)))
+    torch.testing.assert_close(*outs)
+
+
+@pytest.mark.parametrize("memory", ["lean", "fast"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_said_of_one_call_holds_for_its_second_forward(
+    checkpoint: Checkpoint, family: str, memory: str
+) -> None:
+    """Positions of two calls before backward: beside a mask of one, whose layers run again, and alone in the other."""
+    ours, plain = (expertune.optimize(load_tiny(checkpoint(family)), memory=how) for how in (memory, None))
+    grads = []
+    for model in (ours, plain):
+        ids, positions = tokens(0, batch=1), PACKED.clone()
+        losses = [
+            model.train()(input_ids=ids, labels=ids, position_ids=positions, attention_mask=mask, use_cache=False).loss
+            for mask in (torch.ones_like(ids), None)
+        ]
+        sum(losses).backward()
+        grads.append({name: p.grad for name, p in model.named_parameters()})
+    assert_equal_within(*grads, 1e-11)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("trains", [True, False])
+def test_a_decoder_may_be_called_by_place(checkpoint: Checkpoint, family: str, trains: bool) -> None:
+    inputs = batch()
+    outs = []
+    for model in (expertune.optimize(load_tiny(checkpoint(family))), load_tiny(checkpoint(family))):
+        out = model.model.train(trains)(inputs["input_ids"], inputs["attention_mask"], use_cache=False)
+        outs.append(of_tokens(out.last_hidden_state, inputs))
+    torch.testing.assert_close(*outs)
 
 
 @pytest.mark.parametrize("trains", [True, False])

@@ -247,8 +247,9 @@ def _attend_again(model: PreTrainedModel, state: Attached) -> None:
     """Take over the attention of decoders that have been given back theirs, unless someone has chosen another since."""
     had = {id(config): name for config, name in state.attentions}
     lent = [each for each in decoders(model) if had.get(id(each.config)) == each.config._attn_implementation]
-    state.attentions = [each for decoder in lent for each in attention.take_over(decoder)]
-    state.is_attention_lent = False
+    if lent:
+        state.attentions = [each for decoder in lent for each in attention.take_over(decoder)]
+        state.is_attention_lent = False
 
 
 def _adapters_of(model: nn.Module) -> tuple[str, ...]:
@@ -275,7 +276,7 @@ def _before_decoder(model: PreTrainedModel, state: Attached, decoder: nn.Module,
             "torch.jit.trace cannot follow expertune's operators. Call expertune.restore(model) first, or use "
             "torch.export, which can."
         )
-    if state.is_attention_lent and decoder.training:
+    if state.is_attention_lent and continuous_batching.has_ended(model, decoder):
         _attend_again(model, state)
     trl_head.bind(model)
     recompute.take_in(model, state)

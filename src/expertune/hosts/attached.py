@@ -8,6 +8,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from expertune.graphs.recorder import Recorder
+from expertune.hosts import attention, transformers
 from expertune.memory.policy import Policy
 from expertune.memory.replay import RoutingReplay
 
@@ -49,6 +50,12 @@ class Attached:
     mlps: list[nn.Module] = field(default_factory=list)
     memory: Policy | None = None
     recorder: Recorder | None = None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """In a process that has read a pickled model, the host's registries know nothing of ours yet."""
+        attention.register()
+        transformers.register()
+        vars(self).update(state)
 
 
 def attached(model: nn.Module) -> Attached | None:

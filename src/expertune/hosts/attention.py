@@ -26,7 +26,7 @@ BESIDE_SDPA = "expertune_beside_sdpa"
 _OURS = (IMPLEMENTATION, BESIDE_SDPA)
 _HOSTS_OWN = ("eager", "sdpa")
 _SEQUENCES = WeakTensorKeyDictionary()  # found once a step, by the mask or the positions that every layer gets
-_BESIDE_A_MASK = WeakTensorKeyDictionary()  # positions that start no samples
+_START_NO_SAMPLES = WeakTensorKeyDictionary()  # positions
 _HIDING_NOTHING = WeakTensorKeyDictionary()  # masks; nobody can write into one, for it is a single number
 
 
@@ -164,16 +164,15 @@ def waits(implementation: str, keywords: dict[str, Any]) -> bool:
     return mask is not None or _sequences(None, keywords.get("position_ids")) is not None
 
 
-def note_positions(position_ids: Tensor, *, are_beside_a_mask: bool) -> None:
-    """Say whether a decoder is called with a mask beside these positions.
+def starting_no_samples(position_ids: Tensor) -> Tensor:
+    """The same positions, known to start no samples: beside a mask, which says all that is hidden, or with a cache.
 
-    Samples begin where positions start again, but not beside a mask, which says all that is hidden, as Transformers has
-    it. A mask that hides nothing does not come down to the layers, the positions do.
+    Of a decoder's call alone, so another with the caller's own tensor is read as it is. A mask that hides nothing does
+    not come down to the layers, the positions do.
     """
-    if are_beside_a_mask:
-        _BESIDE_A_MASK[position_ids] = True
-    elif position_ids in _BESIDE_A_MASK:
-        del _BESIDE_A_MASK[position_ids]
+    alias = position_ids.view_as(position_ids)
+    _START_NO_SAMPLES[alias] = True
+    return alias
 
 
 def told(mask: Any, keywords: dict[str, Any]) -> Sequences | None:
@@ -291,7 +290,7 @@ def _attention(
         )
     sequences = told(attention_mask, keywords)
     if sequences is None and not is_whole:
-        are_whole = attention_mask is None and position_ids in _BESIDE_A_MASK
+        are_whole = attention_mask is None and position_ids in _START_NO_SAMPLES
         sequences = None if are_whole else _sequences(attention_mask, position_ids, len(query))
     query, key, value = _in_one_dtype(query, key, value)
     out_BTHV = attend(

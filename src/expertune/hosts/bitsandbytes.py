@@ -3,7 +3,8 @@
 bitsandbytes launches a kernel and waits for the device for each parameter. Our kernel reads and writes the same state,
 so its optimizer and its checkpoints stay what they are: before a step we step the parameters that we can and put their
 gradients aside, theirs passes those by, and after it the gradients are back. The first step of a parameter, which makes
-its state, is theirs. torch calls such hooks around the step of every optimizer; ours look at those of models of ours.
+its state, is theirs. torch calls a hook of ours before the step of every optimizer. It looks for those of bitsandbytes,
+and gives them two of their own, by which parameters of models of ours are stepped.
 
 A step differs from theirs in the order of rounding, and in two things. Decay comes before the update and not after it.
 And a second moment above zero is never rounded to zero (`dynamic_8bit.py`).
@@ -11,13 +12,14 @@ And a second moment above zero is never rounded to zero (`dynamic_8bit.py`).
 
 import sys
 from collections.abc import Mapping
+from functools import cached_property
+from threading import Lock
 from typing import Any, cast
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from expertune.kernels import has_triton
@@ -29,46 +31,82 @@ _MOMENTS = ("state1", "state2", "absmax1", "absmax2")
 _MAPS = (("dynamic", True), ("udynamic", False))  # their names, and whether codes have signs
 _DEVICES = ("cuda",)  # on which our kernel runs
 
+_TAKEN = "_expertune"  # under which name an optimizer keeps what is ours
+
 _models: WeakSet[nn.Module] = WeakSet()  # whose optimizers are looked at
-_taken: "WeakKeyDictionary[Optimizer, _Taken | None]" = WeakKeyDictionary()  # what was seen of them
-_handles: list[RemovableHandle] = []  # of our two hooks, once they lie
+_lock = Lock()  # of these, which other threads may take over or give back
+_handles: list[RemovableHandle] = []  # of our hook before every step, once it lies
 
 
 def take_over(model: nn.Module) -> None:
     """Step this model's parameters by our kernel where bitsandbytes' 8-bit AdamW would, until `give_back`."""
-    _models.add(model)
-    if not _handles:
-        _handles.append(register_optimizer_step_pre_hook(_before_step))
-        _handles.append(register_optimizer_step_post_hook(_after_step))
-    _taken.clear()
+    with _lock:
+        _models.add(model)
+        if not _handles:
+            _handles.append(register_optimizer_step_pre_hook(_before_all))
 
 
 def give_back(model: nn.Module) -> None:
     """Leave this model's parameters to bitsandbytes again."""
-    _models.discard(model)
-    _taken.clear()
-    if not _models:
-        while _handles:
+    with _lock:
+        _models.discard(model)
+        while _handles and not _models:
             _handles.pop().remove()
 
 
+def _ours() -> list[nn.Module]:
+    """The models that are ours now."""
+    with _lock:
+        return list(_models)
+
+
 class _Taken:
-    """What we keep of an optimizer: how its parameters are stepped, and the gradients that lie aside within a step."""
+    """What we keep of an optimizer: how its parameters are stepped, and the gradients that lie aside within a step.
+
+    Its hooks are the last before a step and the first after it, so that other hooks see and change gradients as ever.
+    """
 
     def __init__(self, optimizer: Any) -> None:
         self._step = FusedStep(_MOMENTS, is_by_chance=False)
         self._aside: list[tuple[Tensor, Tensor]] = []
-        self._overridden = {*optimizer.mng.pid2config}, {*optimizer.mng.index2config}
         self._seen: dict[int, tuple[Any, bool]] = {}
+        self._models: set[int] = set()
+        self._before = optimizer.register_step_pre_hook(self.before)
+        self._after = optimizer.register_step_post_hook(self.after)
 
-    def step(self, optimizer: Any) -> None:
-        """Step the parameters that are ours, and put their gradients aside."""
-        self._aside.clear()
+    def take_places(self, optimizer: Any) -> None:
+        """Be the last before a step and the first after it; others may have come since."""
+        optimizer._optimizer_step_pre_hooks.move_to_end(self._before.id)
+        optimizer._optimizer_step_post_hooks.move_to_end(self._after.id, last=False)
+
+    def before(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Step the parameters that are ours, and put their gradients aside.
+
+        With a closure, which computes the gradients within the step, it is theirs.
+        """
+        self._put_back()  # of a step that failed
+        has_closure = any(each is not None for each in (*args[1:], *kwargs.values()))
+        if not has_closure and _is_as_known(optimizer.args):
+            with torch.no_grad():
+                self._take(optimizer)
+
+    def after(self, _optimizer: Any, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
+        """Give the gradients back."""
+        self._put_back()
+
+    def _take(self, optimizer: Any) -> None:
+        models = {*map(id, _ours())}
+        if self._models != models or len(self._seen) > sum(len(group["params"]) for group in optimizer.param_groups):
+            self._models = models  # some have come or gone, or parameters have gone
+            self._seen.clear()
+        overrides, held = (optimizer.mng.pid2config, optimizer.mng.index2config), _Held()
         for number, group in enumerate(optimizer.param_groups):
             params: list[Tensor] = []
             states: list[dict[str, Any]] = []
             for index, param in enumerate(group["params"]):
-                if param.grad is not None and self._is_ours(number, index, param, state := optimizer.state[param]):
+                if param.grad is None or id(param) in overrides[0] or (number, index) in overrides[1]:
+                    continue
+                if self._is_ours(param, state := optimizer.state[param], held):
                     params.append(param)
                     states.append(state)
             for param in params if optimizer.is_paged else ():
@@ -78,13 +116,13 @@ class _Taken:
                 self._aside.append((param, cast(Tensor, param.grad)))
                 param.grad = None
 
-    def put_back(self) -> None:
-        """The gradients, after the step."""
+    def _put_back(self) -> None:
         for param, grad in self._aside:
-            param.grad = grad
+            if param.grad is None:
+                param.grad = grad
         self._aside.clear()
 
-    def _is_ours(self, number: int, index: int, param: Tensor, state: Mapping[str, Any]) -> bool:
+    def _is_ours(self, param: Tensor, state: Mapping[str, Any], held: "_Held") -> bool:
         """Whether our kernel steps a parameter. Its first step, which makes its state, is theirs."""
         assert param.grad is not None
         codes = state.get("state1")
@@ -92,10 +130,17 @@ class _Taken:
             return False
         seen = self._seen.get(id(param))
         if seen is None or seen[0] is not codes:
-            pids, indices = self._overridden
-            is_theirs = id(param) in pids or (number, index) in indices
-            seen = self._seen[id(param)] = codes, not is_theirs and _is_known(param, state)
+            seen = self._seen[id(param)] = codes, id(param) in held.ids and _is_known(param, state)
         return seen[1]
+
+
+class _Held:
+    """The parameters of our models, looked up once a step, if at all."""
+
+    @cached_property
+    def ids(self) -> set[int]:
+        """Of all of them."""
+        return {id(param) for model in _ours() for param in model.parameters()}
 
 
 def _is_known(param: Tensor, state: Mapping[str, Any]) -> bool:
@@ -113,48 +158,41 @@ def _is_known(param: Tensor, state: Mapping[str, Any]) -> bool:
     )
 
 
-def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Torch's hook before a step. With a closure, which computes the gradients within it, the step is theirs."""
-    if optimizer not in _taken:
-        if not getattr(optimizer, "initialized", True):  # the first step, in which they read what overrides say
-            return
-        _taken[optimizer] = _Taken(optimizer) if _is_adamw_8bit(optimizer) and _is_of_a_model(optimizer) else None
-    taken = _taken[optimizer]
-    if taken is not None and all(each is None for each in (*args[1:], *kwargs.values())):
-        with torch.no_grad():
-            taken.step(optimizer)
-
-
-def _after_step(optimizer: Optimizer, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
-    """Torch's hook after a step."""
-    if (taken := _taken.get(optimizer)) is not None:
-        taken.put_back()
+def _before_all(optimizer: Any, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
+    """Before any optimizer's step, and all hooks of its own: see whether it is one of bitsandbytes' that we step."""
+    theirs = sys.modules.get("bitsandbytes.optim.optimizer")
+    if theirs is None or not isinstance(optimizer, theirs.Optimizer2State) or not optimizer.initialized:
+        return  # the first step, in which they read what overrides say, is theirs
+    taken = vars(optimizer).get(_TAKEN)
+    if taken is None and _is_adamw_8bit(optimizer):
+        taken = vars(optimizer)[_TAKEN] = _Taken(optimizer)
+    if taken is not None:
+        taken.take_places(optimizer)
 
 
 def _is_adamw_8bit(optimizer: Any) -> bool:
-    """Whether an optimizer is bitsandbytes' AdamW with moments in 8 bits, as we know it."""
-    theirs = sys.modules.get("bitsandbytes.optim.optimizer")
-    if theirs is None or not isinstance(optimizer, theirs.Optimizer2State) or optimizer.optimizer_name != "adam":
-        return False
-    args, maps = optimizer.args, optimizer.name2qmap
+    """Whether one of two moments is bitsandbytes' AdamW with these in 8 bits, as we know it."""
+    maps = optimizer.name2qmap
     return (
         has_triton()
+        and optimizer.optimizer_name == "adam"
         and type(optimizer).__module__.startswith("bitsandbytes.")
-        and args.optim_bits == 8
+        and _is_as_known(optimizer.args)
+        and all(_has_our_values(maps.get(name), is_signed) for name, is_signed in _MAPS)
+    )
+
+
+def _is_as_known(args: Any) -> bool:
+    """Whether an optimizer's settings are those that our kernel knows."""
+    return (
+        args.optim_bits == 8
         and args.max_unorm == 0
         and not args.skip_zeros
         and getattr(args, "percentile_clipping", 100) == 100  # of older versions, as the next
         and getattr(args, "block_wise", True)
-        and all(_has_our_values(maps.get(name), is_signed) for name, is_signed in _MAPS)
     )
 
 
 def _has_our_values(codes: Tensor | None, is_signed: bool) -> bool:
     ours = dynamic_8bit.values(is_signed=is_signed)
     return codes is not None and codes.shape == ours.shape and torch.allclose(codes.cpu(), ours, rtol=1e-5, atol=1e-9)
-
-
-def _is_of_a_model(optimizer: Optimizer) -> bool:
-    """Whether it steps a parameter of a model that is ours."""
-    held = {id(param) for model in _models for param in model.parameters()}
-    return any(id(param) in held for group in optimizer.param_groups for param in group["params"])

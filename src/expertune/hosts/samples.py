@@ -76,35 +76,41 @@ class Teller:
         self._labels = labels
         self._attentions = attention.attentions_of(decoder)
         self._hands_down = hands_down(decoder)
+        self._names = list(inspect.signature(type(decoder).forward).parameters)[1:]  # without self
 
     def __call__(
         self, decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Called by torch."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not attention.is_ours(decoder):
             return None
-        mask, position_ids = kwargs.get("attention_mask"), kwargs.get("position_ids")
-        if position_ids is not None:
-            attention.note_positions(position_ids, are_beside_a_mask=mask is not None)
-        if not attention.is_ours(decoder):
-            return None
-        if kwargs.get("output_attentions", getattr(decoder.config, "output_attentions", False)):
+        named = dict(zip(self._names[1:], args[1:], strict=False)) | kwargs  # all but the first may be given by place
+        if _is_on("output_attentions", decoder, named):
             warnings.warn(_NO_WEIGHTS, stacklevel=2)
-        if has_cache(kwargs) or not self._is_causal(kwargs):
-            return None
+        return args[:1], named | self._told(decoder, args[:1], named)
+
+    def _told(self, decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments that are others than they were given."""
+        mask, position_ids = kwargs.get("attention_mask"), kwargs.get("position_ids")
         is_trained = decoder.training and torch.is_grad_enabled()
+        makes_cache = not is_trained and _is_on("use_cache", decoder, kwargs)
+        told: dict[str, Any] = {}
+        if position_ids is not None and (mask is not None or has_cache(kwargs) or makes_cache):
+            told["position_ids"] = attention.starting_no_samples(position_ids)
+        if has_cache(kwargs) or not self._is_causal(kwargs):
+            return told
         if mask is not None and not (is_trained and self._may_go(decoder, mask, kwargs)):
-            return None
+            return told
         x = input_of(args, kwargs)
         if not self._hands_down or x is None or (position_ids is not None and position_ids.dim() != 2):
             stays = mask is not None and position_ids is not None  # without one the host would look at positions
-            return None if stays or not is_trained else (args, kwargs | {"attention_mask": None})
+            return told if stays or not is_trained else told | {"attention_mask": None}
         starts: dict[str, Any] | None = {}
-        if mask is None and position_ids is not None:
+        if position_ids is not None and not told:
             starts = _starts(position_ids.expand(len(x), -1), kwargs)
         if starts is None or not (starts or is_trained):
-            return None
-        return args, kwargs | starts | {"attention_mask": attention.hiding_nothing(x.shape[:2], x.device)}
+            return told
+        return told | starts | {"attention_mask": attention.hiding_nothing(x.shape[:2], x.device)}
 
     def _may_go(self, decoder: PreTrainedModel, mask: Any, kwargs: dict[str, Any]) -> bool:
         """Whether nobody would miss a mask. Waits for the device."""
@@ -148,6 +154,12 @@ def _starts(position_BT: Tensor, kwargs: dict[str, Any]) -> dict[str, Any] | Non
     sequences = sequences.rounded(position_BT.numel())
     starts = dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), sequences.start_C)
     return starts | dict.fromkeys(("max_length_q", "max_length_k"), sequences.longest)
+
+
+def _is_on(name: str, decoder: nn.Module, kwargs: dict[str, Any]) -> bool:
+    """Whether a call has a setting on, by itself or by the decoder's config."""
+    said = kwargs.get(name)
+    return bool(getattr(decoder.config, name, False) if said is None else said)
 
 
 def has_cache(kwargs: dict[str, Any]) -> bool:

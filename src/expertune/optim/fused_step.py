@@ -64,7 +64,9 @@ class FusedStep:
     ) -> "list[_Alike]":
         """The parameters of a group by what a launch has in common."""
         tensors = [*params, *chain.from_iterable(map(self._moments, states))]
-        form = [*map(id, tensors)], [*map(id, states)], [*map(_dtype, grads)], [*map(Tensor.stride, grads)]
+        steps = [state["step"] for state in states]
+        apart = [step - steps[0] for step in steps]  # which stays as it is while all of them are stepped
+        form = [*map(id, tensors)], [*map(id, states)], [*map(_dtype, grads)], [*map(Tensor.stride, grads)], apart
         known = self._known.get(number)
         if known is None or known.form != form:
             places: defaultdict[Any, list[int]] = defaultdict(list)
