@@ -33,6 +33,11 @@ def test_overrides_alone_make_a_recipe() -> None:
     assert load_recipe(None, [line.replace(": ", "=") for line in TEXT.splitlines()]).dataset_name == "data.jsonl"
 
 
+def test_one_target_needs_no_brackets(tmp_path: Path) -> None:
+    assert load_recipe(write(tmp_path, TEXT + "target_modules: q_proj\n")).target_modules == ["q_proj"]
+    assert load_recipe(write(tmp_path, TEXT), ["target_modules=all-linear"]).target_modules == "all-linear"
+
+
 def test_byte_order_mark_and_versions_are_read_over(tmp_path: Path) -> None:
     path = write(tmp_path, b"\xef\xbb\xbf" + TEXT.encode() + b"versions: {torch: 2.13.0}\n")
     assert load_recipe(path).model_name_or_path == "model"
@@ -40,6 +45,7 @@ def test_byte_order_mark_and_versions_are_read_over(tmp_path: Path) -> None:
 
 WRONG = {
     "near": (TEXT + "lora_r: 3\n", "unknown key 'lora_r'; did you mean '"),
+    "another's": (TEXT + "gradient_checkpointing: true\n", "'gradient_checkpointing'; memory says what is computed"),
     "typing error": (TEXT + "learning_rat: 3\n", "unknown key 'learning_rat'; did you mean 'learning_rate'?"),
     "far": (TEXT + "zzz: 3\n", "unknown key 'zzz'; the keys are model_name_or_path, revision"),
     "missing": ("dataset_name: x\n", "model_name_or_path is missing; add it; output_dir is missing; add it"),

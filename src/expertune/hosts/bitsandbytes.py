@@ -30,7 +30,6 @@ from expertune.optim.fused_step import DTYPES, FusedStep
 _MOMENTS = ("state1", "state2", "absmax1", "absmax2")
 _MAPS = (("dynamic", True), ("udynamic", False))  # their names, and whether codes have signs
 _DEVICES = ("cuda",)  # on which our kernel runs
-
 _TAKEN = "_expertune"  # under which name an optimizer keeps what is ours
 
 _models: WeakSet[nn.Module] = WeakSet()  # whose optimizers are looked at
@@ -126,7 +125,9 @@ class _Taken:
         """Whether our kernel steps a parameter. Its first step, which makes its state, is theirs."""
         assert param.grad is not None
         codes = state.get("state1")
-        if codes is None or not (param.grad.is_contiguous() and param.is_contiguous()):
+        if codes is None or param.dtype not in DTYPES or param.grad.dtype not in DTYPES:
+            return False
+        if not (param.grad.is_contiguous() and param.is_contiguous()):
             return False
         seen = self._seen.get(id(param))
         if seen is None or seen[0] is not codes:
@@ -149,9 +150,6 @@ def _is_known(param: Tensor, state: Mapping[str, Any]) -> bool:
     return (
         type(param) in (nn.Parameter, Tensor)
         and param.device.type in _DEVICES
-        and param.dtype in DTYPES
-        and param.grad is not None
-        and param.grad.dtype in DTYPES
         and all(isinstance(state.get(name), Tensor) for name in _MOMENTS)
         and all(state[name].dtype == torch.uint8 and state[name].is_contiguous() for name in _MOMENTS[:2])
         and all(state[name].numel() == blocks for name in _MOMENTS[2:])

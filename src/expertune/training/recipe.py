@@ -35,6 +35,11 @@ def _number(value: Any) -> Any:
     return value
 
 
+def _names(value: Any) -> Any:
+    """One name is a list of one."""
+    return [value] if isinstance(value, str) and value != "all-linear" else value
+
+
 _Float = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 
 
@@ -72,7 +77,7 @@ class Recipe(BaseModel):
     """Dropout before the adapter. Not on experts."""
     use_dora: bool = False
     """Train magnitudes apart from directions. Not on experts."""
-    target_modules: list[str] | Literal["all-linear"] = "all-linear"
+    target_modules: Annotated[list[str] | Literal["all-linear"], BeforeValidator(_names)] = "all-linear"
     """Names such as q_proj or gate_proj, which reach routed experts, shared experts and dense layers alike, or
     "all-linear". The router is trained only by its own name."""
     use_rslora: bool = False

@@ -11,6 +11,15 @@ from pydantic import ValidationError
 from expertune.training.errors import UserError, one_paragraph
 from expertune.training.recipe import Recipe
 
+# Keys of others, and what is said in their place here.
+_INSTEAD = {
+    "gradient_checkpointing": "memory says what is computed again in backward",
+    "bf16": "dtype says what the weights are held in",
+    "fp16": "dtype says what the weights are held in",
+    "assistant_only_loss": "the loss is on responses alone wherever the data has them",
+    "completion_only_loss": "the loss is on responses alone wherever the data has them",
+    "max_seq_length": "max_length says where rows are cut",
+}
 # A run writes it into the recipe that it leaves, so that one must be readable here; it sets nothing.
 VERSIONS = "versions"
 
@@ -51,13 +60,19 @@ def make_recipe(values: Mapping[str, Any], *, source: str = "the recipe") -> Rec
     known = list(Recipe.model_fields)
     for key in values:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join(known)}."
-            raise UserError(f"{source}: unknown key {key!r}; {hint}")
+            raise UserError(f"{source}: unknown key {key!r}; {_hint(str(key), known)}")
     try:
         return Recipe(**values)
     except ValidationError as error:
         raise UserError(f"{source}: {'; '.join(_in_words(error))}.") from error
+
+
+def _hint(key: str, known: Sequence[str]) -> str:
+    """What a key that is not known may have been meant to be."""
+    if key in _INSTEAD:
+        return f"{_INSTEAD[key]}."
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    return f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join(known)}."
 
 
 def _read(path: Path) -> dict[str, Any]:
