@@ -330,20 +330,19 @@ def _sequences(mask_BT: Tensor | None, position_ids: Tensor | None, batch: int |
     key = position_ids if mask_BT is None else mask_BT
     if key is None:
         return None
+    rows = len(key) if batch is None else batch
     if key.is_inference():  # it counts no writes
-        return _find(key, mask_BT is None, batch)
+        return _find(key, mask_BT is None, rows)
     if key not in _SEQUENCES or _SEQUENCES[key][0] != key._version:
         _SEQUENCES[key] = (key._version, {})
-    by_batch: dict[int | None, Sequences | None] = _SEQUENCES[key][1]
-    if batch not in by_batch:
-        by_batch[batch] = _find(key, mask_BT is None, batch)
-    return by_batch[batch]
+    by_rows: dict[int, Sequences | None] = _SEQUENCES[key][1]
+    if rows not in by_rows:
+        by_rows[rows] = _find(key, mask_BT is None, rows)
+    return by_rows[rows]
 
 
-def _find(key: Tensor, are_positions: bool, batch: int | None) -> Sequences | None:
-    if not are_positions:
-        return Sequences.of_padding(key)
-    return Sequences.of_positions(key if batch is None else key.expand(batch, -1))
+def _find(key: Tensor, are_positions: bool, rows: int) -> Sequences | None:
+    return Sequences.of_positions(key.expand(rows, *key.shape[1:])) if are_positions else Sequences.of_padding(key)
 
 
 def _in_one_dtype(*tensors: Tensor) -> Iterator[Tensor]:

@@ -11,8 +11,8 @@ And a second moment above zero is never rounded to zero (`dynamic_8bit.py`).
 """
 
 import sys
-from collections.abc import Mapping
-from functools import cached_property
+from collections.abc import Callable, Mapping
+from functools import cache
 from threading import Lock
 from typing import Any, cast
 from weakref import WeakSet
@@ -98,7 +98,8 @@ class _Taken:
         if self._models != models or len(self._seen) > sum(len(group["params"]) for group in optimizer.param_groups):
             self._models = models  # some have come or gone, or parameters have gone
             self._seen.clear()
-        overrides, held = (optimizer.mng.pid2config, optimizer.mng.index2config), _Held()
+        overrides = optimizer.mng.pid2config, optimizer.mng.index2config
+        held = cache(_held)  # looked up once a step, if at all
         for number, group in enumerate(optimizer.param_groups):
             params: list[Tensor] = []
             states: list[dict[str, Any]] = []
@@ -121,7 +122,7 @@ class _Taken:
                 param.grad = grad
         self._aside.clear()
 
-    def _is_ours(self, param: Tensor, state: Mapping[str, Any], held: "_Held") -> bool:
+    def _is_ours(self, param: Tensor, state: Mapping[str, Any], held: Callable[[], set[int]]) -> bool:
         """Whether our kernel steps a parameter. Its first step, which makes its state, is theirs."""
         assert param.grad is not None
         codes = state.get("state1")
@@ -131,17 +132,13 @@ class _Taken:
             return False
         seen = self._seen.get(id(param))
         if seen is None or seen[0] is not codes:
-            seen = self._seen[id(param)] = codes, id(param) in held.ids and _is_known(param, state)
+            seen = self._seen[id(param)] = codes, id(param) in held() and _is_known(param, state)
         return seen[1]
 
 
-class _Held:
-    """The parameters of our models, looked up once a step, if at all."""
-
-    @cached_property
-    def ids(self) -> set[int]:
-        """Of all of them."""
-        return {id(param) for model in _ours() for param in model.parameters()}
+def _held() -> set[int]:
+    """The `id` of each parameter of our models."""
+    return {id(param) for model in _ours() for param in model.parameters()}
 
 
 def _is_known(param: Tensor, state: Mapping[str, Any]) -> bool:

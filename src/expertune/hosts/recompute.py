@@ -77,8 +77,8 @@ class _BesideACache:
         if decoder.training and samples.has_cache(kwargs) and not torch.compiler.is_compiling():
             layers = [module for module in decoder.modules() if isinstance(module, GradientCheckpointingLayer)]
             self._layers = [layer for layer in layers if layer.gradient_checkpointing]
-        for layer in self._layers:
-            layer.gradient_checkpointing = False
+            for layer in self._layers:
+                layer.gradient_checkpointing = False
 
     def end(self, *_: Any) -> None:
         """Behind."""

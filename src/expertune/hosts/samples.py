@@ -94,8 +94,9 @@ class Teller:
         mask, position_ids = kwargs.get("attention_mask"), kwargs.get("position_ids")
         is_trained = decoder.training and torch.is_grad_enabled()
         makes_cache = not is_trained and _is_on("use_cache", decoder, kwargs)
+        start_none = mask is not None or has_cache(kwargs) or makes_cache  # whatever positions there are
         told: dict[str, Any] = {}
-        if position_ids is not None and (mask is not None or has_cache(kwargs) or makes_cache):
+        if position_ids is not None and start_none:
             told["position_ids"] = attention.starting_no_samples(position_ids)
         if has_cache(kwargs) or not self._is_causal(kwargs):
             return told
@@ -106,7 +107,7 @@ class Teller:
             stays = mask is not None and position_ids is not None  # without one the host would look at positions
             return told if stays or not is_trained else told | {"attention_mask": None}
         starts: dict[str, Any] | None = {}
-        if position_ids is not None and not told:
+        if position_ids is not None and not start_none:
             starts = _starts(position_ids.expand(len(x), -1), kwargs)
         if starts is None or not (starts or is_trained):
             return told

@@ -79,9 +79,9 @@ class FusedStep:
     def _of(
         self, places: list[int], params: list[Tensor], states: list[dict[str, Any]], grads: list[Tensor]
     ) -> "_Alike":
-        theirs = [states[n] for n in places]
-        launch = _launcher([params[n] for n in places], [*map(self._moments, theirs)], self._is_by_chance)
-        return _Alike(places, [params[n] for n in places], theirs, grads, launch)
+        mine, theirs = [params[n] for n in places], [states[n] for n in places]
+        launch = _launcher(mine, [*map(self._moments, theirs)], self._is_by_chance)
+        return _Alike(places, mine, theirs, grads, launch)
 
 
 class _Alike:
