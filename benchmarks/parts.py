@@ -5,7 +5,7 @@ import re
 THE_REST = "the rest"
 # in this order: what an expression finds first. The head's products have the names of all dense products.
 _KERNELS = {
-    "optimizer": r"kOptimizer|multi_tensor|_adamw",
+    "optimizer": r"kOptimizer|multi_tensor|_adamw|_grad_norm|_clip_coef",
     "attention": r"sdpa|flash|fmha|attention",
     "experts": r"^_(linear|shrink|outer|repack|combine|count|add_up|place|forward|backward|gate|plain|sum_parts|weigh"
     r"|ping_pong|route|balance)\w*kernel|grouped|enable_3x_kernel|_moe_|gather",

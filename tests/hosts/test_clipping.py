@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 import expertune
+from tests.cases import DEVICE
 from tests.conftest import Checkpoint
 from tests.hosts.models import load_tiny
 from tests.hosts.trainers import Recording, sft_trainer
@@ -64,9 +65,13 @@ def test_a_run_is_the_same_and_gradients_stay(checkpoint: Checkpoint, tmp_path: 
     (before, clipped), (ours, kept) = (
         trained(checkpoint, tmp_path, in_step=in_step, **how) for in_step in (False, True)
     )
-    assert ours.losses == before.losses
-    assert all(map(torch.equal, parameters(ours), parameters(before)))
-    assert logged(ours) == logged(before)
+    if max_grad_norm == 1e-3 and DEVICE.type == "cuda":  # our kernel adds up in another order than torch
+        assert ours.losses == pytest.approx(before.losses, rel=1e-5)
+        torch.testing.assert_close(parameters(ours), parameters(before), rtol=0, atol=0.1 * OURS[1]["lr"])
+    else:
+        assert ours.losses == before.losses
+        assert all(map(torch.equal, parameters(ours), parameters(before)))
+    assert logged(ours) == pytest.approx(logged(before), rel=1e-5 if DEVICE.type == "cuda" else 0)
     assert len(kept.seen) == 3
     if max_grad_norm == 1e-3:
         assert max(clipped.seen) <= 1.01e-3 < min(kept.seen)

@@ -4,7 +4,7 @@ A trainer has Accelerate clip: torch computes the norm of all gradients, then mu
 by one. The step reads them anyway, and takes the factor along.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import wraps
 from typing import Any
 
@@ -14,7 +14,9 @@ from accelerate.utils import DistributedType
 from torch import Tensor
 from transformers import Trainer
 
+from expertune.kernels import has_triton
 from expertune.optim.adamw_8bit import AdamW8bit
+from expertune.optim.fused_step import DTYPES
 
 _EPS = 1e-6  # torch's, in `clip_grad_norm_`
 _WHOLE = (DistributedType.NO, DistributedType.MULTI_GPU)  # each process has all of each gradient
@@ -23,9 +25,9 @@ _WHOLE = (DistributedType.NO, DistributedType.MULTI_GPU)  # each process has all
 def clip_in_step(trainer: Trainer) -> None:
     """Have `AdamW8bit` clip gradients while it reads them, where this trainer steps by it.
 
-    The norm is computed, returned and logged as before, and the step is the same; gradients stay as they are until
-    then, so callbacks see them unclipped. Where another optimizer steps, where gradients are scaled (fp16) or lie in
-    parts (FSDP, DeepSpeed), Accelerate clips them as before.
+    The norm is returned and logged as before, on a GPU computed in two launches, and the step is the same; gradients
+    stay as they are until then, so callbacks see them unclipped. Where another optimizer steps, where gradients are
+    scaled (fp16) or lie in parts (FSDP, DeepSpeed), Accelerate clips them as before.
 
     Args:
         trainer: of Transformers or TRL, with `max_grad_norm` among its arguments.
@@ -40,11 +42,30 @@ def clip_in_step(trainer: Trainer) -> None:
         is_whole = accelerator.distributed_type in _WHOLE and accelerator.scaler is None
         if optimizer is None or norm_type != 2 or not is_whole:
             return hosts(parameters, max_norm, norm_type)
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        optimizer.clip_coef = (max_norm / (norm + _EPS)).clamp(max=1.0)
+        grads = [p.grad for p in parameters if p.grad is not None]
+        norm, optimizer.clip_coef = _norm_and_clip_coef(grads, max_norm)
         return norm
 
     accelerator.clip_grad_norm_ = clip_grad_norm_
+
+
+def _norm_and_clip_coef(grads: Sequence[Tensor], max_norm: float) -> tuple[Tensor, Tensor]:
+    """The norm of all gradients together, and what multiplies them."""
+    if has_triton() and grads and _are_alike(grads):
+        from expertune.kernels.grad_norm import norm_and_clip_coef  # imports Triton, which is optional
+
+        return norm_and_clip_coef(grads, max_norm)
+    norm = torch.nn.utils.get_total_norm(grads)
+    return norm, (max_norm / (norm + _EPS)).clamp(max=1.0)
+
+
+def _are_alike(grads: Sequence[Tensor]) -> bool:
+    """Whether our kernel reads them: dense, and on one GPU."""
+    device = grads[0].device
+    return device.type == "cuda" and all(
+        type(grad) is Tensor and grad.device == device and grad.dtype in DTYPES and grad.is_contiguous()
+        for grad in grads
+    )
 
 
 def adamw_8bit_of(optimizer: Any) -> AdamW8bit | None:

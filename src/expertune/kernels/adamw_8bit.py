@@ -9,7 +9,6 @@ Any Triton target.
 
 from array import array
 from collections.abc import Sequence
-from functools import lru_cache
 from itertools import chain
 
 import torch
@@ -17,7 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from expertune.kernels.launch import are_aligned, ceil_div, launch
+from expertune.kernels.launch import are_aligned, launch
+from expertune.kernels.many_tensors import TRITON_DTYPES, addresses_of, on_device, tiles_of
 
 _BLOCK = 256  # numbers that share a maximum
 _TILE = 4  # blocks of a program
@@ -145,15 +145,11 @@ class Stepped:
         self.is_by_chance = is_by_chance and params[0].dtype == torch.bfloat16
         self.numels = tuple(param.numel() for param in params)
         self._moments = [*chain.from_iterable(moments)]
-        self._moment_addresses = _addresses(self._moments)
+        self._moment_addresses = addresses_of(self._moments)
 
     def addresses(self, grads: Sequence[Tensor]) -> array:  # type: ignore[type-arg]
         """Of the parameters, of their gradients, and of the moments of each."""
-        return _addresses(self.params) + _addresses(grads) + self._moment_addresses
-
-
-def _addresses(tensors: Sequence[Tensor]) -> array:  # type: ignore[type-arg]
-    return array("q", map(Tensor.data_ptr, tensors))
+        return addresses_of(self.params) + addresses_of(grads) + self._moment_addresses
 
 
 def adamw_8bit(
@@ -171,19 +167,16 @@ def adamw_8bit(
     """
     device = grads[0].device
     pointers = stepped.addresses(grads)
-    addresses = torch.frombuffer(pointers, dtype=torch.int64)
-    if device.type == "cuda":
-        addresses = addresses.pin_memory().to(device, non_blocking=True)
-    tiles, numel_of = _tiles(stepped.numels, device)
+    tiles, numel_of = tiles_of(stepped.numels, _TILE * _BLOCK, device)
     launch(
         _adamw_8bit_kernel,
         (tiles.shape[0], 1, 1),
-        (addresses, tiles, numel_of, clip_coef, *tables),
+        (on_device(pointers, device), tiles, numel_of, clip_coef, *tables),
         (len(stepped.numels), *update),
         (),
         {
-            "PARAM_DTYPE": _TRITON[stepped.params[0].dtype],
-            "GRAD_DTYPE": _TRITON[grads[0].dtype],
+            "PARAM_DTYPE": TRITON_DTYPES[stepped.params[0].dtype],
+            "GRAD_DTYPE": TRITON_DTYPES[grads[0].dtype],
             "IS_BY_CHANCE": stepped.is_by_chance,
             "IS_ALIGNED": are_aligned(pointers) and are_aligned(stepped.numels),
             "TILE": _TILE,
@@ -191,16 +184,3 @@ def adamw_8bit(
         },
         num_warps=4,
     )
-
-
-_TRITON = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-
-
-@lru_cache(maxsize=64)
-def _tiles(numels: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Of each program the parameter and the tile within it, int32 `(tiles, 2)`; and `numels` as a tensor."""
-    counts = torch.tensor([ceil_div(numel, _TILE * _BLOCK) for numel in numels])
-    number = torch.arange(len(numels)).repeat_interleave(counts)
-    tile = torch.arange(int(counts.sum())) - (counts.cumsum(0) - counts).repeat_interleave(counts)
-    tiles = torch.stack((number, tile), dim=1).to(torch.int32)
-    return tiles.to(device), torch.tensor(numels, dtype=torch.int64).to(device)
