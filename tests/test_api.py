@@ -159,7 +159,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "4 bit": ({"load_in_4bit": True}, "load_in_4bit=True is not supported yet.*Load without it"),
     "too long": ({"max_seq_length": 129}, "beyond the 128 positions.*nearest that works is max_seq_length=128"),
     "no length": ({"max_seq_length": 0}, "max_seq_length must be at least 1, got 0"),
-    "backend": ({"backend": "cuda"}, "unknown backend 'cuda'.*'grouped_mm'"),
+    "backend": ({"backend": "cuda"}, "unknown backend 'cuda'.*grouped_mm"),
     "backend that cannot run": ({"backend": "grouped_mm", "dtype": torch.float64}, "grouped_mm.*float64"),
     "memory": ({"memory": "little"}, "unknown memory 'little'"),
     "attention that is not installed": (

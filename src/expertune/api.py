@@ -16,7 +16,7 @@ from rich.console import Console
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from expertune.backends import PREFERRED
+from expertune.backends import refuse_unknown
 from expertune.hosts import attach, early, peft, recompute, report, trl_head, walks
 from expertune.hosts.attached import attached
 from expertune.hosts.classes import auto_class, is_cut
@@ -242,9 +242,7 @@ def _begun(model: _Model) -> _Model:
 def _requested(backend: str | None, memory: str | None) -> str:
     """The backend asked for, by argument or else by the environment. Refuses unknown names."""
     requested = backend if backend is not None else os.environ.get(_BACKEND_VARIABLE) or "auto"
-    known = sorted(backend.name for backend in PREFERRED)
-    if requested != "auto" and requested not in known:
-        raise ValueError(f"unknown backend {requested!r}; choose one of {known} or 'auto'")
+    refuse_unknown(requested, "backend" if backend is not None else _BACKEND_VARIABLE)
     if memory is not None and memory not in _MEMORY:
         raise ValueError(f"unknown memory {memory!r}; choose one of {list(_MEMORY)}")
     return requested
@@ -253,7 +251,10 @@ def _requested(backend: str | None, memory: str | None) -> str:
 def _transformers_model(model: nn.Module) -> PreTrainedModel:
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     if not isinstance(inner, PreTrainedModel):
-        raise ValueError(f"expected a Transformers or PEFT model, got {type(model).__name__}.")
+        raise ValueError(
+            f"expected a Transformers or PEFT model, got {type(model).__name__}. Pass the model itself, before "
+            "torch.compile, DDP or FSDP wrap it; of a pipeline or a trainer its `model`."
+        )
     return inner
 
 

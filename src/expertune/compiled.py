@@ -2,7 +2,7 @@
 
 Its tracer follows Python that plain execution needs for speed: noted launches, threads, caches. So a compiled model
 calls two operators with fake counterparts, which run the same two passes; the rows are sorted again in backward, which
-keeps 8 bytes a slot instead of 16 a row. Plain execution never comes here.
+keeps 8 bytes a slot instead of 12 a row. Plain execution never comes here.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from torch import Tensor
 from expertune import lora
 from expertune.experts import run_backward, run_forward
 from expertune.shapes import LoraFactors
-from expertune.walk import STEPS, ExpertsStep, Made, Projection, Walk
+from expertune.walk import STEPS, ExpertsStep, Made, Projection, Walk, flatten
 
 _SHARED = "Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor[] factors, float[] scales, int num_first, int step"
 
@@ -32,19 +32,18 @@ def experts(
         projections: gate_up (or up) and down.
         step: layout, gate and backend.
     """
-    first, second = projections
-    adapters = (*first.adapters, *second.adapters)
+    (w1, b1, w2, b2, *factors), scales = flatten(projections)
     out_TD, *_ = torch.ops.expertune.experts(
-        x_TD.to(first.weight.dtype),
+        x_TD.to(projections[0].weight.dtype),
         expert_TK,
         weight_TK.contiguous(),
-        first.weight,
-        first.bias,
-        second.weight,
-        second.bias,
-        lora.alternate([adapter.a for adapter in adapters], [adapter.b for adapter in adapters]),
-        [adapter.scale for adapter in adapters],
-        len(first.adapters),
+        w1,
+        b1,
+        w2,
+        b2,
+        factors,
+        [*scales[0], *scales[1]],
+        len(scales[0]),
         step.number,
     )
     return out_TD.to(x_TD.dtype)  # type: ignore[no-any-return]

@@ -237,6 +237,17 @@ class Problem:
     widths: tuple[int, ...]
     is_dense: bool = True
 
+    @classmethod
+    def of(cls, layout: ExpertsLayout, dtype: torch.dtype, device: torch.device, *, is_dense: bool = True) -> "Problem":
+        """The walk over experts that lie so, computed in a dtype on a device."""
+        return cls(
+            device=device.type,
+            capability=torch.cuda.get_device_capability(device) if device.type == "cuda" else None,
+            dtype=dtype,
+            widths=(layout.model_width, layout.first_width, layout.expert_width),
+            is_dense=is_dense,
+        )
+
     def why_not_rows(self) -> str | None:
         """Why a backend that reads whole multiples of `ALIGNMENT` cannot run it, or None if it can."""
         if bad := sorted({width for width in self.widths if width * self.dtype.itemsize % ALIGNMENT}):

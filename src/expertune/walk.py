@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple, cast
 from weakref import WeakValueDictionary
 
@@ -48,6 +49,10 @@ class ExpertsStep:
 
     def __deepcopy__(self, _memo: dict[int, Any]) -> "ExpertsStep":
         return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Made anew where it is unpickled: another process has given its number to another step."""
+        return partial(ExpertsStep, layout=self.layout, gate=self.gate, backend=self.backend), ()
 
     def dispatch(self, expert_TK: Tensor) -> Dispatch:
         """The rows of a batch, sorted by expert, as the backend reads them.

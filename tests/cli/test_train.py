@@ -115,6 +115,8 @@ def test_missing_files(desk: Desk) -> None:
     desk.refuses("there is no data at './no'", eval_dataset_name="./no")
     desk.refuses("model_name_or_path './no'", model_name_or_path="./no")
     desk.refuses("chat_template_path './no'", chat_template_path="./no")
+    (desk.folder / "latin").write_bytes("Größe".encode("latin-1"))
+    desk.refuses("cannot be read as text in UTF-8", chat_template_path=str(desk.folder / "latin"))
 
 
 def test_broken_json_line(desk: Desk) -> None:
@@ -201,7 +203,7 @@ def test_target_that_matches_nothing(desk: Desk) -> None:
 def test_backend(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     desk.refuses("unknown moe_backend 'cuda'", "grouped_mm", moe_backend="cuda")
     monkeypatch.setenv("EXPERTUNE_MOE_BACKEND", "cuda")
-    desk.refuses("unknown backend 'cuda'")
+    desk.refuses("unknown EXPERTUNE_MOE_BACKEND 'cuda'")
     monkeypatch.delenv("EXPERTUNE_MOE_BACKEND")
     desk.refuses("backend 'grouped_mm' cannot run here", "Choose another", moe_backend="grouped_mm", dtype="auto")
 

@@ -15,7 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 import expertune
 from expertune.hosts import attention, llama4, samples
-from expertune.hosts.attach import decoders
+from expertune.hosts.blocks import decoders
 from expertune.hosts.transformers import first_name, is_experts, layout_of
 from tests.families.tiny import SIZES
 from tests.hosts.passes import Routes

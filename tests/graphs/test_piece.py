@@ -1,6 +1,7 @@
 """A piece gives what its module gives, value and gradients, however calls come; and records when it should."""
 
 import copy
+import gc
 import pickle
 from typing import Any, NamedTuple
 
@@ -147,8 +148,24 @@ def test_layers_share_what_all_get(capture: FakeCapture) -> None:
         assert_stacks_are_same(layers, stock, x, [others] * 3)
     (pool,) = recorder.pools.values()
     assert pool is not None
-    assert len(pool._shared) == 2
+    assert len(pool._shared[False]) == 2
     assert capture.replays == 3 * 3 * 2
+
+
+def test_what_layers_shared_goes_with_their_recordings(capture: FakeCapture) -> None:
+    recorder = make_recorder(capture)
+    layers, stock = toys(recorder, 2)
+    for seed in range(12):
+        if seed % 4 == 0:
+            for layer in (*layers, *stock):
+                layer.linear.bias.requires_grad_(seed % 8 == 0)
+        x, others = inputs(seed)
+        assert_stacks_are_same(layers, stock, x, [others] * 2)
+    assert len(capture.recorded) > 2 * 2
+    (pool,) = recorder.pools.values()
+    assert pool is not None
+    gc.collect()
+    assert len(pool._shared[False]) == 2
 
 
 def test_layers_that_no_longer_share_are_right_too(capture: FakeCapture) -> None:
@@ -254,6 +271,11 @@ def test_what_is_not_recorded(capture: FakeCapture, pair: tuple[Toy, Toy]) -> No
         toy(x, others)[0].sum().backward()
     assert capture.recorded == []
     hooked.remove()
+    toy.linear.attention_dropout = 0.1  # type: ignore[assignment]
+    for _ in range(5):
+        toy(x, others)[0].sum().backward()
+    assert capture.recorded == []
+    toy.linear.attention_dropout = 0.0  # type: ignore[assignment]
     for unread in range(5):
         toy(x, others, unread=unread)[0].sum().backward()
     assert capture.recorded == [True, False]

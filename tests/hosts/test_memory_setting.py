@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -202,3 +203,22 @@ def test_a_cache_in_training_is_attended_to(checkpoint: Checkpoint, family: str,
     assert_equal_within(*results, 1e-11)
     layers = [module for module in ours.modules() if isinstance(module, GradientCheckpointingLayer)]
     assert layers and all(layer.gradient_checkpointing for layer in layers), "only beside a cache do they run once"
+
+
+def test_an_interrupted_call_beside_a_cache_leaves_checkpointing_on(checkpoint: Checkpoint) -> None:
+    """torch calls no hook behind a call that Ctrl-C ended."""
+    model = expertune.optimize(load_tiny(checkpoint("qwen3_moe")), memory="lean")
+    ids = batch()["input_ids"][:, :9]
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    for is_interrupted in (True, False):
+        with torch.no_grad():
+            past = model.eval()(input_ids=ids[:, :4], use_cache=True).past_key_values
+        handle = model.model.layers[1].register_forward_pre_hook(interrupt) if is_interrupted else None
+        with pytest.raises(KeyboardInterrupt) if is_interrupted else nullcontext():
+            model.train()(input_ids=ids[:, 4:], past_key_values=past)
+        if handle is not None:
+            handle.remove()
+    assert all(layer.gradient_checkpointing for layer in model.model.layers)

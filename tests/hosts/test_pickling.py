@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
+from expertune.hosts import transformers
+from expertune.walk import STEPS
 from tests.conftest import Checkpoint
 from tests.hosts.recorded import make, step, tokens
 
@@ -25,6 +28,22 @@ def test_a_model_can_be_pickled(checkpoint: Checkpoint, graphs: bool) -> None:
     twin = pickle.loads(pickle.dumps(ours))
     for seed in range(2):
         torch.testing.assert_close(step(twin, tokens(seed)), step(ours, tokens(seed)))
+
+
+def test_steps_are_numbered_anew(checkpoint: Checkpoint) -> None:
+    """A compiled model looks its steps up by number, which in another process is another step's."""
+    ours = make(checkpoint("qwen3_moe"), "", graphs=False)
+    step(ours, tokens(0))
+    twin = pickle.loads(pickle.dumps(ours))
+    before, after = map(_steps, (ours, twin))
+    assert len(before) == len(after) == 1
+    assert before != after
+    assert {STEPS[number].gate for number in before} == {STEPS[number].gate for number in after}
+
+
+def _steps(model: nn.Module) -> set[int]:
+    plans = [transformers.plan_of(module) for _, module in transformers.named_experts(model)]
+    return {step.number for plan in plans for step, _ in plan._steps.values()}
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])

@@ -10,7 +10,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 
 import expertune
-from expertune.hosts.attach import blocks
+from expertune.hosts.blocks import blocks
 from expertune.memory import token_tiles
 from expertune.memory.replay import RoutingReplay
 from expertune.shapes import Dispatch

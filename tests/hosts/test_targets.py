@@ -238,6 +238,12 @@ def test_a_pattern_that_matches_nothing_is_refused(checkpoint: Checkpoint, setti
         expertune.add_lora(load_tiny(checkpoint("qwen3_moe")), **{setting: {"gate_proj": 8}})
 
 
+@pytest.mark.parametrize("setting", ["rank_pattern", "alpha_pattern"])
+def test_a_pattern_that_is_none_is_refused(checkpoint: Checkpoint, setting: str) -> None:
+    with pytest.raises(ValueError, match=rf"{setting} names '\*q_proj', which is no regular expression \(nothing to"):
+        expertune.add_lora(load_tiny(checkpoint("qwen3_moe")), **{setting: {"*q_proj": 8}})
+
+
 def test_stock_pefts_own_refusals_stand(checkpoint: Checkpoint) -> None:
     """A user's own config with dropout or DoRA on experts never gets past PEFT."""
     for settings in ({"lora_dropout": 0.1}, {"use_dora": True}):

@@ -244,7 +244,7 @@ def test_the_variable_names_the_backend_and_an_argument_wins(
     expertune.optimize(model, backend="grouped_mm")(**batch())
     assert set(walks) == {"grouped_mm"}
     monkeypatch.setenv("EXPERTUNE_MOE_BACKEND", "fastest")
-    with pytest.raises(ValueError, match="unknown backend 'fastest'"):
+    with pytest.raises(ValueError, match="unknown EXPERTUNE_MOE_BACKEND 'fastest'"):
         expertune.optimize(model)
     monkeypatch.setenv("EXPERTUNE_MOE_BACKEND", "")  # as unset
     expertune.optimize(model)

@@ -127,7 +127,7 @@ class TestGradientProof:
         model = expertune.optimize(stock(checkpoint("qwen3_moe"), CONFIG, torch.float32))
         self._break_one_layer(model)
         trainer = sft_trainer(model, tmp_path, num_steps=2, callbacks=[GradientProof()])
-        words = r"2 adapters received no gradient in the first step: .*layers\.1\.mlp\.experts\.(gate_up|down)_proj"
+        words = r"2 adapters received no gradient in the first step: model\.layers\.1\.mlp\.experts\."
         with pytest.raises(RuntimeError, match=words):
             trainer.train()
         assert trainer.state.global_step == 0
@@ -190,7 +190,7 @@ class TestGradientProof:
         attention: Any = model.base_model.model.model.layers[0].self_attn.o_proj
         attention.lora_B["default"].weight.grad = None
         attention.lora_A["default"].weight.grad.zero_()
-        assert adapters_without_gradient(model) == ["base_model.model.model.layers.0.self_attn.o_proj"]
+        assert adapters_without_gradient(model) == ["model.layers.0.self_attn.o_proj"]
         for parameter in attention.parameters():
             parameter.requires_grad_(False)
         assert adapters_without_gradient(model) == []

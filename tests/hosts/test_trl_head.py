@@ -110,6 +110,16 @@ def test_losses_and_metrics_are_trls(
         assert ours[key] == pytest.approx(values, rel=2e-4), key  # logs are rounded to four digits
 
 
+def test_a_function_that_takes_something_else_stays_trls(
+    checkpoint: Checkpoint, tmp_path: Path, calls: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As that of another version may."""
+    model = expertune.optimize(stock(checkpoint("qwen3_moe"), CONFIG, torch.float32))
+    monkeypatch.setattr(trl_head, "_TAKES", trl_head._TAKES[:-1])
+    sft_trainer(model, tmp_path, 1).train()
+    assert not calls
+
+
 def test_a_head_that_is_trained_stays_trls(checkpoint: Checkpoint, tmp_path: Path, calls: list[int]) -> None:
     model = expertune.optimize(load_tiny(checkpoint("qwen3_moe"), torch.float32))
     before = model.lm_head.weight.detach().clone()

@@ -114,6 +114,18 @@ def test_a_killed_save_leaves_no_folder_of_that_name(tmp_path: Path) -> None:
     assert files(tmp_path) == WRITTEN
 
 
+def test_a_run_that_cannot_be_replaced_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(tmp_path, overwrite=False)
+    folder = OutputFolder(tmp_path, overwrite=True)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(UserError, match="cannot be written: Permission denied"):
+        folder.claim()
+
+
 def test_refuses_a_file_and_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     with pytest.raises(UserError, match="is a file"):

@@ -11,16 +11,30 @@ from expertune.shapes import Problem
 PREFERRED: tuple[Backend, ...] = (triton.BACKEND, grouped_mm.BACKEND, native_torch.BACKEND)
 
 
+def refuse_unknown(requested: str, setting: str = "backend") -> None:
+    """Refuse what names no backend.
+
+    Args:
+        requested: the name, or "auto".
+        setting: where it was read.
+
+    Raises:
+        ValueError: says which there are.
+    """
+    known = ["auto", *(backend.name for backend in PREFERRED)]
+    if requested not in known:
+        raise ValueError(f"unknown {setting} {requested!r}; choose one of {', '.join(known)}.")
+
+
 def choose(problem: Problem, requested: str = "auto") -> tuple[Backend, list[str]]:
     """The backend to use and, for the report, why better ones were passed over.
 
     Raises:
         ValueError: `requested` is unknown, or cannot run `problem`. What is asked for by name is never replaced.
     """
-    known = {backend.name: backend for backend in PREFERRED}
     if requested != "auto":
-        if requested not in known:
-            raise ValueError(f"unknown backend {requested!r}; choose one of {sorted(known)} or 'auto'")
+        refuse_unknown(requested)
+        known = {backend.name: backend for backend in PREFERRED}
         if reason := known[requested].why_not(problem):
             raise ValueError(
                 f"backend {requested!r} cannot run here: it {reason}. Choose another of {sorted(known)}, or 'auto'."

@@ -132,13 +132,7 @@ def _say(console: Console, text: str) -> None:
 
 
 def _check(layout: ExpertsLayout, request: Request, device: torch.device) -> None:
-    problem = Problem(
-        device=device.type,
-        capability=torch.cuda.get_device_capability(device) if device.type == "cuda" else None,
-        dtype=request.dtype,
-        widths=(layout.model_width, layout.first_width, layout.expert_width),
-    )
-    if reason := triton.BACKEND.why_not(problem):
+    if reason := triton.BACKEND.why_not(Problem.of(layout, request.dtype, device)):
         raise UserError(
             f"the kernels cannot be tuned here: our Triton backend {reason}. Run this on the card that will train."
         )

@@ -70,7 +70,8 @@ class Pool:
     def __init__(self, capture: Capture, meter: Meter | None = None) -> None:
         self.capture = capture
         self._meter = meter
-        self._shared: dict[bool, list[Shared]] = {False: [], True: []}
+        # those that are loaded before each replay apart; they live while a recording reads them
+        self._shared: dict[bool, weakref.WeakSet[Shared]] = {False: weakref.WeakSet(), True: weakref.WeakSet()}
         self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
         self._sizes: weakref.WeakKeyDictionary[User, int] = weakref.WeakKeyDictionary()  # bytes that each took
         self._numbers = 0
@@ -136,11 +137,9 @@ class Pool:
             is_passing: whether its readers load it before each replay, so that it may be written to between.
         """
         alike = self._shared[is_passing]
-        for shared in alike:
-            if shared.holds(x):
-                return shared
-        alike.append(Shared(x))
-        return alike[-1]
+        shared = next((each for each in alike if each.holds(x)), None) or Shared(x)
+        alike.add(shared)
+        return shared
 
     def buffer(self, purpose: str, numel: int, like: Tensor) -> Tensor:
         """A flat buffer through which values enter or leave a graph, the same memory for all recordings.

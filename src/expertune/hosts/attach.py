@@ -6,7 +6,6 @@ switch that replay on for the router.
 """
 
 import copy
-from collections.abc import Iterator
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -39,7 +38,7 @@ from expertune.hosts import (
     trl_head,
 )
 from expertune.hosts.attached import Attached, attached
-from expertune.memory.replay import RoutingReplay
+from expertune.hosts.blocks import blocks, decoders, hook
 
 
 def attach(
@@ -112,8 +111,7 @@ def _rest(state: Attached, device: torch.device) -> float:
 def _hook(model: PreTrainedModel, state: Attached) -> None:
     """Ours around the blocks, before the decoders, and around the optimizer's steps."""
     for block in state.blocks:
-        state.handles.append(block.register_forward_pre_hook(partial(_before_block, state.replay)))
-        state.handles.append(block.register_forward_hook(partial(_after_block, state.replay), always_call=True))
+        state.handles += hook(block, state.replay)
     for decoder in decoders(model):
         state.handles.append(decoder.register_forward_pre_hook(partial(_before_decoder, model, state)))
         state.handles += recompute.hook(decoder)
@@ -171,11 +169,6 @@ def bind_all(model: PreTrainedModel) -> None:
     state.adapters = _adapters_of(model)
     if state.recorder is not None:
         graphs.bind(state.layers, state.recorder)
-
-
-def blocks(model: nn.Module) -> Iterator[nn.Module]:
-    """Each module that holds experts: the MoE blocks."""
-    yield from filter(peft.is_block, model.modules())
 
 
 def _refuse_unknown_blocks(model: nn.Module) -> None:
@@ -237,12 +230,6 @@ def _own_config(config: Any, copies: dict[int, Any]) -> Any:
     return copies[id(config)]
 
 
-def decoders(model: PreTrainedModel) -> list[PreTrainedModel]:
-    """The innermost Transformers models that hold checkpointed layers."""
-    models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
-    return [m for m in models if not any(inner is not m and inner in models for inner in m.modules())]
-
-
 def _attend_again(model: PreTrainedModel, state: Attached) -> None:
     """Take over the attention of decoders that have been given back theirs, unless someone has chosen another since."""
     had = {id(config): name for config, name in state.attentions}
@@ -255,14 +242,6 @@ def _attend_again(model: PreTrainedModel, state: Attached) -> None:
 def _adapters_of(model: nn.Module) -> tuple[str, ...]:
     """The names of the adapters that PEFT put into a Transformers model; it leaves their configs on it."""
     return tuple(getattr(model, "peft_config", {}))
-
-
-def _before_block(replay: RoutingReplay, _block: nn.Module, _args: Any) -> None:
-    replay.enter_block()
-
-
-def _after_block(replay: RoutingReplay, _block: nn.Module, _args: Any, _output: Any) -> None:
-    replay.leave_block()
 
 
 def _before_decoder(model: PreTrainedModel, state: Attached, decoder: nn.Module, _args: Any) -> None:

@@ -2,13 +2,14 @@
 
 from dataclasses import dataclass
 
-from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+from peft.tuners.lora.layer import LoraLayer
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from expertune.hosts.attach import blocks
-from expertune.hosts.transformers import clean, named_experts
+from expertune.hosts.blocks import blocks
+from expertune.hosts.peft import adapted_name
+from expertune.hosts.transformers import below_layer, clean, named_experts
 
 # the last names of linears in layers whose parts are all called mixer
 _OF_ATTENTION = frozenset({"q_proj", "k_proj", "v_proj", "o_proj"})
@@ -94,8 +95,7 @@ def coverage(model: nn.Module) -> Coverage:
         ]
         seen.update(map(id, factors))
         if factors:
-            name = f"{path}.{module.parameter_name}" if isinstance(module, ParamWrapper) else path
-            name = clean(name.removesuffix(".weight"))
+            name = adapted_name(path, module)
             adapted.add(name)
             ranks = tuple(module.r[adapter] for adapter in module.active_adapters if adapter in module.r)
             totals.setdefault((*paths.place(name), ranks), []).append(sum(p.numel() for p in factors))
@@ -126,9 +126,7 @@ class _Paths:
     def place(self, path: str) -> tuple[str, str]:
         """The kind of a path, and the path below its layer."""
         path = clean(path)
-        parts = path.split(".")
-        numbers = [i for i, part in enumerate(parts) if part.isdigit()]
-        name = ".".join(parts[numbers[-1] + 1 :]) if numbers else path
+        name = below_layer(path)
         return self._kind(path, name.split(".")), name
 
     def _kind(self, path: str, parts: list[str]) -> str:

@@ -22,7 +22,7 @@ from expertune.attention.attend import attend
 from expertune.attention.hopper import MOST_WITH_SINKS
 from expertune.gated_mlp import Linear, gated_mlp
 from expertune.hosts import attention, forwards, mlps, norms, router
-from expertune.hosts.attach import decoders
+from expertune.hosts.blocks import decoders
 from expertune.kernels import has_triton
 from expertune.loss.log_probs import Head, label_log_probs
 from expertune.optim.adamw_8bit import AdamW8bit

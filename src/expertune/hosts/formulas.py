@@ -4,11 +4,18 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, TypeVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from expertune.hosts import forwards
 
 _Formula = TypeVar("_Formula")
+_AGREES = 1e-5  # float32 rounding, relative; another formula is off by more than a tenth
+
+
+def agree(given: Tensor, mine: Tensor) -> bool:
+    """Whether two formulas gave the same numbers, in float32."""
+    return given.shape == mine.shape and torch.allclose(given, mine, rtol=_AGREES, atol=_AGREES)
 
 
 def find(

@@ -15,6 +15,7 @@ from transformers.activations import ACT2FN
 from transformers.integrations.moe import _default_apply_gate
 
 from expertune.activations import ClampedSwiGlu, Gate, GeGlu, HostGate, ReluSquared, SwiGlu
+from expertune.hosts.formulas import agree
 
 _FUSED: dict[str, Gate] = {
     "silu": SwiGlu(),
@@ -25,7 +26,6 @@ _FUSED: dict[str, Gate] = {
 # the names that hosts give to the settings of a clamped gate
 _LIMITS = ("limit", "swiglu_limit")
 _ALPHAS = ("alpha", "swiglu_alpha")
-_AGREES = 1e-5  # float32 rounding, relative; another gate is off by more than a tenth
 
 
 def gate_of(experts: nn.Module) -> Gate:
@@ -45,7 +45,7 @@ def gate_of(experts: nn.Module) -> Gate:
     normal_NG = torch.randn(64, 16, generator=draw, dtype=torch.float32)
     for gate in _candidates(module):
         h_NG = normal_NG * (2 * gate.limit if isinstance(gate, ClampedSwiGlu) else 1)  # beyond its clamps
-        if torch.allclose(apply_gate(module, h_NG), gate.forward(h_NG), rtol=_AGREES, atol=_AGREES):
+        if agree(apply_gate(module, h_NG), gate.forward(h_NG)):
             return gate
     return HostGate(MethodType(apply_gate, _without_weights(module)))
 

@@ -23,13 +23,13 @@ from transformers.utils import output_capturing
 from expertune.graphs.piece import MOST_TOKENS, Piece
 from expertune.graphs.recorder import Recorder
 from expertune.graphs.rerun import Around
-from expertune.hosts import attention, collected, forwards, latent_attention, mlps, peft, rotary, samples
+from expertune.hosts import attention, blocks, collected, forwards, latent_attention, mlps, peft, rotary, samples
 from expertune.hosts.transformers import is_experts
 from expertune.hosts.twins import twin_around
 from expertune.memory.planner import Way
 from expertune.memory.replay import RoutingReplay
 
-_OBSERVERS = (output_capturing.__name__, "expertune.hosts.attach")  # whose hooks do nothing else
+_OBSERVERS = (output_capturing.__name__, blocks.__name__)  # whose hooks do nothing else
 _OURS = (latent_attention.forward, mlps.forward, rotary.forward)  # forwards of modules that are recorded
 # Above, a block by itself waits for the device: at 4,096 tokens of Qwen3's shape it takes the device 2.2 ms and the CPU
 # of an H200's machine 2.5 to submit, at 16,384 6.1 and 2.9.

@@ -19,6 +19,7 @@ from expertune.attention.latent import assemble
 from expertune.attention.rotary import Rotation
 from expertune.hosts import attention as ours
 from expertune.hosts import rotary
+from expertune.hosts.formulas import agree
 
 _SMALL = {
     "hidden_size": 16,
@@ -36,7 +37,6 @@ _PARTS = ("kv_a_proj_with_mqa", "kv_a_layernorm", "kv_b_proj", "o_proj", "config
 _TAKES_ANY_WIDTHS = ("eager", "sdpa", ours.IMPLEMENTATION, ours.BESIDE_SDPA)
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 _ROTATES, _ROTATES_COMPLEX = "apply_rotary_pos_emb", "apply_rotary_emb"  # the second is DeepSeek-V2's
-_AGREES = 1e-5  # float32 rounding, relative
 
 
 def find(model: nn.Module) -> list[nn.Module]:
@@ -177,7 +177,7 @@ def _follows(kind: type, config: Any) -> bool:
         mine = _forward(attention, rotation, x, angles, None)[0]
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):  # it is built or called in another way
         return False
-    return given.shape == mine.shape and torch.allclose(given, mine, rtol=_AGREES, atol=_AGREES)
+    return agree(given, mine)
 
 
 def _instance(kind: type, config: Any) -> Any:

@@ -15,8 +15,6 @@ from torch import Tensor, nn
 from expertune.hosts import formulas
 from expertune.rms_norm import rms_norm
 
-_AGREES = 1e-5  # float32 rounding, relative; a norm of another kind is off by more than a tenth
-
 
 class Formula(NamedTuple):
     """How one class of norms differs from another.
@@ -58,7 +56,7 @@ def formula_of(norm: nn.Module) -> Formula | None:
     except (RuntimeError, ValueError):
         return None
     for offset in (0.0, 1.0):
-        if torch.allclose(given, rms_norm(x, weight, eps, offset), rtol=_AGREES, atol=_AGREES):
+        if formulas.agree(given, rms_norm(x, weight, eps, offset)):
             return Formula(eps, offset, keeps_dtype=host(twin, x.bfloat16()).dtype == torch.bfloat16)
     return None
 

@@ -26,7 +26,14 @@ from torch import Tensor, nn
 from expertune import lora
 from expertune.gated_mlp import Linear
 from expertune.hosts import forwards
-from expertune.hosts.transformers import ExpertsPlan, first_name, is_experts, is_transposed, named_experts
+from expertune.hosts.transformers import (
+    ExpertsPlan,
+    clean,
+    first_name,
+    is_experts,
+    is_transposed,
+    named_experts,
+)
 from expertune.lora_linear import lora_linear
 from expertune.shapes import LoraFactors
 
@@ -61,6 +68,17 @@ def is_block(module: nn.Module) -> bool:
     """Whether a module holds experts: a router with its experts, and what is shared beside them."""
     is_wrapper = isinstance(module, ParamWrapper | AuxiliaryTrainingWrapper | nn.ModuleDict)
     return not is_wrapper and any(experts_in(child) is not None for child in module.children())
+
+
+def adapted_name(path: str, layer: LoraLayer) -> str:
+    """The path of what a LoRA layer adapts in the model without it: a linear, or a parameter of experts.
+
+    Args:
+        path: of the layer.
+        layer: PEFT's.
+    """
+    name = f"{path}.{layer.parameter_name}" if isinstance(layer, ParamWrapper) else path
+    return clean(name.removesuffix(".weight"))
 
 
 def trained_ranks(module: nn.Module) -> dict[str, int]:
@@ -202,7 +220,11 @@ def lost_when_read(model: PeftModel) -> list[str]:
 
 
 def _check_versions(model: nn.Module) -> None:
-    """The same for adapters that PEFT has loaded already, whose square shapes hide it."""
+    """Refuse adapters of an older PEFT's layout that PEFT has loaded already; square experts hide it from their shapes.
+
+    Raises:
+        ValueError: names the adapter.
+    """
     for name, config in getattr(model, "peft_config", {}).items():
         if not getattr(config, "target_parameters", None):
             continue

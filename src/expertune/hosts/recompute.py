@@ -22,7 +22,7 @@ from expertune.memory.replay import LayerMemory, ReplayingCheckpoint
 def set_memory(model: PreTrainedModel, state: Attached, memory: str) -> None:
     """Spare memory in this way from now on, and in no other that was set before.
 
-    Gradient checkpointing is turned on, with our own choice of torch's two ways and the routing replayed, or off.
+    Gradient checkpointing is turned on, with a node of autograd of our own and the routing replayed, or off.
 
     Args:
         model: the model.
@@ -74,6 +74,7 @@ class _BesideACache:
 
     def begin(self, decoder: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
         """Before."""
+        self.end()  # of a call that Ctrl-C ended: torch then calls no hook
         if decoder.training and samples.has_cache(kwargs) and not torch.compiler.is_compiling():
             layers = [module for module in decoder.modules() if isinstance(module, GradientCheckpointingLayer)]
             self._layers = [layer for layer in layers if layer.gradient_checkpointing]

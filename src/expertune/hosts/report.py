@@ -6,8 +6,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from expertune.hosts import attention, graphs, trl_head
-from expertune.hosts.attach import blocks, decoders
 from expertune.hosts.attached import Attached, attached
+from expertune.hosts.blocks import blocks, decoders
 from expertune.hosts.peft import experts_in, wrappers_of
 from expertune.hosts.transformers import first_name, has_norm, plan_of
 

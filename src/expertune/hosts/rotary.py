@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from expertune.attention.rotary import Rotation, formula, rotate, why_not
+from expertune.hosts.formulas import agree
 from expertune.hosts.twins import twin
 
 _NAMES = ("apply_rotary_pos_emb", "apply_rotary_pos_emb_interleave")
-_AGREES = 1e-5  # float32 rounding, relative
 
 
 def find(model: nn.Module) -> list[nn.Module]:
@@ -58,10 +58,7 @@ def _follows(function: Callable[..., Any], rotation: Rotation, beside: int) -> b
     except (RuntimeError, ValueError):  # shapes that it does not know, or a device
         return False
     ours = [formula(x, cos, sin, rotation) for x in (q, k)]
-    return all(
-        mine.shape == theirs.shape and torch.allclose(theirs, mine, rtol=_AGREES, atol=_AGREES)
-        for mine, theirs in zip(ours, given, strict=True)
-    )
+    return all(map(agree, given, ours))
 
 
 def _keeps_dtype(function: Callable[..., Any], rotation: Rotation) -> bool:

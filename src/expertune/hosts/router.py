@@ -22,7 +22,6 @@ from expertune.router import choose, has_kernel, route
 from expertune.shapes import RoutingRule
 
 _BIAS = "e_score_correction_bias"
-_AGREES = 1e-5  # float32 rounding, relative
 _NUM_TOKENS = 5
 
 
@@ -130,7 +129,7 @@ def _try(router: Any, narrow: Any, x_BTD: Tensor) -> Formula | None:
     for is_sigmoid, is_normed in product((False, True), repeat=2):
         formula = Formula(RoutingRule(router.top_k, is_sigmoid, is_normed, scale, groups, used), is_wide, flattens)
         mine = _numbers(partial(routed, router, formula, None), x_BTD[0])
-        if all(torch.allclose(a, b, rtol=_AGREES, atol=_AGREES) for a, b in zip(given, mine, strict=True)):
+        if all(map(formulas.agree, given, mine)):
             return formula
     return None
 

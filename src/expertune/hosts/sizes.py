@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from expertune.hosts import attention, peft, transformers
-from expertune.hosts.attach import blocks, decoders
+from expertune.hosts.blocks import blocks, decoders
 from expertune.hosts.classes import top_k_of
 from expertune.memory.needs import LayerBytes, ModelBytes
 

@@ -13,8 +13,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from expertune.hosts.attach import blocks, decoders
-from expertune.hosts.transformers import first_name, is_experts, named_experts
+from expertune.hosts.blocks import blocks, decoders
+from expertune.hosts.transformers import below_layer, first_name, is_experts, named_experts
 
 # Rewritten by PEFT's _convert_peft_config_moe (peft/utils/transformers_weight_conversion.py, 0.21.2).
 _REWRITTEN_BY_PEFT = frozenset({"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"})
@@ -55,16 +55,22 @@ class Targets:
         of_weights = [name for name in self.parameters if name.endswith(".weight")]
         reaching = {}
         for pattern, value in patterns.items():
-            met = [path for path in self.paths if re.match(rf"(.*\.)?({pattern})(\.weight)?$", f"{path}.weight")]
+            try:
+                expression = re.compile(rf"(.*\.)?({pattern})(\.weight)?$")
+            except re.error as error:
+                raise self._refused(setting, pattern, f"is no regular expression ({error.msg})") from error
+            met = [path for path in self.paths if expression.match(f"{path}.weight")]
             if not met:
-                ends = sorted({re.sub(r"^.*\.\d+\.", "", path) for path in self.paths})
-                raise ValueError(
-                    f"{setting} names {pattern!r}, which matches nothing that is adapted. A pattern is a name, or the "
-                    f"end of a path, of {', '.join(ends)}."
-                )
+                raise self._refused(setting, pattern, "matches nothing that is adapted")
             has_weights = any(_ends(f"{path}.weight", name) for path in met for name in of_weights)
             reaching[rf"({pattern})(\.weight)?" if has_weights else pattern] = value
         return reaching
+
+    def _refused(self, setting: str, pattern: str, why: str) -> ValueError:
+        ends = ", ".join(sorted(set(map(below_layer, self.paths))))
+        return ValueError(
+            f"{setting} names {pattern!r}, which {why}. A pattern is a name, or the end of a path, of {ends}."
+        )
 
 
 def resolve(model: PreTrainedModel, requested: Sequence[str] | str, parameters: Iterable[str] = ()) -> Targets:
@@ -253,7 +259,5 @@ def _ends(path: str, name: str) -> bool:
 
 def _shortest(path: str, meant: frozenset[str], present: Sequence[str]) -> str:
     """The path below the numbered layer, the same in every layer; the full path where another layer is not meant."""
-    parts = path.split(".")
-    numbers = [i for i, part in enumerate(parts) if part.isdigit()]
-    short = ".".join(parts[numbers[-1] + 1 :]) if numbers else path
+    short = below_layer(path)
     return short if all(other in meant for other in present if _ends(other, short)) else path

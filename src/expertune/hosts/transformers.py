@@ -56,9 +56,7 @@ class ExpertsPlan:
     host_config: Any
     replay: RoutingReplay
     tiles: TokenTiles | None = None
-    _steps: dict[tuple[torch.device, torch.dtype, torch.dtype], tuple[ExpertsStep, list[str]]] = field(
-        default_factory=dict
-    )
+    _steps: dict[tuple[Any, ...], tuple[ExpertsStep, list[str]]] = field(default_factory=dict)
 
     def step(self, first: Tensor, second: Tensor) -> tuple[ExpertsStep, list[str]]:
         """The step for the weights of both projections, and why better backends were passed over.
@@ -66,7 +64,7 @@ class ExpertsPlan:
         Raises:
             ValueError: they differ in dtype, or the backend asked for cannot run them.
         """
-        key = (first.device, first.dtype, second.dtype)
+        key = (first.device, first.dtype, second.dtype, first.is_contiguous(), second.is_contiguous())
         if key not in self._steps:
             backend, passed_over = self._choose(first, second)
             step = _shared_step(self.layout, self.gate, backend)
@@ -74,20 +72,13 @@ class ExpertsPlan:
         return self._steps[key]
 
     def _choose(self, first: Tensor, second: Tensor) -> tuple[Backend, list[str]]:
-        layout, device = self.layout, first.device
         if first.dtype != second.dtype:
             raise ValueError(
                 f"the two weights of {self.name} have different dtypes, {first.dtype} and {second.dtype} (down_proj). "
                 "Cast the model to one dtype, for instance with model.to(torch.bfloat16)."
             )
-        problem = Problem(
-            device=device.type,
-            capability=torch.cuda.get_device_capability(device) if device.type == "cuda" else None,
-            dtype=first.dtype,
-            widths=(layout.model_width, layout.first_width, layout.expert_width),
-            is_dense=all(w.is_contiguous() and w.data_ptr() % ALIGNMENT == 0 for w in (first, second)),
-        )
-        return choose(problem, self.requested)
+        is_dense = all(w.is_contiguous() and w.data_ptr() % ALIGNMENT == 0 for w in (first, second))
+        return choose(Problem.of(self.layout, first.dtype, first.device, is_dense=is_dense), self.requested)
 
 
 @lru_cache
@@ -357,3 +348,8 @@ def clean(path: str) -> str:
     """A path as it is without PEFT's wrappers."""
     path = path.removeprefix("base_model.model.").replace(".base_layer", "").replace(".original_module", "")
     return re.sub(r"\.modules_to_save\.[^.]+", "", path)
+
+
+def below_layer(path: str) -> str:
+    """A path below the last number in it, which is that of a layer; the whole path if there is none."""
+    return re.sub(r"^(.*\.)?\d+\.", "", path)

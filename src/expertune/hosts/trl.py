@@ -2,9 +2,11 @@
 
 from typing import Any
 
-from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from expertune.hosts.peft import adapted_name
 
 
 def adapters_without_gradient(model: nn.Module) -> list[str]:
@@ -17,8 +19,7 @@ def adapters_without_gradient(model: nn.Module) -> list[str]:
             factors = [layers[adapter].weight for layers in (module.lora_A, module.lora_B) if adapter in layers]
             trained = [factor for factor in factors if factor.requires_grad]
             if trained and not any(factor.grad is not None and factor.grad.any() for factor in trained):
-                name = f"{path}.{module.parameter_name}" if isinstance(module, ParamWrapper) else path
-                silent.append(name.replace(".base_layer", ""))
+                silent.append(adapted_name(path, module))
     return silent
 
 

@@ -11,6 +11,7 @@ would write each token's choices out, 8 KiB a token and layer where 8 of 128 exp
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import wraps
+from inspect import signature
 from types import FunctionType, MethodType
 from typing import Any, cast
 
@@ -25,6 +26,10 @@ from expertune.loss.log_probs import Head, label_log_probs
 
 _NAME = "_ChunkedLogProbFunction"  # of TRL's autograd function, in the module of its forward
 _OURS = {"log_probs", "entropy", "is_top1"}
+_TAKES = (  # what its `forward` takes, in this order
+    "hidden", "weight", "bias", "targets", "temperature", "chunk_size", "final_logit_softcapping", "logit_scale",
+    "outputs",
+)  # fmt: skip
 _IMPORTS = {"transformers.models.mixtral.modeling_mixtral": load_balancing.__name__}  # where it finds the balance loss
 
 
@@ -70,9 +75,14 @@ def bind(model: nn.Module) -> None:
     if forward is None or _NAME not in forward.__code__.co_names:
         return
     host = forward.__globals__.get(_NAME)
-    if host is not None and not isinstance(host, _LogProbs):  # None: TRL found no Triton
+    if host is not None and not isinstance(host, _LogProbs) and _is_known(host):  # None: TRL found no Triton
         ours = twin(forward, {_NAME: _LogProbs(host, forward)}, _IMPORTS)
         model.forward = MethodType(_counting_labels(ours), model)
+
+
+def _is_known(host: Any) -> bool:
+    """Whether TRL's function takes what ours does: another TRL may ask for more, and then keeps its own."""
+    return tuple(signature(host.forward).parameters)[1:] == _TAKES
 
 
 def unbind(model: nn.Module) -> None:

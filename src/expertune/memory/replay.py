@@ -54,7 +54,7 @@ class Tape:
         self.is_recorded = False
         self.leave_out = leave_out
         self.tiles = tiles
-        self._is_reentrant = False
+        self._first_built_no_graph = False
         self._indices: list[Tensor] = []
         self._cursor = 0
         self._made: list[Any] = []
@@ -87,10 +87,10 @@ class Tape:
 
     def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run the layer: for the first time, or again."""
-        if self.is_recorded and self._is_reentrant and torch.is_grad_enabled():
+        if self.is_recorded and self._first_built_no_graph and torch.is_grad_enabled():
             return self.leave_out.rerun(self._from_start, function, *args, **kwargs)
         if not self.is_recorded:
-            self._is_reentrant = not torch.is_grad_enabled()
+            self._first_built_no_graph = not torch.is_grad_enabled()
         return self._from_start(function, *args, **kwargs)
 
     def _from_start(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

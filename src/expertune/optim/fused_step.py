@@ -140,9 +140,10 @@ class _Known(NamedTuple):
 
 def _update(group: dict[str, Any], count: int) -> tuple[float, ...]:
     """The numbers of step `count`, from 1: decay, both betas, size, correction of the root, eps, the count itself."""
-    lr, (beta1, beta2) = float(group["lr"]), group["betas"]
+    # as fractions also where they are whole: kernels are compiled for one or the other
+    lr, beta1, beta2 = map(float, (group["lr"], *group["betas"]))
     step_size, root_correction = lr / (1 - beta1**count), (1 - beta2**count) ** -0.5
-    return 1 - lr * group["weight_decay"], beta1, beta2, step_size, root_correction, group["eps"], count
+    return 1 - lr * group["weight_decay"], beta1, beta2, step_size, root_correction, float(group["eps"]), count
 
 
 _Launch = Callable[[Sequence[Tensor], Tensor, tuple[float, ...]], None]

@@ -57,6 +57,15 @@ class OutputFolder:
 
     def claim(self) -> None:
         """Make the folder, remove what an earlier run wrote there, and mark it as a run that has not finished."""
+        self._started = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        try:
+            self._remove_earlier()
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._write_state("running")
+        except OSError as error:
+            raise self._unwritable(str(error.strerror)) from error
+
+    def _remove_earlier(self) -> None:
         for name in self._earlier:
             (self.path / name).unlink(missing_ok=True)
         for partial in self.path.glob(f"{_PARTIAL}*"):
@@ -64,12 +73,6 @@ class OutputFolder:
         for folder in sorted({(self.path / name).parent for name in self._earlier} - {self.path}, reverse=True):
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
-        self._started = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._write_state("running")
-        except OSError as error:
-            raise self._unwritable(str(error.strerror)) from error
 
     def file(self, name: str) -> Path:
         """The path of a file to write, which then counts as this run's."""

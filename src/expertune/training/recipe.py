@@ -60,7 +60,7 @@ class Recipe(BaseModel):
     """Of the base weights; "auto" takes the checkpoint's. Adapters are float32,
     unless autocast_adapter_dtype is false."""
     load_in_4bit: bool = False
-    """Hold the base weights in 4 bits."""
+    """Not supported yet: refused."""
     moe_backend: str | None = None
     """What runs the experts: "auto", "triton", "grouped_mm" or "native_torch". None: the environment variable
     EXPERTUNE_MOE_BACKEND if it is set, else "auto"."""

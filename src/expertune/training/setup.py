@@ -21,7 +21,7 @@ from transformers.training_args import OptimizerNames
 from trl import SFTConfig
 
 import expertune
-from expertune.backends import PREFERRED
+from expertune.backends import refuse_unknown
 from expertune.optim.adamw_8bit import AdamW8bit
 from expertune.training.errors import UserError, one_paragraph
 from expertune.training.recipe import LORA_FIELDS, Recipe
@@ -257,9 +257,11 @@ def _default(field: str) -> Any:
 
 def _check_names(recipe: Recipe) -> None:
     """Names that would be refused only after the weights were loaded."""
-    backends = ["auto", *(backend.name for backend in PREFERRED)]
-    if recipe.moe_backend is not None and recipe.moe_backend not in backends:
-        raise UserError(f"unknown moe_backend {recipe.moe_backend!r}; choose one of {', '.join(backends)}.")
+    if recipe.moe_backend is not None:
+        try:
+            refuse_unknown(recipe.moe_backend, "moe_backend")
+        except ValueError as error:
+            raise UserError(str(error)) from error
     trackers = ["none", "all", *get_available_reporting_integrations()]
     if recipe.report_to not in trackers:
         raise UserError(
@@ -270,7 +272,10 @@ def _check_names(recipe: Recipe) -> None:
 
 def _chat_template(path: str, tokenizer: PreTrainedTokenizerBase) -> Any:
     if Path(path).is_file():
-        template: Any = Path(path).read_text(encoding="utf-8")
+        try:
+            template: Any = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"chat_template_path {path!r} cannot be read as text in UTF-8: {error}") from error
     else:
         try:
             template = AutoTokenizer.from_pretrained(path).chat_template
