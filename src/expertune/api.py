@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from expertune.backends import refuse_unknown
-from expertune.hosts import attach, early, peft, recompute, report, trl_head, walks
+from expertune.hosts import attach, early, peft, recompute, report, traversal, trl_head
 from expertune.hosts.attached import attached
 from expertune.hosts.classes import auto_class, is_cut
 from expertune.hosts.coverage import Coverage, coverage
@@ -171,7 +171,7 @@ def add_lora(
     if targets.left:
         left = ", ".join(targets.left)
         console.print(f"left as it is: {left}; name its modules by dotted paths to train it", soft_wrap=True)
-    walks.bind(wrapped)
+    traversal.bind(wrapped)
     return wrapped
 
 
@@ -209,8 +209,8 @@ def optimize(
     state = attach.attach(inner, requested, is_attention_ours=attention == "auto", uses_graphs=graphs)
     if memory is not None:
         recompute.set_memory(inner, state, memory)
-    walks.bind(inner, trl_head.bind)
-    walks.bind(model)
+    traversal.bind(inner, trl_head.bind)
+    traversal.bind(model)
     return model
 
 
@@ -219,7 +219,7 @@ def restore(model: _Model) -> _Model:
     inner = _transformers_model(model)
     attach.detach(inner)
     for each in {inner, model}:
-        walks.unbind(each)
+        traversal.unbind(each)
     return model
 
 

@@ -75,7 +75,7 @@ def flatten(projections: tuple[Projection, Projection]) -> tuple[Tensors, tuple[
     return (first.weight, first.bias, second.weight, second.bias, *factors), scales
 
 
-def adds_little(projections: tuple[Projection, Projection], routing: RoutingShape, layout: ExpertsLayout) -> bool:
+def packed_is_small(projections: tuple[Projection, Projection], routing: RoutingShape, layout: ExpertsLayout) -> bool:
     """Whether the packed factors have at most a third as many numbers as `h_NG`, which is kept for backward anyway.
 
     They are then kept beside it: packing them again would read all of the adapters once more.

@@ -8,7 +8,7 @@ from rich.console import Console
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from expertune import AdamW8bit
-from expertune.training.callbacks import FiniteGradients, PeriodicSave, Recorder
+from expertune.training.callbacks import FiniteGradients, MetricsLog, PeriodicSave
 from expertune.training.errors import UserError
 from expertune.training.progress import Display
 
@@ -53,20 +53,20 @@ def test_saves_every_few_steps_but_not_the_last() -> None:
 def test_records_what_is_logged(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     with Display(Console(file=StringIO())) as display:
-        recorder = Recorder(display, path)
+        log = MetricsLog(display, path)
         control = TrainerControl()
         for step, tokens in ((1, 100.0), (2, 250.0)):
-            recorder.on_step_begin(ARGUMENTS, state(step - 1, max_steps=2), control)
-            recorder.on_step_end(ARGUMENTS, state(step, max_steps=2), control)
+            log.on_step_begin(ARGUMENTS, state(step - 1, max_steps=2), control)
+            log.on_step_end(ARGUMENTS, state(step, max_steps=2), control)
             logs = {"loss": 2.0 / step, "grad_norm": 1.0, "learning_rate": 1e-4, "num_tokens": tokens}
-            recorder.on_log(ARGUMENTS, state(step, max_steps=2), control, logs=logs)
-        recorder.on_evaluate(ARGUMENTS, state(2, max_steps=2), control, metrics={"eval_loss": 3.0})
-        recorder.on_log(ARGUMENTS, state(2, max_steps=2), control, logs={"train_loss": 1.5})
+            log.on_log(ARGUMENTS, state(step, max_steps=2), control, logs=logs)
+        log.on_evaluate(ARGUMENTS, state(2, max_steps=2), control, metrics={"eval_loss": 3.0})
+        log.on_log(ARGUMENTS, state(2, max_steps=2), control, logs={"train_loss": 1.5})
     assert control.should_log
-    assert [(record.step, record.loss, record.eval_loss) for record in recorder.records] == [
+    assert [(record.step, record.loss, record.eval_loss) for record in log.records] == [
         (1, 2.0, None),
         (2, 1.0, None),
         (2, None, 3.0),
     ]
-    assert all(record.tokens_per_s > 0 for record in recorder.records[:2])  # type: ignore[operator]
+    assert all(record.tokens_per_s > 0 for record in log.records[:2])  # type: ignore[operator]
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 2]

@@ -2,13 +2,12 @@
 
 from dataclasses import dataclass
 
-from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
 from expertune.hosts.blocks import blocks
-from expertune.hosts.peft import adapted_name
 from expertune.hosts.transformers import below_layer, clean, named_experts
 
 # the last names of linears in layers whose parts are all called mixer
@@ -108,6 +107,17 @@ def coverage(model: nn.Module) -> Coverage:
     ]
     num_all = sum(parameter.numel() for parameter in model.parameters())
     return Coverage(tuple(sorted(rows, key=lambda row: (KINDS.index(row.kind), row.name))), num_all, frozenset(adapted))
+
+
+def adapted_name(path: str, layer: LoraLayer) -> str:
+    """The path of what a LoRA layer adapts in the model without it: a linear, or a parameter of experts.
+
+    Args:
+        path: of the layer.
+        layer: PEFT's.
+    """
+    name = f"{path}.{layer.parameter_name}" if isinstance(layer, ParamWrapper) else path
+    return clean(name.removesuffix(".weight"))
 
 
 def _is_factor(key: str) -> bool:

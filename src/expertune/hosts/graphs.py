@@ -104,12 +104,12 @@ class TransformersHost:
     def recording(self, context: tuple[str, tuple[str, ...]]) -> Iterator[dict[str, list[Any]]]:
         """Lists in place of those that the hooks append to."""
         _, names = context
-        self._replay.is_graph_recorded = True
+        self._replay.is_recording_graph = True
         try:
             with collected.catching(names) as caught:
                 yield caught
         finally:
-            self._replay.is_graph_recorded = False
+            self._replay.is_recording_graph = False
 
     def deliver(self, caught: dict[str, list[Any]]) -> None:
         """Append to those lists."""

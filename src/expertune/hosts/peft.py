@@ -26,14 +26,7 @@ from torch import Tensor, nn
 from expertune import lora
 from expertune.gated_mlp import Linear
 from expertune.hosts import forwards
-from expertune.hosts.transformers import (
-    ExpertsPlan,
-    clean,
-    first_name,
-    is_experts,
-    is_transposed,
-    named_experts,
-)
+from expertune.hosts.transformers import ExpertsPlan, first_name, is_experts, is_transposed, named_experts
 from expertune.lora_linear import lora_linear
 from expertune.shapes import LoraFactors
 
@@ -68,17 +61,6 @@ def is_block(module: nn.Module) -> bool:
     """Whether a module holds experts: a router with its experts, and what is shared beside them."""
     is_wrapper = isinstance(module, ParamWrapper | AuxiliaryTrainingWrapper | nn.ModuleDict)
     return not is_wrapper and any(experts_in(child) is not None for child in module.children())
-
-
-def adapted_name(path: str, layer: LoraLayer) -> str:
-    """The path of what a LoRA layer adapts in the model without it: a linear, or a parameter of experts.
-
-    Args:
-        path: of the layer.
-        layer: PEFT's.
-    """
-    name = f"{path}.{layer.parameter_name}" if isinstance(layer, ParamWrapper) else path
-    return clean(name.removesuffix(".weight"))
 
 
 def trained_ranks(module: nn.Module) -> dict[str, int]:

@@ -27,7 +27,7 @@ from expertune.memory import token_tiles
 from expertune.memory.replay import RoutingReplay
 from expertune.memory.token_tiles import TokenTiles
 from expertune.shapes import ALIGNMENT, ExpertsLayout, LoraFactors, Problem
-from expertune.walk import ExpertsStep, Projection, adds_little
+from expertune.walk import ExpertsStep, Projection, packed_is_small
 
 IMPLEMENTATION = "expertune"
 _LEAST_BYTES = 2  # of a number that is not quantized
@@ -297,8 +297,8 @@ def _walk(
     else:
         rows = choose_rows() if tape is None else tape.once(choose_rows)
         # of a checkpointed layer no longer than its second run, and a recording is made where there is room
-        is_cheap = tape is not None or plan.replay.is_graph_recorded
-        keeps_packed = is_cheap or adds_little(pair, rows.shape, step.layout)
+        is_cheap = tape is not None or plan.replay.is_recording_graph
+        keeps_packed = is_cheap or packed_is_small(pair, rows.shape, step.layout)
         out_TD = experts(x_TD, rows, weight_TK, pair, step, leaves_out=leaves_out, keeps_packed=keeps_packed)
     if is_last and tape is not None:
         tape.leave_out.begin(out_TD)

@@ -6,7 +6,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from expertune.hosts.peft import adapted_name
+from expertune.hosts.coverage import adapted_name
 
 
 def adapters_without_gradient(model: nn.Module) -> list[str]:

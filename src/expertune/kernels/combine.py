@@ -29,15 +29,15 @@ def _combine_kernel(
     tl.store(out_ptr + token * D + d, acc.to(out_ptr.dtype.element_ty), mask=in_width)
 
 
-def combine(y_ND: Tensor, slot_row_TK: Tensor, weight_TK: Tensor | None = None) -> Tensor:
+def combine(y_ND: Tensor, token_row_TK: Tensor, weight_TK: Tensor | None = None) -> Tensor:
     """`out_TD`, in the dtype of `y_ND`.
 
     Args:
         y_ND: contiguous.
-        slot_row_TK: the row of each slot, int32, contiguous.
+        token_row_TK: the row of each slot, int32, contiguous.
         weight_TK: contiguous, any floating dtype.
     """
-    num_tokens, top_k = slot_row_TK.shape
+    num_tokens, top_k = token_row_TK.shape
     width = y_ND.shape[1]
     out_TD = y_ND.new_empty((num_tokens, width))
     if num_tokens == 0:
@@ -46,7 +46,7 @@ def combine(y_ND: Tensor, slot_row_TK: Tensor, weight_TK: Tensor | None = None) 
     launch(
         _combine_kernel,
         (num_tokens, ceil_div(width, block), 1),
-        (y_ND, weight_TK if weight_TK is not None else y_ND, slot_row_TK, out_TD),
+        (y_ND, weight_TK if weight_TK is not None else y_ND, token_row_TK, out_TD),
         (),
         (width,),
         {"K": top_k, "IS_WEIGHTED": weight_TK is not None, "BD": block},

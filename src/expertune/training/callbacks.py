@@ -59,7 +59,7 @@ def not_finite(what: str, step: int) -> UserError:
     )
 
 
-class Recorder(TrainerCallback):
+class MetricsLog(TrainerCallback):
     """Turns what the trainer logs into records: into memory, into a file, onto the display.
 
     Args:

@@ -31,7 +31,7 @@ from expertune.hosts.sizes import model_bytes
 from expertune.hosts.transformers import num_positions
 from expertune.hosts.trl import GradientProof
 from expertune.memory.meter import room_of
-from expertune.training.callbacks import FiniteGradients, PeriodicSave, Recorder, Trainer
+from expertune.training.callbacks import FiniteGradients, MetricsLog, PeriodicSave, Trainer
 from expertune.training.data import Rows, read_data, to_dataset
 from expertune.training.errors import UserError, one_paragraph
 from expertune.training.fits import check_fits
@@ -134,8 +134,8 @@ def run(recipe: Recipe, console: Console | None = None) -> RunResult:
         _make_optimizer(trainer)
         folder.claim()
         _write_recipe(folder.file("recipe.yaml"), recipe, model)
-        recorder = Recorder(display, folder.file("metrics.jsonl"))
-        result = _train(recipe, trainer, folder, recorder, display)
+        log = MetricsLog(display, folder.file("metrics.jsonl"))
+        result = _train(recipe, trainer, folder, log, display)
         display.say(f"wrote {result.weights}, and recipe.yaml, metrics.jsonl and loss.png beside it", style="green")
         return result
 
@@ -218,7 +218,7 @@ def _make_optimizer(trainer: Trainer) -> None:
         ) from error
 
 
-def _train(recipe: Recipe, trainer: Trainer, folder: OutputFolder, recorder: Recorder, display: Display) -> RunResult:
+def _train(recipe: Recipe, trainer: Trainer, folder: OutputFolder, log: MetricsLog, display: Display) -> RunResult:
     """Evaluate, train, save, evaluate."""
     saves: list[Path] = []
 
@@ -230,7 +230,7 @@ def _train(recipe: Recipe, trainer: Trainer, folder: OutputFolder, recorder: Rec
     trainer.add_callback(FiniteGradients())
     if recipe.finetuning_type == "lora":
         trainer.add_callback(GradientProof())
-    trainer.add_callback(recorder)
+    trainer.add_callback(log)
     if recipe.save_steps is not None:
         trainer.add_callback(PeriodicSave(recipe.save_steps, save))
     with told_disk_full(folder.path, saves), told_out_of_memory(recipe, trainer, saves):
@@ -240,12 +240,12 @@ def _train(recipe: Recipe, trainer: Trainer, folder: OutputFolder, recorder: Rec
         trainer.train()
         with display.stage("saving"):  # before the last evaluation, which may fail
             weights = save("adapter" if recipe.finetuning_type == "lora" else "model")
-        if trainer.eval_dataset is not None and recorder.records[-1].eval_loss is None:
+        if trainer.eval_dataset is not None and log.records[-1].eval_loss is None:
             with display.stage("evaluating"):
                 trainer.evaluate()
-        plot_losses(folder.file("loss.png"), recorder.records)
+        plot_losses(folder.file("loss.png"), log.records)
         folder.finish()
-    return RunResult(output_dir=folder.path, weights=weights, records=tuple(recorder.records))
+    return RunResult(output_dir=folder.path, weights=weights, records=tuple(log.records))
 
 
 def _save(trainer: Trainer, path: Path) -> None:

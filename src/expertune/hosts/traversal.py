@@ -1,4 +1,4 @@
-"""The walks over all modules of a model that a trainer makes at every step, while the device waits.
+"""How a trainer goes through all modules of a model at every step, while the device waits.
 
 Transformers' trainer sets every module to training, with a call for each; counts the parameters, to report
 floating-point operations, for which the host builds the names of all; and goes through them to clip their gradients and
@@ -21,16 +21,16 @@ _OF_MODELS = ("parameters", "train", "num_parameters")  # what wraps a model han
 
 
 def bind(model: nn.Module, on_train: Callable[[nn.Module], None] | None = None) -> None:
-    """Let a model, or what PEFT has wrapped it in, walk so.
+    """Let a trainer go through a model, or what PEFT has wrapped it in, so.
 
     Args:
-        model: walks.
+        model: is gone through.
         on_train: is told of the model whenever it is set to training or evaluation, as trainers do before each batch.
     """
-    walks = Walks(model, on_train)
+    traversal = Traversal(model, on_train)
     for name in _OF_MODELS if isinstance(model, PreTrainedModel) else _OF_ALL:
         if name not in vars(model):
-            vars(model)[name] = getattr(walks, name)
+            vars(model)[name] = getattr(traversal, name)
 
 
 def unbind(model: nn.Module) -> None:
@@ -43,7 +43,7 @@ def unbind(model: nn.Module) -> None:
 def is_bound(model: nn.Module, name: str) -> bool:
     """Whether a model's method is ours."""
     bound = vars(model).get(name)
-    return isinstance(bound, MethodType) and isinstance(bound.__self__, Walks)
+    return isinstance(bound, MethodType) and isinstance(bound.__self__, Traversal)
 
 
 class _Flat(NamedTuple):
@@ -107,7 +107,7 @@ class _Counted(NamedTuple):
     total: int
 
 
-class Walks:
+class Traversal:
     """Of one model.
 
     Args:

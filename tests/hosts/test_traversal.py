@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import expertune
-from expertune.hosts import walks
+from expertune.hosts import traversal
 from tests.conftest import Checkpoint
 from tests.hosts.models import load_tiny
 
@@ -52,7 +52,7 @@ def test_parameters_come_in_the_hosts_order(checkpoint: Checkpoint, ties: bool) 
     """Also of what PEFT has wrapped, after modules have come and gone, and of a copy."""
     model = expertune.optimize(load_tiny(checkpoint("qwen3_moe", tie_word_embeddings=ties)))
     wrapped = expertune.add_lora(model, r=2, target_modules=["q_proj", "gate_up_proj"])
-    assert walks.is_bound(wrapped, "parameters")
+    assert traversal.is_bound(wrapped, "parameters")
 
     def check(outer: nn.Module) -> None:
         theirs = list(nn.Module.parameters(outer))
