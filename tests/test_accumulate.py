@@ -1,6 +1,8 @@
 """Gradients that the walk adds to `.grad` itself: the same sums as autograd's, and only where nobody could tell."""
 
-from collections.abc import Callable
+import time
+from threading import Thread
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from expertune import accumulate
 from expertune.activations import SwiGlu
 from expertune.backends import native_torch
 from expertune.backends.protocol import Backend
-from expertune.experts import experts
+from expertune.experts import experts, run_backward
 from expertune.shapes import ExpertsLayout, LoraFactors
 from expertune.walk import ExpertsStep, Projection
 from tests.cases import DEVICE, FEW_EXPERTS, NUM_FEW, is_interpreted, later, pair_id, runnable
@@ -75,14 +77,14 @@ class Block:
 def added(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Of each backward how many gradients it was to add itself."""
     counts: list[int] = []
-    real: Callable[..., list[Tensor | None]] = accumulate.sums
+    real = accumulate._sums
 
     def counted(ctx: object, tensors: list[Tensor | None]) -> list[Tensor | None]:
         sums = real(ctx, tensors)
         counts.append(sum(total is not None for total in sums))
         return sums
 
-    monkeypatch.setattr(accumulate, "sums", counted)
+    monkeypatch.setattr(accumulate, "_sums", counted)
     return counts
 
 
@@ -160,3 +162,29 @@ def test_a_gradient_of_another_kind_is_left_to_autograd(added: list[int]) -> Non
     block.loss(1).backward()
     assert added == [0, len(block.parameters) - 2]
     torch.testing.assert_close(w.grad, block.grads(1)["up.weight"])
+
+
+def test_passes_of_several_threads_add_one_after_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU each runs in its caller's thread, and a sum in place is a read and a write."""
+    block = Block(native_torch.BACKEND, torch.float64, ranks=(8,), transposed=False)
+    for parameter in block.parameters.values():
+        parameter.grad = torch.zeros_like(parameter)
+    inside: list[int] = []
+    seen: list[int] = []
+    real = run_backward
+
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        inside.append(1)
+        time.sleep(0.05)
+        seen.append(len(inside))
+        grads = real(*args, **kwargs)
+        inside.pop()
+        return grads
+
+    monkeypatch.setattr("expertune.experts.run_backward", slow)
+    threads = [Thread(target=block.loss(seed).backward) for seed in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == [1, 1, 1]

@@ -7,8 +7,9 @@ A recorded pass writes to the same memory in every replay, from where gradients 
 can be are not part of it, but postponed: computed after the replay, where they belong.
 """
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -51,6 +52,7 @@ class Postponement(RecordedPass):
 
 
 _running: Running[Postponement] = Running()
+_adding = threading.RLock()
 
 
 @contextmanager
@@ -66,16 +68,24 @@ def postponement_of(leaves: Sequence[Tensor | None]) -> Postponement | None:
     return _running.of(leaves)
 
 
-def sums(ctx: Any, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+@contextmanager
+def sums(ctx: Any, tensors: Sequence[Tensor | None]) -> Iterator[list[Tensor | None]]:
     """Of each tensor its `.grad`, where a gradient of this backward pass may be added to it in place; else None.
 
     That is so of a leaf that has a gradient from before, without hooks that would want to see the new one, in a
-    backward pass that adds to `.grad` rather than handing the gradient out.
+    backward pass that adds to `.grad` rather than handing the gradient out. Meanwhile no other thread adds; on a GPU
+    autograd has one for all passes.
 
     Args:
         ctx: of the `torch.autograd.Function` whose backward runs.
         tensors: among its inputs.
     """
+    found = _sums(ctx, tensors)
+    with _adding if any(total is not None for total in found) else nullcontext():
+        yield found
+
+
+def _sums(ctx: Any, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
     totals = [None if tensor is None or not _is_plain(tensor) else tensor.grad for tensor in tensors]
     if all(total is None for total in totals):  # as in the first batch of a step
         return totals

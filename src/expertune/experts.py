@@ -283,8 +283,8 @@ class _ExpertsFunction(torch.autograd.Function):
         postponement = accumulate.postponement_of(factors) if walk.step.backend.steps().adds_in_place else None
         if postponement is not None:
             return _postpone(postponement, walk, dout_TD, saved)
-        sums = accumulate.sums(ctx, saved[-walk.num_parts :])
-        dx_TD, dweight_TK, *others = run_backward(walk, dout_TD, saved, sums)
+        with accumulate.sums(ctx, saved[-walk.num_parts :]) as sums:
+            dx_TD, dweight_TK, *others = run_backward(walk, dout_TD, saved, sums)
         return (None, dx_TD, dweight_TK, None, *others)
 
 

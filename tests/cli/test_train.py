@@ -113,7 +113,7 @@ def test_missing_files(desk: Desk) -> None:
     assert (result.exit_code, "there is no recipe" in result.stderr) == (1, True)
     desk.refuses("there is no data at 'no.jsonl'", "Check the path", dataset_name="no.jsonl")
     desk.refuses("there is no data at './no'", eval_dataset_name="./no")
-    desk.refuses("model_name_or_path './no'", model_name_or_path="./no")
+    desk.refuses("model_name_or_path './no' (there is no such folder in ", model_name_or_path="./no")
     desk.refuses("chat_template_path './no'", chat_template_path="./no")
     (desk.folder / "latin").write_bytes("Größe".encode("latin-1"))
     desk.refuses("cannot be read as text in UTF-8", chat_template_path=str(desk.folder / "latin"))
@@ -256,7 +256,6 @@ def test_a_balance_loss_that_the_model_has_not(desk: Desk, make_base: Callable[.
 
 
 def test_other_names_that_do_not_exist(desk: Desk) -> None:
-    desk.refuses("adam is not a valid OptimizerNames", optim="adam")
     desk.refuses("report_to 'wandbb' is not installed here, or not known", report_to="wandbb")
     desk.refuses("lr_scheduler_type: input should be 'linear'", lr_scheduler_type="line")
 
@@ -268,7 +267,7 @@ def test_usage(desk: Desk) -> None:
 
 
 def test_a_bug_keeps_its_traceback(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(_recipe: object) -> None:
+    def broken(_recipe: object, **_: object) -> None:
         raise ValueError("a bug")
 
     monkeypatch.setattr(run_module, "run", broken)
@@ -303,3 +302,27 @@ def test_the_real_program(desk: Desk) -> None:
     *before, last = result.stderr.splitlines()
     assert last.startswith("error: there is no data at 'no.jsonl'")
     assert all("gemm_4bit_forward" in line for line in before), "what bitsandbytes says when it is imported"
+
+
+def test_an_unknown_optimizer(desk: Desk) -> None:
+    desk.refuses("unknown optim 'adam'", "adamw_torch, adamw_8bit or another", optim="adam")
+
+
+def test_what_a_failed_run_was_to_replace_is_told_and_kept(desk: Desk) -> None:
+    assert desk.train().exit_code == 0
+    out = Path(desk.recipe["output_dir"])
+    adapter = {path.name: path.read_bytes() for path in (out / "adapter").iterdir()}
+    failed = desk.train("overwrite_output_dir=true", "learning_rate=1e30")
+    assert failed.exit_code == 1
+    assert f"the earlier run was not replaced; it lies in {out / 'earlier-run-1'}" in " ".join(failed.output.split())
+    assert {path.name: path.read_bytes() for path in (out / "earlier-run-1" / "adapter").iterdir()} == adapter
+
+
+def test_the_recipe_that_is_read_is_not_overwritten(desk: Desk) -> None:
+    assert desk.train().exit_code == 0
+    recipe = Path(desk.recipe["output_dir"]) / "recipe.yaml"
+    with recipe.open("a") as file:
+        file.write("# notes of mine\n")
+    result = CliRunner().invoke(app, ["train", str(recipe), "overwrite_output_dir=true"])
+    assert (result.exit_code, "this run reads recipe=" in result.stderr) == (1, True)
+    assert recipe.read_text().endswith("# notes of mine\n")

@@ -82,9 +82,15 @@ def test_what_another_optimizer_reads_is_clipped_before(checkpoint: Checkpoint, 
     assert max(norms.seen) <= 1.01e-3
 
 
+@pytest.mark.parametrize("given", [None, torch.nn.Linear(1, 1)])
+def test_what_is_no_trainer_is_refused(given: Any) -> None:
+    with pytest.raises(ValueError, match=r"expected a trainer of Transformers or TRL, got (NoneType|Linear)"):
+        expertune.clip_in_step(given)
+
+
 def test_another_norm_is_the_hosts(checkpoint: Checkpoint, tmp_path: Path) -> None:
     trainer, _ = trained(checkpoint, tmp_path, in_step=True, optimizer_cls_and_kwargs=OURS)
     parameter = parameters(trainer)[0]
     parameter.grad = torch.full_like(parameter, 2.0)
     assert trainer.accelerator.clip_grad_norm_([parameter], 1.0, norm_type=math.inf) == 2
-    assert parameter.grad.max() == pytest.approx(1.0)
+    assert float(parameter.grad.max()) == pytest.approx(1.0)

@@ -64,6 +64,26 @@ def test_clipped_in_the_step_as_before_it(max_norm: float) -> None:
     assert all(map(torch.equal, tensors(optimizer), tensors(reference)))
 
 
+def test_a_plain_number_clips_too() -> None:
+    ours, theirs = (nn.Parameter(draw(40, 30)) for _ in range(2))
+    for param, clip_coef in ((ours, 0.25), (theirs, torch.tensor(0.25))):
+        optimizer = AdamW8bit([param], **SETTINGS)
+        param.grad, optimizer.clip_coef = draw(40, 30, seed=1), clip_coef
+        optimizer.step()
+    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (3, 0), (3, 0, 4), (2, 1, 0)])
+def test_a_parameter_without_numbers_is_stepped_beside_others(shape: tuple[int, ...]) -> None:
+    params = [nn.Parameter(draw(*shape)), nn.Parameter(draw(40, 30))]
+    before = params[1].detach().clone()
+    optimizer = AdamW8bit(params)
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    assert not torch.equal(params[1], before)
+
+
 def test_the_state_takes_two_bytes_a_parameter() -> None:
     param = nn.Parameter(draw(256, 64))
     param.grad = draw(256, 64, seed=1)

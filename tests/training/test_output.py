@@ -80,6 +80,21 @@ def test_overwrites_only_what_a_run_wrote(tmp_path: Path) -> None:
     assert not (tmp_path / "checkpoint-5").exists()
 
 
+@pytest.mark.parametrize("num_failed", [1, 2])
+def test_what_is_replaced_is_there_until_the_run_has_finished(tmp_path: Path, num_failed: int) -> None:
+    run(tmp_path)
+    (tmp_path / "adapter" / "config").write_text("the first")
+    for number in range(num_failed):
+        failed = run(tmp_path, overwrite=True, finish=False)
+        assert failed.aside == [tmp_path / f"earlier-run-{n + 1}" for n in range(number + 1)]
+        assert files(tmp_path / "earlier-run-1") == WRITTEN
+        assert (tmp_path / "earlier-run-1" / "adapter" / "config").read_text() == "the first"
+    (tmp_path / "earlier-run-1" / "notes.txt").write_text("mine")
+    assert run(tmp_path, overwrite=True).aside == []
+    assert files(tmp_path) == WRITTEN | {"earlier-run-1/notes.txt"}
+    assert run(tmp_path, overwrite=True).aside == []
+
+
 def test_refuses_to_overwrite_files_among_its_own(tmp_path: Path) -> None:
     run(tmp_path)
     (tmp_path / "adapter" / "notes.txt").write_text("mine")
@@ -121,7 +136,7 @@ def test_a_run_that_cannot_be_replaced_is_told(tmp_path: Path, monkeypatch: pyte
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "unlink", refuse)
+    monkeypatch.setattr(Path, "rename", refuse)
     with pytest.raises(UserError, match="cannot be written: Permission denied"):
         folder.claim()
 

@@ -52,7 +52,9 @@ WRONG = {
     "not YAML": (TEXT + "r: [3\n", "is not YAML: .*line"),
     "a list": ("- r\n", "holds a list, expected lines of"),
     "empty": ("", "holds nothing"),
-    "not utf-8": (b"\xff\xfe\x00", "cannot be read"),
+    "not utf-8": (b"\xff\xfe\x00", "is not text in UTF-8.*Save it as UTF-8"),
+    "a key twice": (TEXT + "r: 3\nrank_pattern: {q_proj: 2, q_proj: 4}\n", "the key 'q_proj' is there twice.*line"),
+    "a setting twice": (TEXT + "r: 3\nr: 4\n", "the key 'r' is there twice"),
     "python object": ("!!python/object/apply:os.system ['true']", "is not YAML"),
 }
 

@@ -63,4 +63,4 @@ def _train(path: str | None, overrides: list[str]) -> None:
 
     from expertune.training.run import run
 
-    run(recipe)
+    run(recipe, source=path)

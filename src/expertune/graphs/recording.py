@@ -316,9 +316,9 @@ class _Replay(torch.autograd.Function):
         recording: Recording = ctx.recording
         is_last = not torch._C._autograd._get_current_graph_task_keep_graph()
         asked = [douts[i] for i in recording.wanted_outs]
-        sums = accumulate.sums(ctx, recording.added)
         begun = ctx.begun if recording.keeps else ctx.saved_tensors
-        grads = iter(recording.backward(begun, asked, sums, is_last=is_last))
+        with accumulate.sums(ctx, recording.added) as sums:
+            grads = iter(recording.backward(begun, asked, sums, is_last=is_last))
         of_inputs: list[Tensor | None] = [None] * ctx.num_inputs
         for place in recording.wants:
             of_inputs[place] = next(grads)

@@ -31,7 +31,14 @@ def clip_in_step(trainer: Trainer) -> None:
 
     Args:
         trainer: of Transformers or TRL, with `max_grad_norm` among its arguments.
+
+    Raises:
+        ValueError: it is something else.
     """
+    if not isinstance(trainer, Trainer):
+        raise ValueError(
+            f"expected a trainer of Transformers or TRL, got {type(trainer).__name__}. Pass the trainer itself."
+        )
     accelerator = trainer.accelerator
     hosts = accelerator.clip_grad_norm_
 

@@ -225,8 +225,9 @@ def experts_forward(
     """
     if hasattr(self, "parametrizations"):
         raise RuntimeError(
-            f"an adapter reached {plan_of(self).name} folded into the weights, not through the walk. "
-            "Call expertune.optimize(model) after adapters were attached."
+            f"the weights of {plan_of(self).name} are parametrized: by an adapter that did not reach the walk, or by "
+            "torch.nn.utils.parametrize. Call expertune.optimize(model) after adapters were attached; experts that "
+            "somebody else parametrizes run as stock Transformers' only, after expertune.restore(model)."
         )
     plan = plan_of(self)
     first = first_name(self)

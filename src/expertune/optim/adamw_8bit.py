@@ -24,8 +24,8 @@ class AdamW8bit(Optimizer):
 
     For a trainer of Transformers or TRL: `optimizer_cls_and_kwargs=(expertune.AdamW8bit, {"lr": 2e-4})`.
 
-    `clip_coef`, a number on any device, multiplies the gradients of the next step, which stay as they are; None leaves
-    them. `expertune.clip_in_step` sets it. (torch's name, in `clip_grad_norm_`.)
+    `clip_coef`, a number or a tensor on any device, multiplies the gradients of the next step, which stay as they
+    are; None leaves them. `expertune.clip_in_step` sets it. (torch's name, in `clip_grad_norm_`.)
 
     Args:
         params: parameters or groups of them, in float32, bfloat16 or float16; their gradients in any of these. In
@@ -54,7 +54,7 @@ class AdamW8bit(Optimizer):
                 f"got {lr=}, {eps=}, {weight_decay=}, {betas=}."
             )
         self._step = FusedStep(_MOMENTS, is_by_chance=True)
-        self.clip_coef: Tensor | None = None
+        self.clip_coef: Tensor | float | None = None
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -84,7 +84,8 @@ class AdamW8bit(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        clip_coef, self.clip_coef = self.clip_coef, None
+        clip_coef = None if self.clip_coef is None else torch.as_tensor(self.clip_coef)
+        self.clip_coef = None
         for number, group in enumerate(self.param_groups):
             params = [param for param in group["params"] if param.grad is not None]
             if any(map(_is_sparse, params)):
@@ -142,6 +143,8 @@ def _why_not(param: Tensor) -> str | None:
     """Why a parameter cannot be stepped, in words; None if it can."""
     if param.dtype not in DTYPES:
         return f"AdamW8bit trains {', '.join(map(str, DTYPES))}; got a parameter in {param.dtype}."
+    if param.numel() == 0:
+        return None
     dense = 1
     for stride, size in sorted(zip(param.stride(), param.shape, strict=True)):
         if size > 1 and stride != dense:

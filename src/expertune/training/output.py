@@ -1,15 +1,17 @@
 """The folder a run writes: claimed before, never half-written, and nobody else's files touched.
 
-A state file lists every file that a run wrote, so that a later one, told to overwrite, removes those and no others.
+A state file lists every file that a run wrote, so that a later one, told to overwrite, replaces those and no others:
+they are moved aside, and removed when that run has finished.
 Folders of weights are written beside their place and renamed: a killed run leaves no half adapter that looks whole.
 """
 
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime, timezone
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from expertune.training.errors import UserError
 
 STATE_FILE = "expertune_run.json"
 _PARTIAL = ".partial-"
+_EARLIER = "earlier-run-"
 
 
 class OutputFolder:
@@ -37,6 +40,7 @@ class OutputFolder:
         self.path = Path(path).expanduser()
         self._reads = {name: Path(read) for name, read in (reads or {}).items() if read is not None}
         self._wrote: list[str] = []
+        self._aside: list[str] = []  # files of earlier runs, until this one has finished
         self._started = ""
         try:
             self._check_place()
@@ -56,21 +60,37 @@ class OutputFolder:
                     path.rmdir()
 
     def claim(self) -> None:
-        """Make the folder, remove what an earlier run wrote there, and mark it as a run that has not finished."""
+        """Make the folder, move aside what an earlier run wrote there, and mark it as a run that has not finished."""
         self._started = datetime.now(timezone.utc).isoformat(timespec="seconds")
         try:
-            self._remove_earlier()
             self.path.mkdir(parents=True, exist_ok=True)
+            self._move_aside()
             self._write_state("running")
         except OSError as error:
             raise self._unwritable(str(error.strerror)) from error
 
-    def _remove_earlier(self) -> None:
-        for name in self._earlier:
-            (self.path / name).unlink(missing_ok=True)
+    @property
+    def aside(self) -> list[Path]:
+        """The folders in which earlier runs lie until this one has finished."""
+        return sorted({self.path / name.partition("/")[0] for name in self._aside})
+
+    def _move_aside(self) -> None:
         for partial in self.path.glob(f"{_PARTIAL}*"):
             shutil.rmtree(partial)
-        for folder in sorted({(self.path / name).parent for name in self._earlier} - {self.path}, reverse=True):
+        names = [name for name in self._earlier if (self.path / name).is_file()]
+        if not names:
+            return
+        aside = next(each for n in count(1) if not (each := self.path / f"{_EARLIER}{n}").exists())
+        for name in names:
+            (aside / name).parent.mkdir(parents=True, exist_ok=True)
+            (self.path / name).rename(aside / name)
+        self._aside += [f"{aside.name}/{name}" for name in names]
+        self._remove_empty_folders(names)
+
+    def _remove_empty_folders(self, names: Iterable[str]) -> None:
+        """Those of files that are gone, and the folders around them."""
+        folders = {self.path / parent for name in names for parent in Path(name).parents} - {self.path}
+        for folder in sorted(folders, reverse=True):
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
 
@@ -94,8 +114,12 @@ class OutputFolder:
         return partial.rename(self.path / name)
 
     def finish(self) -> None:
-        """Mark the run as finished."""
+        """Mark the run as finished, and remove the earlier ones that it replaces."""
+        replaced, self._aside = self._aside, []
         self._write_state("finished")
+        for name in replaced:
+            (self.path / name).unlink(missing_ok=True)
+        self._remove_empty_folders(replaced)
 
     def _upwards(self) -> tuple[Path, ...]:
         return (self.path, *self.path.parents)
@@ -115,7 +139,7 @@ class OutputFolder:
             raise self._unwritable(f"{str(there)!r} is a file")
 
     def _check(self, *, overwrite: bool) -> list[str]:
-        """The files of an earlier run that `claim` may remove."""
+        """The files of an earlier run that `claim` may move aside."""
         if not self.path.is_dir() or not any(self.path.iterdir()):
             return []
         state = self._read_state()
@@ -136,6 +160,7 @@ class OutputFolder:
                     "earlier run wrote there. Choose another output_dir."
                 )
         earlier: list[str] = state["wrote"]
+        self._aside = state["aside"]
         folders = {name.partition("/")[0] for name in earlier if "/" in name}
         there = (file for folder in folders for file in (self.path / folder).rglob("*") if file.is_file())
         if strange := sorted({file.relative_to(self.path).as_posix() for file in there} - set(earlier)):
@@ -152,10 +177,9 @@ class OutputFolder:
             return None
         if not isinstance(state, dict) or not {"status", "started", "wrote"} <= state.keys():
             return None
-        # paths out of the folder are none that a run wrote
-        state["wrote"] = [
-            name for name in state["wrote"] if ".." not in Path(name).parts and not Path(name).is_absolute()
-        ]
+        for key in ("wrote", "aside"):  # paths out of the folder are none that a run wrote
+            names = map(Path, state.get(key, []))
+            state[key] = [name.as_posix() for name in names if ".." not in name.parts and not name.is_absolute()]
         return state
 
     def _record(self, names: list[str]) -> None:
@@ -168,6 +192,7 @@ class OutputFolder:
             "status": status,
             "started": self._started,
             "wrote": [STATE_FILE, *self._wrote],
+            "aside": self._aside,
         }
         partial = self.path / f"{STATE_FILE}.partial"
         partial.write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")

@@ -150,7 +150,8 @@ class Recipe(BaseModel):
     output_dir: str
     """The folder that the run writes. It must be new or empty."""
     overwrite_output_dir: bool = False
-    """Replace what an earlier run of expertune wrote to `output_dir`. Other files in it are never touched."""
+    """Replace what an earlier run of expertune wrote to `output_dir`, once this one has finished; until then it lies in
+    a folder `earlier-run-N` there. Other files are never touched."""
     report_to: str = "none"
     """An experiment tracker that Transformers knows, such as "tensorboard" or "wandb"."""
 

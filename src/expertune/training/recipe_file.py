@@ -67,6 +67,21 @@ def make_recipe(values: Mapping[str, Any], *, source: str = "the recipe") -> Rec
         raise UserError(f"{source}: {'; '.join(_in_words(error))}.") from error
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is there twice, of which YAML would take the last without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """As `SafeLoader`'s."""
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} is there twice", key.start_mark
+                )
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
 def _hint(key: str, known: Sequence[str]) -> str:
     """What a key that is not known may have been meant to be."""
     if key in _INSTEAD:
@@ -77,11 +92,13 @@ def _hint(key: str, known: Sequence[str]) -> str:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+        values = yaml.load(path.read_text(encoding="utf-8-sig"), _Loader)
     except FileNotFoundError as error:
         raise UserError(f"there is no recipe {str(path)!r} in {Path.cwd()}. Check the path.") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"the recipe {str(path)!r} cannot be read: {one_paragraph(error)}.") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"the recipe {str(path)!r} is not text in UTF-8: {error}. Save it as UTF-8.") from error
+    except OSError as error:
+        raise UserError(f"the recipe {str(path)!r} cannot be read: {error.strerror}. Name a YAML file.") from error
     except yaml.YAMLError as error:
         raise UserError(f"the recipe {str(path)!r} is not YAML: {one_paragraph(error)}. Mend that line.") from error
     if not isinstance(values, dict):

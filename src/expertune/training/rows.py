@@ -180,7 +180,7 @@ def _string(where: str, field: str, row: dict[str, Any], path: str | None = None
     value = row.get(field)
     path = path or field
     if value is None:
-        raise UserError(f"{where}: field {path!r} is missing. {_MEND}")
+        raise UserError(f"{where}: field {path!r} is missing or null. {_MEND}")
     if not isinstance(value, str):
         raise UserError(f"{where}: field {path!r} holds a {type(value).__name__}, expected a string. {_MEND}")
     if not value.strip():
@@ -195,7 +195,9 @@ def _string(where: str, field: str, row: dict[str, Any], path: str | None = None
 def _list(where: str, field: str, row: dict[str, Any]) -> list[Any]:
     value = row.get(field)
     if not isinstance(value, list) or not value:
-        came = "is empty" if value == [] else "is missing" if value is None else f"holds a {type(value).__name__}"
+        came = (
+            "is empty" if value == [] else "is missing or null" if value is None else f"holds a {type(value).__name__}"
+        )
         raise UserError(f"{where}: field {field!r} {came}, expected a list of messages. {_MEND}")
     return value
 

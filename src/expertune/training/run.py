@@ -90,19 +90,22 @@ class RunResult:
         return tuple(record.eval_loss for record in self.records if record.eval_loss is not None)
 
 
-def run(recipe: Recipe, console: Console | None = None) -> RunResult:
+def run(recipe: Recipe, console: Console | None = None, *, source: str | None = None) -> RunResult:
     """Fine-tune as a recipe says, and write the result to its output folder.
 
     Args:
         recipe: what to do.
         console: where to show it; None takes the standard output.
+        source: the file that the recipe was read from, which is not overwritten.
 
     Raises:
         UserError: something in the recipe, the data or the model cannot be done, does not fit the card, or the loss is
             no longer a number.
         RuntimeError: an adapter received no gradient in the first step.
     """
-    folder = OutputFolder(recipe.output_dir, overwrite=recipe.overwrite_output_dir, reads=_reads(recipe))
+    folder = OutputFolder(
+        recipe.output_dir, overwrite=recipe.overwrite_output_dir, reads=_reads(recipe) | {"recipe": source}
+    )
     transformers.set_seed(recipe.seed)
     display = Display(console or Console())
     with display, _bars_of_hosts(shown=False), warnings.catch_warnings(), folder.never_left_empty():
@@ -133,11 +136,23 @@ def run(recipe: Recipe, console: Console | None = None) -> RunResult:
             display.say(_ROUNDED, style="yellow")
         _make_optimizer(trainer)
         folder.claim()
-        _write_recipe(folder.file("recipe.yaml"), recipe, model)
-        log = MetricsLog(display, folder.file("metrics.jsonl"))
-        result = _train(recipe, trainer, folder, log, display)
+        with _told_what_lies_aside(folder, display):
+            _write_recipe(folder.file("recipe.yaml"), recipe, model)
+            log = MetricsLog(display, folder.file("metrics.jsonl"))
+            result = _train(recipe, trainer, folder, log, display)
         display.say(f"wrote {result.weights}, and recipe.yaml, metrics.jsonl and loss.png beside it", style="green")
         return result
+
+
+@contextmanager
+def _told_what_lies_aside(folder: OutputFolder, display: Display) -> Iterator[None]:
+    """Say where earlier runs are, if this one, which was to replace them, does not finish."""
+    try:
+        yield
+    except BaseException:
+        for path in folder.aside:
+            display.say(f"the earlier run was not replaced; it lies in {path}", style="yellow")
+        raise
 
 
 def _reads(recipe: Recipe) -> dict[str, str | None]:

@@ -88,7 +88,8 @@ def load_model(recipe: Recipe) -> tuple[nn.Module, PreTrainedTokenizerBase]:
             trust_remote_code=recipe.trust_remote_code,
         )
     except (ValueError, OSError) as error:
-        raise UserError(f"{named}: {one_paragraph(error)}") from error
+        where = "" if Path(recipe.model_name_or_path).exists() else f" (there is no such folder in {Path.cwd()})"
+        raise UserError(f"{named}{where}: {one_paragraph(error)}") from error
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"{named}: its weights alone do not fit the GPU. "
@@ -262,10 +263,16 @@ def _check_names(recipe: Recipe) -> None:
             refuse_unknown(recipe.moe_backend, "moe_backend")
         except ValueError as error:
             raise UserError(str(error)) from error
+    optimizers = [each.value for each in OptimizerNames]
+    if recipe.optim not in optimizers:
+        raise UserError(
+            f"unknown optim {recipe.optim!r}; take adamw_torch, adamw_8bit or another of Transformers' names: "
+            f"{', '.join(optimizers)}."
+        )
     trackers = ["none", "all", *get_available_reporting_integrations()]
     if recipe.report_to not in trackers:
         raise UserError(
-            f"report_to {recipe.report_to!r} is not installed here, or not known to Transformers; there is "
+            f"report_to {recipe.report_to!r} is not installed here, or not known to Transformers; choose one of "
             f"{', '.join(trackers)}."
         )
 
