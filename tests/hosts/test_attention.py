@@ -13,6 +13,7 @@ import expertune
 from expertune.attention import attend as attending
 from expertune.attention.sequences import Sequences
 from expertune.attention.tiles import Tiles
+from expertune.hosts import attention
 from tests.attention.chosen import kernels_chosen
 from tests.conftest import Checkpoint
 from tests.families.found import families
@@ -273,3 +274,32 @@ def test_a_decoder_keeps_its_attention_where_one_in_both_directions_has_the_same
     assert "one in both directions has the same config" in str(expertune.explain(model))
     del model.beside
     assert expertune.optimize(model).model.config._attn_implementation == "expertune"
+
+
+CHANGES: list[dict[str, Any]] = [{"sliding_window": 3}, {"layer_types": ["full_attention", "sliding_attention"]}]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=str)
+@pytest.mark.parametrize("family", ["gpt_oss", "gemma3"])
+def test_windows_that_layers_were_not_made_with_are_refused(
+    checkpoint: Checkpoint, family: str, change: dict[str, Any]
+) -> None:
+    """The host's masks follow its config at every call, its layers what it said when they were made."""
+    _, ours = pair(checkpoint, family)
+    run(ours, batch())
+    for name, value in change.items():
+        setattr(ours.config, name, value)
+    with pytest.raises(ValueError, match=r"was changed after the model was made, .*expertune\.optimize\(model\) again"):
+        ours(**batch())
+
+
+@pytest.mark.parametrize("was_ours", [False, True])
+def test_other_windows_than_its_config_s_keep_the_hosts_attention(checkpoint: Checkpoint, was_ours: bool) -> None:
+    host, ours = (load_tiny(checkpoint("gpt_oss")) for _ in range(2))
+    if was_ours:
+        expertune.optimize(ours)
+    for model in (host, ours):
+        model.config.sliding_window = 3
+    expertune.optimize(ours)
+    assert not attention.is_ours(ours.model)
+    assert_equal_within(run(ours, batch()), run(host, batch()), 1e-11)

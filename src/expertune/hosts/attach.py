@@ -70,12 +70,13 @@ def attach(
         found_norms, found_latents, found_rotaries = norms.find(model), latent_attention.find(model), rotary.find(model)
         found_routers, found_mlps = router.find(model), mlps.find(model)
     peft.check(model, {id(module): plan for module, plan in plans})
-    taken = [each for each in decoders(model) if attention.is_ours(each) or not attention.why_not(each, model)]
+    taken = [each for each in decoders(model) if not attention.why_not(each, model)]
     if (before := attached(model)) is not None:
         state.memory = before.memory
     detach(model)
     if is_attention_ours:
         state.attentions = [each for decoder in taken for each in attention.take_over(decoder)]
+        state.windows = [(config, attention.windows_said(config)) for config, _ in state.attentions]
     state.norms = formulas.bind(found_norms, norms.forward)
     state.latents = forwards.bind(found_latents, latent_attention.forward)
     state.rotaries = forwards.bind(found_rotaries, rotary.forward)
@@ -96,11 +97,15 @@ def attach(
     if state.memory is not None:
         recompute.take_in(model, state)
     if uses_graphs:
-        state.recorder = Recorder(graphs.TransformersHost(state.replay, partial(_rest, state)))
-        state.handles += [each for decoder in decoders(model) for each in graphs.hook(decoder, state.recorder)]
+        _make_recorder(model, state)
     model._expertune = state
     bind_all(model)
     return state
+
+
+def _make_recorder(model: PreTrainedModel, state: Attached) -> None:
+    state.recorder = Recorder(graphs.TransformersHost(state.replay, partial(_rest, state)))
+    state.handles += [each for decoder in decoders(model) for each in graphs.hook(decoder, state.recorder)]
 
 
 def _rest(state: Attached, device: torch.device) -> float:
@@ -201,7 +206,7 @@ def _refuse_all_the_hosts(model: PreTrainedModel, is_attention_ours: bool) -> No
     kept: dict[str, str] = {}
     for decoder in decoders(model):
         reason = attention.why_not(decoder, model) if is_attention_ours else "attention='host' was asked for"
-        if reason is None or (is_attention_ours and attention.is_ours(decoder)):
+        if reason is None:
             if attention.forms_scores(decoder):
                 return
             reason = "the host's own needs no matrix of scores"
@@ -244,11 +249,11 @@ def _adapters_of(model: nn.Module) -> tuple[str, ...]:
     return tuple(getattr(model, "peft_config", {}))
 
 
-def _before_decoder(model: PreTrainedModel, state: Attached, decoder: nn.Module, _args: Any) -> None:
+def _before_decoder(model: PreTrainedModel, state: Attached, decoder: PreTrainedModel, _args: Any) -> None:
     """Take in what changed since the last batch: new adapters, a trainer's own forward or gradient checkpointing.
 
     Raises:
-        ValueError: `torch.jit.trace` calls, which cannot follow operators of ours.
+        ValueError: `torch.jit.trace` calls, which cannot follow operators of ours; or windows have changed.
     """
     if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         raise ValueError(
@@ -257,6 +262,8 @@ def _before_decoder(model: PreTrainedModel, state: Attached, decoder: nn.Module,
         )
     if state.is_attention_lent and continuous_batching.has_ended(model, decoder):
         _attend_again(model, state)
+    if state.windows:
+        attention.refuse_other_windows(decoder, state.windows)
     trl_head.bind(model)
     recompute.take_in(model, state)
     inside = chain.from_iterable(block._modules.values() for block in state.blocks)

@@ -25,6 +25,7 @@ class Attached:
         layers: its layers that can be checkpointed.
         adapters: the names of PEFT's adapters when wrappers were last bound.
         attentions: the configs of decoders that attend through ours, each with the attention that it named.
+        windows: those configs, each with what it said of windows.
         is_attention_lent: whether these name the host's while it generates.
         norms: those that run our forward.
         latents: the attentions that put their heads together by our function.
@@ -42,6 +43,7 @@ class Attached:
     layers: list[GradientCheckpointingLayer] = field(default_factory=list)
     adapters: tuple[str, ...] = ()
     attentions: list[tuple[Any, str]] = field(default_factory=list)
+    windows: list[tuple[Any, tuple[Any, ...]]] = field(default_factory=list)
     is_attention_lent: bool = False
     norms: list[nn.Module] = field(default_factory=list)
     latents: list[nn.Module] = field(default_factory=list)

@@ -39,7 +39,7 @@ def register() -> None:
 
 
 def why_not(decoder: PreTrainedModel, model: nn.Module) -> str | None:
-    """Why a decoder keeps the attention it has, in words; None if ours takes over.
+    """Why a decoder keeps the host's attention, in words; None if ours takes over, or may stay.
 
     Args:
         decoder: the decoder.
@@ -47,7 +47,7 @@ def why_not(decoder: PreTrainedModel, model: nn.Module) -> str | None:
     """
     config = decoder.config
     implementation = config._attn_implementation
-    if implementation not in _HOSTS_OWN:
+    if implementation not in (*_HOSTS_OWN, *_OURS):
         return f"{implementation} was asked for"
     if not decoder._supports_flash_attn:
         return f"{type(decoder).__name__} does not keep the contract of FlashAttention"
@@ -66,7 +66,34 @@ def why_not(decoder: PreTrainedModel, model: nn.Module) -> str | None:
         return "its scores are capped"
     if getattr(config, "attention_dropout", 0.0):
         return "it drops attention weights at random"
+    held = {window for each in attentions if isinstance(window := getattr(each, "sliding_window", None), int)}
+    if held - {getattr(config, "sliding_window", None)}:
+        return f"its layers were made with windows of {', '.join(map(str, sorted(held)))}, and its config says another"
     return None
+
+
+def windows_said(config: Any) -> tuple[Any, ...]:
+    """What a config says of windows. Layers read it when they are made, the host's masks at every call."""
+    return getattr(config, "sliding_window", None), *(getattr(config, "layer_types", None) or ())
+
+
+def refuse_other_windows(decoder: PreTrainedModel, said: list[tuple[Any, tuple[Any, ...]]]) -> None:
+    """Refuse a config that has been changed since layers were made of it: ours attends by these.
+
+    Args:
+        decoder: the decoder.
+        said: configs, each with what it said when the decoder was taken over.
+
+    Raises:
+        ValueError: says what to do.
+    """
+    config = decoder.config
+    if is_ours(decoder) and any(each is config and windows_said(config) != before for each, before in said):
+        raise ValueError(
+            f"sliding_window or layer_types of {type(config).__name__} was changed after the model was made, and its "
+            "layers hold what it said before. Load the model with the config that you want, or call "
+            "expertune.optimize(model) again, which then leaves its attention to the host."
+        )
 
 
 def attentions_of(module: nn.Module) -> list[Any]:
