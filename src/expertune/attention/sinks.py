@@ -14,13 +14,17 @@ from expertune.kernels import has_triton
 
 
 def with_sinks(attended: Attended, sinks_H: Tensor | None) -> Attended:
-    """What a kernel yields that knows none, written over what it has yielded."""
+    """What a kernel yields that knows none, written over what it has yielded.
+
+    But not in a compiled model: what a node of autograd writes in place and saves, torch 2.11 saves as it was before.
+    """
     if sinks_H is None:
         return attended
     out_BTHV, lse_BHT, state = attended
     whole_BHT = torch.logaddexp(lse_BHT, sinks_H.to(lse_BHT.dtype)[:, None])
-    share_BTH = (lse_BHT - whole_BHT).exp_().transpose(1, 2)
-    return Attended(out_BTHV.mul_(share_BTH[..., None]), whole_BHT, state)
+    share_BTH1 = (lse_BHT - whole_BHT).exp().transpose(1, 2)[..., None]
+    scaled_BTHV = out_BTHV * share_BTH1 if torch.compiler.is_compiling() else out_BTHV.mul_(share_BTH1)
+    return Attended(scaled_BTHV, whole_BHT, state)
 
 
 def gradient(dout_BTHV: Tensor, attended: Attended, sinks_H: Tensor) -> Tensor:
