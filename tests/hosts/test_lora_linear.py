@@ -1,6 +1,7 @@
 """A frozen linear with LoRA as one node: stock PEFT's numbers, and PEFT itself wherever something else is meant."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,8 +10,11 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 
+import expertune
 from expertune.hosts import peft
 from tests.cases import needs_cuda
+from tests.conftest import Checkpoint
+from tests.hosts.adapters import lora, stock
 from tests.hosts.spies import inputs_of
 from tests.kept import kept_for_backward
 from tests.numerics import assert_no_worse
@@ -134,3 +138,12 @@ def test_weights_and_factors_that_want_nothing_get_nothing() -> None:
     peft._lora_linear_forward(layer, x).sum().backward()
     assert layer.lora_B["default"].weight.grad is not None
     assert layer.lora_A["default"].weight.grad is layer.base_layer.weight.grad is None
+
+
+def test_a_forward_that_somebody_has_given_a_layer_stays(checkpoint: Checkpoint) -> None:
+    model = stock(checkpoint("qwen3_moe"), lora(target_modules=["q_proj"]))
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    own = layer.forward = partial(LoraLinear.forward, layer)
+    for change in (expertune.optimize, expertune.restore):
+        change(model)
+        assert layer.forward is own

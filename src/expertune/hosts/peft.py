@@ -87,9 +87,9 @@ def bind(module: nn.Module) -> None:
     """Give a LoRA layer our forward: the outermost wrapper around experts or around a linear's weight, or a linear.
 
     `check` must have passed before. What is none of these is left as it is, and so is a linear with a forward of its
-    own, such as Llama 4's router, whose product never comes out.
+    own, such as Llama 4's router, whose product never comes out, and one that somebody has given another forward.
     """
-    if type(module) is LoraLinear:
+    if type(module) is LoraLinear and (forwards.given(module) is None or is_bound(module)):
         forwards.give(module, partial(_lora_linear_forward, module))
     if not isinstance(module, ParamWrapper):
         return

@@ -126,7 +126,7 @@ def rotate(
         (q_BHTD, k_BHTD, cos_BTR, sin_BTR, *outs),
         (),
         # strides are specialised on, because a load that is known to be aligned is a wide one
-        (*[x.stride(0) for x in tensors], batch_stride(cos_BTR))
+        (*map(batch_stride, tensors), batch_stride(cos_BTR))
         + (q_BHTD.shape[1], k_BHTD.shape[1], *[x.stride(i) for i in (1, 2) for x in tensors], cos_BTR.stride(1)),
         {
             "PAIRS": half,
