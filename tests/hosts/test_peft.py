@@ -166,7 +166,9 @@ def test_experts_called_without_the_model_never_lose_their_adapter(checkpoint: C
     wrap(model, lora())
     block: Any = model.model.layers[0].mlp
     x = torch.randn(1, 5, 32, dtype=torch.float64)
-    with pytest.raises(RuntimeError, match=r"layers\.0\.mlp\.experts.*parametrized: by an adapter that did not reach the walk.*expertune\.optimize"):
+    with pytest.raises(
+        RuntimeError, match=r"layers\.0\.mlp\.experts.*parametrized: by an adapter that.*expertune\.optimize"
+    ):
         block(x) if way == "block" else block.experts(x[0], torch.zeros(5, 1, dtype=torch.long), x[0, :, :1])
 
 
@@ -177,7 +179,7 @@ def test_a_parametrization_of_expert_weights_is_refused(checkpoint: Checkpoint) 
 
     model = expertune.optimize(load_tiny(checkpoint("qwen3_moe")))
     parametrize.register_parametrization(model.model.layers[1].mlp.experts, "down_proj", Doubled())  # type: ignore[arg-type]
-    with pytest.raises(RuntimeError, match=r"layers\.1\.mlp\.experts.*parametrized: by an adapter that did not reach the walk"):
+    with pytest.raises(RuntimeError, match=r"layers\.1\.mlp\.experts.*parametrized: by an adapter that"):
         model(**batch())
     with pytest.raises(ValueError, match=r"layers\.1\.mlp\.experts.*parametrized weights"):
         expertune.optimize(model)
