@@ -248,7 +248,8 @@ class Piece:
             and any(tensor.requires_grad for tensor in (*tensors, *self.module.parameters()))
             and not any(tensor.is_inference() for tensor in tensors)
             and all(map(self._recorder.host.is_observer, self._watch.hooks()))
-            and not any(map(_drops, self.module.modules()))
+            and not any(isinstance(m, nn.Dropout) and m.p for m in self.module.modules())
+            and not getattr(self.module, "attention_dropout", 0.0)
             and self._has_room(pool, tensors[0].device, keeps=keeps)
         )
 
@@ -318,8 +319,3 @@ def _with_parameters(module: nn.Module, instead: dict[nn.Parameter, Tensor]) -> 
     finally:
         for parameters, name, p in held:
             parameters[name] = p
-
-
-def _drops(module: nn.Module) -> bool:
-    """Whether a module drops numbers by chance: its own, or attention weights."""
-    return bool(isinstance(module, nn.Dropout) and module.p) or bool(getattr(module, "attention_dropout", 0.0))
