@@ -35,7 +35,8 @@ def run(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
 
 def logits(model: nn.Module) -> dict[str, Tensor]:
     """The logits of a batch's tokens alone, without gradients."""
-    batch = make_batch()
+    device = next(model.parameters()).device
+    batch = {name: x.to(device) for name, x in make_batch().items()}
     with torch.no_grad():
         return {"logits": of_tokens(model(**batch).logits, batch)}
 

@@ -1,5 +1,6 @@
 """With real streams: inputs moved to pinned memory, the same bits in less room; and the experts' peak by tiles."""
 
+import gc
 from functools import partial
 from typing import Any
 
@@ -147,6 +148,7 @@ def test_forward_and_backward_wait_for_nothing_once_buffers_are_there() -> None:
 
 def _experts_peak(num_tokens: int, tiles: TokenTiles | None) -> int:
     """The most bytes that the experts of one layer take, forward and backward, beside inputs and weights."""
+    gc.collect()  # what other tests have left would be freed meanwhile
     num_experts, top_k, width, hidden, rank = 16, 4, 512, 256, 16
     layout = ExpertsLayout(
         num_experts=num_experts,
