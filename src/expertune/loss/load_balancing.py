@@ -46,7 +46,7 @@ def load_balancing_loss_func(
 class _Balance(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, top_k: int, num_experts: int, mask_N: Tensor | None, *logits: Tensor) -> Tensor:
-        wide = _wide(logits[0].dtype)
+        wide = torch.promote_types(logits[0].dtype, torch.float32)
         sums_2E = logits[0].new_zeros(2, num_experts, dtype=wide)
         sums, _ = _functions(logits[0])
         for group in _groups(logits):
@@ -90,7 +90,7 @@ def plain_sums(logits_ME: Tensor, top_k: int, mask_N: Tensor | None) -> Tensor:
     Returns:
         How often each expert is chosen, and the sum of its probabilities, `(2, E)`.
     """
-    p_ME = logits_ME.softmax(-1, dtype=_wide(logits_ME.dtype))
+    p_ME = logits_ME.softmax(-1, dtype=torch.promote_types(logits_ME.dtype, torch.float32))
     weight_M = p_ME.new_ones(len(p_ME)) if mask_N is None else _weights(mask_N, p_ME)
     chosen_Mk = p_ME.topk(top_k, dim=-1).indices
     count_E = p_ME.new_zeros(p_ME.shape[1])
@@ -124,7 +124,3 @@ def _groups(logits: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 def _weights(mask_N: Tensor, rows_ME: Tensor) -> Tensor:
     """Of each row of some layers, what it counts."""
     return mask_N.to(rows_ME.dtype).repeat(len(rows_ME) // max(1, len(mask_N)))
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32

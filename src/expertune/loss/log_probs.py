@@ -80,7 +80,7 @@ class _LabelLogProbs(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         hidden_ND = hidden_ND.contiguous()
         num_tokens, weight_VD = len(hidden_ND), head.weight_VD
-        wide = _wide(hidden_ND[:0]).dtype
+        wide = torch.promote_types(hidden_ND.dtype, torch.float32)
         log_prob_N, entropy_N = (hidden_ND.new_empty(num_tokens, dtype=wide) for _ in range(2))
         is_top1_N = hidden_ND.new_empty(num_tokens, dtype=torch.bool)
         gradient_ND = torch.empty_like(hidden_ND) if ctx.needs_input_grad[0] else None
