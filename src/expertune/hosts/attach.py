@@ -22,6 +22,7 @@ from expertune.hosts import (
     attention,
     bitsandbytes,
     continuous_batching,
+    data_parallel,
     formulas,
     forwards,
     graphs,
@@ -124,6 +125,7 @@ def _hook(model: PreTrainedModel, state: Attached) -> None:
     state.handles += [handle for decoder in decoders(model) for handle in angles.hook(decoder)]
     bitsandbytes.take_over(model)
     continuous_batching.bind(model, state)
+    data_parallel.bind(model)
 
 
 def detach(model: PreTrainedModel) -> None:
@@ -143,6 +145,7 @@ def detach(model: PreTrainedModel) -> None:
     trl_head.unbind(model)
     bitsandbytes.give_back(model)
     continuous_batching.unbind(model)
+    data_parallel.unbind(model)
     attention.give_back(state.attentions)
     forwards.unbind(state.blocks, llama4.block_forward)
     for _, module in transformers.named_experts(model):  # also those that PEFT copied, to save them whole
