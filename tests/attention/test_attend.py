@@ -154,6 +154,32 @@ def test_rounding_is_no_worse_than_the_formula_s(dtype: torch.dtype, slack: floa
         assert (got.double() - true).norm() <= slack * (other.double() - true).norm()
 
 
+@pytest.mark.parametrize("shared", [1.0, 40.0, 80.0])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_scores_of_large_numbers_are_not_rounded_to_16_bits(dtype: torch.dtype, shared: float) -> None:
+    """Queries and keys share a direction, as a bias of keys gives: in 16 bits their products round, or are infinite."""
+    direction = shared * torch.randn(64, generator=torch.Generator().manual_seed(1))
+    q, k, v, _ = (x.detach() for x in inputs(b=1, t=64, d=64, values=64, dtype=torch.float64))
+    q, k, v = ((x + y).to(dtype) for x, y in ((q, direction), (k, direction), (v, 0)))
+    mask = causal(64, window=63)
+    truth = written_out(q.double(), k.double(), v.double(), None, mask, 0.125)
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    theirs = sdpa(q, k, v, attn_mask=mask[:, None], scale=0.125, enable_gqa=True).transpose(1, 2)
+    ours = attend(q, k, v, scale=0.125, window=63)
+    assert (ours.double() - truth).norm() <= 3 * (theirs.double() - truth).norm()
+
+
+def test_of_nothing_comes_nothing() -> None:
+    for shape in ({"t": 0}, {"b": 0}):
+        tensors = inputs(**shape)
+        out = attend(*tensors[:3], scale=0.3, sinks_H=tensors[3])
+        assert out.numel() == 0
+        assert [grad.abs().sum() for grad in gradients(out, tensors)] == [0] * 4
+    q, k, v, sinks = inputs()
+    nobody = Sequences.of_padding(torch.zeros(B, T, dtype=torch.bool))
+    assert not attend(q, k, v, scale=0.3, sinks_H=sinks, sequences=nobody).any()
+
+
 @pytest.mark.parametrize("width", [64, 128])
 def test_whole_samples_with_narrow_heads_are_ours_with_sinks_and_on_few_tokens(width: int) -> None:
     q_BHTD = torch.empty(1, 64, 2049, width, device="meta", dtype=torch.bfloat16)

@@ -75,3 +75,10 @@ def test_the_gradient_is_no_worse_than_torchs(dtype: torch.dtype, shape: tuple[i
     assert ours.dtype == dtype
     plain, exact = plain_gradient(logits, dmean, mask), plain_gradient(logits.double(), dmean.double(), mask)
     assert_no_worse(ours, plain, exact, "gradient")
+
+
+def test_as_many_are_chosen_where_few_have_a_logit() -> None:
+    logits = torch.full((3, 8), -torch.inf, device=DEVICE)
+    logits[:, 0] = 1.0
+    count_E, _ = balance_sums(logits, 2, None)
+    assert count_E.tolist() == [3, 3, 0, 0, 0, 0, 0, 0]

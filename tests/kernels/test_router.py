@@ -116,3 +116,15 @@ def test_experts_of_what_is_no_number_exist() -> None:
     for rule in RULES:
         _, index = kernels(logits, None, rule)
         assert ((index >= 0) & (index < 60)).all()
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("best", [0, 3])
+def test_no_expert_is_chosen_twice_where_few_have_a_logit(rule: RoutingRule, best: int) -> None:
+    """As of a host that masks experts with minus infinity."""
+    logits = torch.full((1, 8), -torch.inf, device=DEVICE)
+    logits[0, best] = 1.0
+    score, index = kernels(logits, None, rule)
+    assert index[0, 0] == best
+    assert len(set(index[0].tolist())) == rule.top_k
+    torch.testing.assert_close(score, plain_route(logits, None, rule, index)[0])

@@ -1,3 +1,4 @@
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from datasets import Dataset
 from expertune.training import files
 from expertune.training.data import Rows, read_data, to_dataset
 from expertune.training.errors import UserError
+from expertune.training.exact_json import as_it_was, given_back_by
 from expertune.training.recipe_file import make_recipe
 from tests.training.conftest import CHAT, make_tokenizer
 
@@ -88,7 +90,26 @@ def test_calls_of_tools_keep_their_own_arguments() -> None:
         row({"x": [3]}, None),
     )
     dataset = to_dataset(Rows(shape="messages", values=rows, where=("1", "2", "3")), make_tokenizer(CHAT))
-    assert tuple(dataset) == rows
+    assert as_it_was(list(dataset)) == list(rows)
+
+
+def test_numbers_of_calls_and_tools_reach_the_template_digit_for_digit() -> None:
+    """A table rounds them where rows differ, and refuses whole numbers of more than 64 bits."""
+    numbers = [52.52000681234568, 12.3, 1e-12, 0.1 + 0.2, 2**70, -3, 1e300, True, None, "1.5", "[", "\ue0001"]
+    calls = [{"function": {"name": "f", "arguments": {f"x{i}": number}}} for i, number in enumerate(numbers)]
+    rows = tuple(
+        {"messages": [{"role": "assistant", "content": "", "tool_calls": [call]}], "tools": [{"least": number}]}
+        for call, number in zip(calls, numbers, strict=True)
+    )
+    template = "{{ tools | tojson }} {{ messages[0].tool_calls | tojson }}"
+    tokenizer = make_tokenizer(template)
+    dataset = to_dataset(Rows(shape="messages", values=rows, where=tuple(map(str, numbers))), tokenizer)
+    with given_back_by(tokenizer):
+        for row, read in zip(rows, dataset, strict=True):
+            text = tokenizer.apply_chat_template(read["messages"], tools=read["tools"], tokenize=False)
+            expected = [row["tools"], row["messages"][0]["tool_calls"]]
+            assert text == " ".join(json.dumps(each, ensure_ascii=False) for each in expected)
+    assert "apply_chat_template" not in vars(tokenizer)
 
 
 def test_evaluates_on_the_same_shape_only(write_rows: Callable[..., Path]) -> None:
@@ -104,8 +125,10 @@ def test_refuses(write_rows: Callable[..., Path]) -> None:
         read(write_rows(TEXTS), eval_size=20)
     with pytest.raises(UserError, match="columns names question, but the data has the columns text"):
         read(write_rows(TEXTS), columns={"question": "text"})
-    with pytest.raises(UserError, match="two columns of the data are called text"):
+    with pytest.raises(UserError, match=r"line 1: after .* two columns of the data are called text"):
         read(write_rows([{"a": "1", "text": "2"}]), columns={"a": "text"})
+    with pytest.raises(UserError, match=r"line 2: after .* two columns of the data are called tools"):
+        read(write_rows([{"a": "1", "text": "2"}, {"a": "1", "text": "2", "tools": "3"}]), columns={"a": "tools"})
     strings, messages = {"prompt": "q", "completion": "a"}, [{"role": "assistant", "content": "a"}]
     with pytest.raises(UserError, match="line 2: field 'prompt' holds a list, but the rows before it a str"):
         read(write_rows([strings, {"prompt": messages, "completion": messages}]))

@@ -53,6 +53,7 @@ BROKEN: dict[str, tuple[str, bytes, str]] = {
     "lines in json": ("d.json", b'{"text": "a"}\n{"text": "b"}', r"name the file .jsonl"),
     "json object": ("d.json", b'{"text": "a"}', r"d.json holds a JSON dict, expected a list"),
     "csv": ("d.csv", b"text,answer\na,b\nc\n", r"d.csv, line 3 has another number of fields than the header"),
+    "csv header": ("d.csv", b"text,answer,text\na,b,c\n", r"d.csv: two columns are called text\. Rename one"),
     "csv quotes": ("d.csv", b'text\n"a\n', r"d.csv, line \d is not CSV"),
     "csv not utf-8": ("d.csv", b"text\n\xff\n", r"d.csv is not utf-8"),
     "parquet": ("d.parquet", b"no", r"d.parquet is not Parquet"),

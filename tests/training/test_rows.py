@@ -88,6 +88,11 @@ WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
     "null answer": ("alpaca", {"instruction": "a", "output": None}, "field 'output' is missing"),
     "empty answer": ("prompt_completion", {"prompt": "a", "completion": " "}, "field 'completion' is empty"),
     "half an emoji": ("text", {"text": "a\ud83d"}, "field 'text' holds half a character"),
+    "half an emoji in a call": (
+        "messages",
+        {"messages": [{"role": "assistant", "content": "", "tool_calls": [{"function": {"arguments": "\ud83d"}}]}]},
+        "holds half a character",
+    ),
     "a number": ("text", {"text": 3}, "field 'text' holds a int, expected a string"),
     "input a list": ("alpaca", {"instruction": "a", "output": "b", "input": []}, "field 'input' holds a list"),
     "no messages": ("messages", {"messages": []}, "field 'messages' is empty"),

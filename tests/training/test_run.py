@@ -347,3 +347,18 @@ def test_truncated_answers_are_counted(make: Make, write_rows: Callable[..., Pat
     output = StringIO()
     run(make(dataset_name=data, max_length=5), Console(file=output, width=200))
     assert "1 answers are cut off at max_length=5 (training)" in output.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["linear_attention", "conv"])
+def test_packing_is_refused_where_samples_would_not_stay_apart(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    def load(recipe: Recipe) -> Any:
+        model, tokenizer = setup.load_model(recipe)
+        model.config.layer_types = ["full_attention", kind]
+        return model, tokenizer
+
+    monkeypatch.setattr(run_module, "load_model", load)
+    with pytest.raises(UserError, match=rf"packing lays samples .* layers of {kind}, .* Set packing=false"):
+        quiet(make(packing=True, output_dir=str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()

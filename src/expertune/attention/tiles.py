@@ -50,7 +50,7 @@ class Tiles:
         for rows, keys in _tiles(q_BHTD, k_BJSD, pattern):
             q, dout = q_BJGTD[..., rows, :], dout_BJGTV[..., rows, :]
             p = _probabilities(_scores(q_BJGTD, k_BJSD, pattern, rows, keys), lse_BJGT[..., rows])
-            dp = (dout @ v_BJSV[:, :, None, keys].mT).to(total)
+            dp = _wide_product(dout, v_BJSV[:, :, None, keys].mT)
             # a row's own sum and not `⟨dout, out⟩`: rounding of `dp` then cancels
             ds = (p * (dp - torch.linalg.vecdot(p, dp)[..., None]) * pattern.scale).to(q.dtype)
             dq_BJGTD[..., rows, :] = ds @ k_BJSD[:, :, None, keys]
@@ -68,6 +68,11 @@ def _sum_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
+def _wide_product(x: Tensor, y: Tensor) -> Tensor:
+    """`x @ y` in the dtype of sums: in 16 bits a product of large numbers would be rounded, or be infinite."""
+    return x.to(_sum_dtype(x)) @ y.to(_sum_dtype(y))
+
+
 def _tiles(q_BHTD: Tensor, k_BJSD: Tensor, pattern: Pattern) -> Iterator[tuple[slice, slice]]:
     """Tiles of queries, each with the keys that any of them may attend to."""
     batch, heads, length, _ = q_BHTD.shape
@@ -75,7 +80,7 @@ def _tiles(q_BHTD: Tensor, k_BJSD: Tensor, pattern: Pattern) -> Iterator[tuple[s
     if torch.compiler.is_compiling():  # a loop would be traced anew for every length
         yield slice(0, length), slice(0, num_keys)
         return
-    step = max(16, _SCORES // (batch * heads * num_keys))
+    step = max(16, _SCORES // max(1, batch * heads * num_keys))
     for start in range(0, length, step):
         stop = min(start + step, length)
         if pattern.mask is not None:
@@ -86,7 +91,7 @@ def _tiles(q_BHTD: Tensor, k_BJSD: Tensor, pattern: Pattern) -> Iterator[tuple[s
 
 def _scores(q_BJGTD: Tensor, k_BJSD: Tensor, pattern: Pattern, rows: slice, keys: slice) -> Tensor:
     """Scaled scores of a tile, `-inf` where a query does not attend."""
-    scores = (q_BJGTD[..., rows, :] @ k_BJSD[:, :, None, keys].mT).to(_sum_dtype(q_BJGTD)) * pattern.scale
+    scores = _wide_product(q_BJGTD[..., rows, :], k_BJSD[:, :, None, keys].mT) * pattern.scale
     if pattern.mask is not None:
         mask = pattern.mask[:, :, rows, keys]
         mask = mask[:, :, None] if mask.shape[1] == 1 else _by_key_head(mask, k_BJSD)

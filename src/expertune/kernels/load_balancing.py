@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from expertune.kernels.launch import RowBlocks, launch
-from expertune.kernels.router import best, scores
+from expertune.kernels.router import above_taken, best, scores
 
 _ELEMENTS = 2048  # of the rows that a program holds
 _MOST_PROGRAMS = 1024  # of the sums, which are then added up
@@ -38,6 +38,7 @@ def _balance_kernel(
     for first in range(tl.program_id(0) * BR, num_rows, tl.num_programs(0) * BR):
         row = tl.arange(0, BR).to(tl.int64) + first
         z, p = _probabilities(logits_ptr, row, num_rows, E, BE)
+        z = above_taken(z, e, E)
         is_chosen = tl.zeros((BR, BE), tl.float32)
         for _ in tl.static_range(K):
             is_best = e[None, :] == best(z, e, BE - 1)[:, None]

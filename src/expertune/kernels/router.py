@@ -43,6 +43,12 @@ def best(x, place, last):
 
 
 @triton.jit
+def above_taken(x, place, E):
+    """The same numbers, of which those of minus infinity are the lowest finite one: what has been taken is below."""
+    return tl.where((place[None, :] < E) & (x == -float("inf")), -3.4e38, x)
+
+
+@triton.jit
 def _of_groups(choice, G: tl.constexpr, USED: tl.constexpr, BR: tl.constexpr, BE: tl.constexpr):
     """What is compared, -inf where a row does not use the group."""
     SIZE: tl.constexpr = BE // G
@@ -78,6 +84,7 @@ def _route_kernel(
         choice += tl.load(bias_ptr + e, mask=e < E, other=0.0).to(tl.float32)[None, :]
     if G > 1:
         choice = _of_groups(choice, G, USED, BR, BE)
+    choice = above_taken(choice, e, E)
     chosen = tl.zeros((BR, BK), tl.float32)
     for k in tl.static_range(K):
         if IS_CHOSEN:

@@ -11,9 +11,10 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from expertune.training.errors import UserError, one_paragraph
+from expertune.training.exact_json import nested_as_text
 from expertune.training.files import Row, read_rows
 from expertune.training.recipe import Recipe
-from expertune.training.rows import COLUMNS, alpaca_to_prompt, detect, make_row
+from expertune.training.rows import alpaca_to_prompt, detect, make_row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +71,7 @@ def _config(recipe: Recipe, name: str) -> str | None:
 
 
 def to_dataset(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """The rows in a shape of TRL: text, prompt and completion, or messages.
+    """The rows in a shape of TRL: text, prompt and completion, or messages, as `exact_json` has them.
 
     Raises:
         UserError: the rows need a chat template or an end-of-text token, and the tokenizer has none.
@@ -93,7 +94,7 @@ def to_dataset(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> Dataset:
     try:
         # not from_list, which takes the columns of the first row alone
         columns = dict.fromkeys(column for row in values for column in row)
-        by_column = {column: [row.get(column) for row in values] for column in columns}
+        by_column = {column: [nested_as_text(row.get(column)) for row in values] for column in columns}
         # as JSON where rows differ: in one type for all, every call of a tool would have the arguments of all tools
         return Dataset.from_dict(by_column, on_mixed_types="use_json")
     except pa.ArrowException as error:
@@ -107,7 +108,7 @@ def _checked(name: str, rows: Iterable[Row], recipe: Recipe) -> Rows:
     shape = ""
     values, places = [], []
     for where, row in rows:
-        renamed = _rename(row, recipe.columns)
+        renamed = _rename(where, row, recipe.columns)
         if not shape:
             _check_renaming(row, recipe.columns)
             shape = detect(tuple(renamed), recipe.dataset_format)
@@ -120,8 +121,13 @@ def _checked(name: str, rows: Iterable[Row], recipe: Recipe) -> Rows:
     return Rows(shape=shape, values=tuple(values), where=tuple(places))
 
 
-def _rename(row: dict[str, Any], columns: dict[str, Any]) -> dict[str, Any]:
-    return {columns.get(column, column): value for column, value in row.items()}
+def _rename(where: str, row: dict[str, Any], columns: dict[str, Any]) -> dict[str, Any]:
+    names = [columns.get(column, column) for column in row]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(
+            f"{where}: after columns renamed them, two columns of the data are called {', '.join(twice)}. Rename one."
+        )
+    return dict(zip(names, row.values(), strict=True))
 
 
 def _check_renaming(row: dict[str, Any], columns: dict[str, Any]) -> None:
@@ -129,10 +135,6 @@ def _check_renaming(row: dict[str, Any], columns: dict[str, Any]) -> None:
         raise UserError(
             f"columns names {', '.join(missing)}, but the data has the columns {', '.join(row)}. Correct the names."
         )
-    targets = [columns.get(column, column) for column in row]
-    known = {name for needed in COLUMNS.values() for name in needed}
-    if twice := sorted({name for name in targets if targets.count(name) > 1 and name in known}):
-        raise UserError(f"after columns renamed them, two columns of the data are called {', '.join(twice)}.")
 
 
 def _kind(rows: Rows) -> str:

@@ -64,7 +64,7 @@ def plot_losses(path: Path, records: Sequence[Record]) -> None:
         if points:
             axes.plot(*zip(*points, strict=True), style, label=label)
     axes.set_xlabel("optimizer step")
-    axes.set_ylabel("loss (nats per token)")
+    axes.set_ylabel("loss, with the routers' balance loss if it is on")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)

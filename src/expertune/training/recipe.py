@@ -113,7 +113,8 @@ class Recipe(BaseModel):
     max_length: Annotated[int, Field(gt=1)] | None = 1024
     """Tokens in the longest sequence; longer ones are cut at the end. None: nothing is cut."""
     packing: bool = False
-    """Lay several rows into one sequence of `max_length` tokens; they do not see each other."""
+    """Lay several rows into one sequence of `max_length` tokens; they do not see each other. Not
+    for models with layers of linear attention, Mamba or convolutions, which hand a state on."""
 
     max_steps: Annotated[int, Field(gt=0)] | None = None
     """Optimizer steps. None: as many as `num_train_epochs` takes."""

@@ -73,7 +73,12 @@ def make_row(shape: str, where: str, row: dict[str, Any]) -> dict[str, Any]:
     Raises:
         UserError: a field is missing, empty or of another type; names the row and the field.
     """
-    return _CHECKS[shape](where, row)
+    checked = _CHECKS[shape](where, row)
+    try:
+        json.dumps(checked, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where}: it holds half a character, as of a cut emoji. {_MEND}") from error
+    return checked
 
 
 def alpaca_to_prompt(row: dict[str, Any], *, chat: bool) -> dict[str, Any]:

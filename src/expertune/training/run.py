@@ -34,6 +34,7 @@ from expertune.memory.meter import room_of
 from expertune.training.callbacks import FiniteGradients, MetricsLog, PeriodicSave, Trainer
 from expertune.training.data import Rows, read_data, to_dataset
 from expertune.training.errors import UserError, one_paragraph
+from expertune.training.exact_json import given_back_by
 from expertune.training.fits import check_fits
 from expertune.training.metrics import Record, plot_losses
 from expertune.training.out_of_memory import told_disk_full, told_out_of_memory
@@ -43,6 +44,7 @@ from expertune.training.recipe import Recipe
 from expertune.training.recipe_file import VERSIONS
 from expertune.training.setup import (
     add_adapters,
+    check_packing,
     load_model,
     make_arguments,
     name_decoder,
@@ -119,6 +121,7 @@ def run(recipe: Recipe, console: Console | None = None, *, source: str | None = 
         with display.stage("loading the model", spins=False), _bars_of_hosts(shown=shown):
             model, tokenizer = load_model(recipe)
         name_decoder(model)
+        check_packing(model, recipe)
         set_balance_loss(model, recipe)
         display.say(_backends(model))
         if recipe.finetuning_type == "lora":
@@ -166,21 +169,17 @@ def _reads(recipe: Recipe) -> dict[str, str | None]:
     return reads | {"base_model_name_or_path": base}
 
 
-def _make_trainer(
-    recipe: Recipe,
-    arguments: Any,
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: tuple[Rows, Rows | None],
-) -> tuple[Trainer, list[Supervision]]:
-    """TRL's trainer, whose data is then counted, cut and packed."""
+def _tokenised(
+    arguments: Any, model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: tuple[Rows, Rows | None]
+) -> Trainer:
+    """TRL's trainer, which has tokenised the rows."""
     raw = [to_dataset(part, tokenizer) for part in rows if part is not None]
     where = [place for part in rows if part is not None for place in part.where]
     if "messages" in raw[0].column_names:
         check_chat_template(tokenizer)
         arguments.assistant_only_loss = True
     try:
-        trainer = Trainer(
+        return Trainer(
             model=model,
             args=arguments,
             train_dataset=raw[0],
@@ -192,11 +191,23 @@ def _make_trainer(
         if "no assistant tokens" not in str(error):
             raise
         raise nothing_to_learn([where[first_row_without_answer(concatenate_datasets(raw), tokenizer)]]) from error
-    except (TemplateError, TypeError) as error:
+    except (TemplateError, TypeError, ValueError, ArithmeticError) as error:  # what a template may raise
         refused = first_row_refused(concatenate_datasets(raw), tokenizer)
         if refused is None:
             raise
         raise refused_by_template(where[refused], error) from error
+
+
+def _make_trainer(
+    recipe: Recipe,
+    arguments: Any,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: tuple[Rows, Rows | None],
+) -> tuple[Trainer, list[Supervision]]:
+    """TRL's trainer, whose data is then counted, cut and packed."""
+    with given_back_by(tokenizer):
+        trainer = _tokenised(arguments, model, tokenizer, rows)
     trainer.remove_callback(PrinterCallback)
     tokenised = (trainer.train_dataset, trainer.eval_dataset)
     sets = []

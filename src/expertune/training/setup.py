@@ -127,6 +127,7 @@ _OF_FILES = (
     ArithmeticError,
     AssertionError,
 )
+_OF_STATES = {"linear_attention", "mamba", "conv"}  # as a config names such layers
 _INSTALL = "Install what it needs, or take a model that does not need it."
 _FETCH = "Where a file is cut, fetch it again; where config.json does not fit the other files, mend it."
 
@@ -136,6 +137,21 @@ def _was_reading(error: BaseException) -> bool:
     frames = walk_tb(error.__traceback__)
     is_of_device = isinstance(error, torch.AcceleratorError)
     return not is_of_device and any(frame.f_code.co_name == "from_pretrained" for frame, _ in frames)
+
+
+def check_packing(model: nn.Module, recipe: Recipe) -> None:
+    """Refuse to pack for a model in which samples of one sequence would not stay apart.
+
+    Raises:
+        UserError: it has layers that hand a state on from token to token.
+    """
+    config = without_adapters(model).config.get_text_config()
+    kinds = sorted(_OF_STATES.intersection(getattr(config, "layer_types", None) or ()))
+    if recipe.packing and kinds:
+        raise UserError(
+            f"packing lays samples into one sequence, in which {config.model_type} does not keep them apart: it has "
+            f"layers of {', '.join(kinds)}, which hand a state on from sample to sample. Set packing=false."
+        )
 
 
 def set_balance_loss(model: nn.Module, recipe: Recipe) -> None:

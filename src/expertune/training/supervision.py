@@ -72,7 +72,7 @@ def first_row_refused(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> i
             elif isinstance(row.get("prompt"), list):
                 _render(row["prompt"], row, tokenizer, template, add_generation_prompt=True)
                 _render(row["prompt"] + row["completion"], row, tokenizer, template)
-        except (TemplateError, TypeError):  # what a template raises by itself, or where it adds text and None
+        except (TemplateError, TypeError, ValueError, ArithmeticError):  # by itself, or where it adds text and None
             return index
     return None
 
