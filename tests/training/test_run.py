@@ -362,3 +362,15 @@ def test_packing_is_refused_where_samples_would_not_stay_apart(
     with pytest.raises(UserError, match=rf"packing lays samples .* layers of {kind}, .* Set packing=false"):
         quiet(make(packing=True, output_dir=str(tmp_path / "out")))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("stop", ["<eos>", ""])
+def test_answers_that_end_with_nothing_are_told(make: Make, tmp_path: Path, stop: str) -> None:
+    template = tmp_path / "chat.jinja"
+    template.write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}" + stop + "\n{% endfor %}")
+    talk = {"prompt": [{"role": "user", "content": "hi"}], "completion": [{"role": "assistant", "content": "ho"}]}
+    data = tmp_path / "talk.jsonl"
+    data.write_text(f"{json.dumps(talk)}\n" * 4)
+    output = StringIO()
+    run(make(dataset_name=str(data), chat_template_path=str(template), max_steps=1), Console(file=output, width=200))
+    assert ("no answer ends with '<eos>', so the model does not learn to stop" in output.getvalue()) is (stop == "")

@@ -2,7 +2,13 @@ import pytest
 from datasets import Dataset
 
 from expertune.training.errors import UserError
-from expertune.training.supervision import check_chat_template, check_positions, check_vocabulary, supervise
+from expertune.training.supervision import (
+    check_chat_template,
+    check_positions,
+    check_vocabulary,
+    ends_with_any,
+    supervise,
+)
 from tests.training.conftest import CHAT, UNMARKED, make_tokenizer
 
 
@@ -18,6 +24,21 @@ def test_counts_and_cuts() -> None:
     assert list(result.dataset["labels"]) == [answer, long_answer[:4], long_text[:4]]
     assert list(result.dataset["input_ids"]) == [[0, 1, 2, 3]] * 3
     assert "the loss is on 8 of them (67 %)" in str(result)
+
+
+@pytest.mark.parametrize(
+    ("labels", "ends"),
+    [
+        ([[1, 9], [1, 2]], True),
+        ([[9, -100], [1, 2]], True),
+        ([[1, 9, 2, 2]], True),
+        ([[9, 1, 1, 1], [-100, 5]], False),
+        ([[]], False),
+    ],
+)
+def test_whether_any_row_ends_with_a_stop(labels: list[list[int]], ends: bool) -> None:
+    """With a line's end behind it, or the next turn's words that are not learnt."""
+    assert ends_with_any(Dataset.from_dict({"labels": labels}), {8, 9}) is ends
 
 
 def test_makes_labels_of_the_masks_of_an_older_trl() -> None:

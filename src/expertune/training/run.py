@@ -57,6 +57,7 @@ from expertune.training.supervision import (
     check_chat_template,
     check_positions,
     check_vocabulary,
+    ends_with_any,
     first_row_refused,
     first_row_without_answer,
     nothing_to_learn,
@@ -132,6 +133,7 @@ def run(recipe: Recipe, console: Console | None = None, *, source: str | None = 
         with display.stage("tokenising"):
             trainer, sets = _make_trainer(recipe, arguments, model, tokenizer, (train_rows, eval_rows))
         _say_supervision(display, sets, recipe)
+        _say_where_nothing_stops(display, sets[0], trainer)
         _check_fits(recipe, model, trainer)
         if recipe.optim != OptimizerNames.ADAMW_8BIT and any(
             p.requires_grad and p.dtype == torch.bfloat16 for p in model.parameters()
@@ -315,6 +317,21 @@ def _say_supervision(display: Display, sets: list[Supervision], recipe: Recipe) 
                 f"warning: {part.num_cut:,} answers are cut off at max_length={recipe.max_length} ({name})",
                 style="yellow",
             )
+
+
+def _say_where_nothing_stops(display: Display, train: Supervision, trainer: Trainer) -> None:
+    """Warn where no answer ends with a token at which the model would stop, as some templates leave it out."""
+    tokenizer, settings = trainer.processing_class, getattr(trainer.model, "generation_config", None)
+    configured = getattr(settings, "eos_token_id", None)
+    several = configured if isinstance(configured, list) else [configured]
+    stops = {token for token in (tokenizer.eos_token_id, *several) if token is not None}
+    if stops and not ends_with_any(train.dataset, stops):
+        names = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(sorted(stops))))
+        display.say(
+            f"warning: no answer ends with {names}, so the model does not learn to stop. Give the data as messages, or "
+            "set chat_template_path to a template that ends an answer so.",
+            style="yellow",
+        )
 
 
 def _write_recipe(path: Path, recipe: Recipe, model: nn.Module) -> None:

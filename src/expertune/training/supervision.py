@@ -5,7 +5,7 @@ TRL drops rows whose answer `max_length` cuts off, without a word. Here such a r
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,8 @@ from trl import get_training_chat_template
 
 from expertune.hosts.label_rows import IGNORED
 from expertune.training.errors import UserError, one_paragraph
+
+_BEHIND_A_STOP = 2  # tokens, such as a line's end, that a template may put there
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +42,19 @@ class Supervision:
             f"{len(self.dataset):,} rows, {self.num_tokens:,} tokens, "
             f"the loss is on {self.num_supervised:,} of them ({share:.0f} %)"
         )
+
+
+def ends_with_any(dataset: Dataset, stops: Collection[int]) -> bool:
+    """Whether what is learnt of any row ends with a token that stops generation.
+
+    Args:
+        dataset: with `labels`.
+        stops: ids of such tokens.
+    """
+    return any(
+        not set(stops).isdisjoint([label for label in labels if label != IGNORED][-_BEHIND_A_STOP - 1 :])
+        for labels in dataset["labels"]
+    )
 
 
 def check_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
