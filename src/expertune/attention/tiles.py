@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from expertune.attention.kernels import Attended, Pattern
-from expertune.attention.sinks import with_sinks
 
 _SCORES = 2**25  # of a tile, over all heads
 
@@ -31,11 +30,12 @@ class Tiles:
         for rows, keys in _tiles(q_BHTD, k_BJSD, pattern):
             scores = _scores(q_BJGTD, k_BJSD, pattern, rows, keys)
             lse = scores.logsumexp(-1)
+            if sinks_H is not None:
+                lse = torch.logaddexp(lse, sinks_H.to(lse.dtype).view(1, *lse.shape[1:3], 1))
             lse_BJGT[..., rows] = lse
             out_BJGTV[..., rows, :] = _probabilities(scores, lse).to(v_BJSV.dtype) @ v_BJSV[:, :, None, keys]
         out_BTHV = out_BJGTV.flatten(1, 2).transpose(1, 2)
-        attended = Attended(out_BTHV.contiguous(), lse_BJGT.view(batch, heads, length))
-        return with_sinks(attended, sinks_H)
+        return Attended(out_BTHV.contiguous(), lse_BJGT.view(batch, heads, length))
 
     def backward(
         self, dout_BTHV: Tensor, q_BHTD: Tensor, k_BJSD: Tensor, v_BJSV: Tensor, attended: Attended, pattern: Pattern
