@@ -58,3 +58,13 @@ def test_without_a_gradient_logits_stay() -> None:
     _kernel(logits, label, outs(3, torch.float32), HEADS["plain"], writes_gradient=False)
     assert torch.equal(logits, before)
     _kernel(logits[:0], label[:0], outs(0, torch.float32), HEADS["plain"], writes_gradient=True)
+
+
+@pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
+def test_a_label_beyond_the_vocabulary_has_no_probability(head: Head) -> None:
+    """And what lies beside the logits is not read."""
+    logits, _ = draw(4, 33, KERNEL_DTYPES[0])
+    given = outs(4, torch.float32)
+    _kernel(logits, torch.tensor([0, 33, -1, 32], device=DEVICE), given, head, writes_gradient=False)
+    assert given[0].isnan().tolist() == [False, True, True, False]
+    assert given[1].isfinite().all()

@@ -111,7 +111,9 @@ def _log_probs_kernel(
     total, weighted = _lower(total, weighted, most - highest)
     total_of_all = tl.sum(total, axis=0)
     log_total = tl.log(total_of_all)  # beyond the maximum: no digits are lost where one logit has nearly all
-    z_label, _ = _cap(tl.load(row_ptr + label).to(tl.float32), factor, height, slope, HAS_CAP)
+    is_known = (label >= 0) & (label < V)
+    z_label = tl.where(is_known, tl.load(row_ptr + label, mask=is_known, other=0.0).to(tl.float32), float("nan"))
+    z_label, _ = _cap(z_label, factor, height, slope, HAS_CAP)
     tl.store(log_prob_ptr + token, z_label - highest - log_total)
     tl.store(entropy_ptr + token, log_total - tl.sum(weighted, axis=0) / total_of_all)
     tl.store(is_top1_ptr + token, (z_label >= highest) & (z_label > most_before))
@@ -136,7 +138,7 @@ def log_probs(
 
     Args:
         logits_TV: contiguous, any floating dtype.
-        label_T: int64, each in 0 … V−1.
+        label_T: int64, each in 0 … V−1; of another the log-probability is not a number.
         outs: `log_prob_T` and `entropy_T` in float32, `is_top1_T` in bool: whether the label is the likeliest token.
         scale: of the logits.
         softcap: None for none.
