@@ -2,6 +2,7 @@
 
 import copy
 import re
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -293,13 +294,16 @@ def test_windows_that_layers_were_not_made_with_are_refused(
         ours(**batch())
 
 
+@pytest.mark.parametrize("change", CHANGES, ids=str)
 @pytest.mark.parametrize("was_ours", [False, True])
-def test_other_windows_than_its_config_s_keep_the_hosts_attention(checkpoint: Checkpoint, was_ours: bool) -> None:
+def test_other_windows_than_its_config_s_keep_the_hosts_attention(
+    checkpoint: Checkpoint, was_ours: bool, change: dict[str, Any]
+) -> None:
     host, ours = (load_tiny(checkpoint("gpt_oss")) for _ in range(2))
     if was_ours:
         expertune.optimize(ours)
-    for model in (host, ours):
-        model.config.sliding_window = 3
+    for model, (name, value) in product((host, ours), change.items()):
+        setattr(model.config, name, value)
     expertune.optimize(ours)
     assert not attention.is_ours(ours.model)
     assert_equal_within(run(ours, batch()), run(host, batch()), 1e-11)

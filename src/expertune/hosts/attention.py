@@ -66,10 +66,22 @@ def why_not(decoder: PreTrainedModel, model: nn.Module) -> str | None:
         return "its scores are capped"
     if getattr(config, "attention_dropout", 0.0):
         return "it drops attention weights at random"
-    held = {window for each in attentions if isinstance(window := getattr(each, "sliding_window", None), int)}
-    if held - {getattr(config, "sliding_window", None)}:
-        return f"its layers were made with windows of {', '.join(map(str, sorted(held)))}, and its config says another"
+    if any(_window_held(each) != _window_said(each, config) for each in attentions if hasattr(each, "sliding_window")):
+        return "its layers were made with other windows than its config says"
     return None
+
+
+def _window_held(attention: Any) -> int | None:
+    """The window that an attention was made with; some hold one that they do not use."""
+    window: int | None = attention.sliding_window if getattr(attention, "is_sliding", True) else None
+    return window
+
+
+def _window_said(attention: Any, config: Any) -> int | None:
+    """The window that a config says an attention has, which was made of it."""
+    types, place = getattr(config, "layer_types", None), getattr(attention, "layer_idx", None)
+    is_windowed = types is None or place is None or list(types[place : place + 1]) == ["sliding_attention"]
+    return getattr(config, "sliding_window", None) if is_windowed else None
 
 
 def windows_said(config: Any) -> tuple[Any, ...]:
