@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from expertune.training.errors import UserError, one_paragraph
 from expertune.training.exact_json import nested_as_text
-from expertune.training.files import Row, read_rows
+from expertune.training.files import Row, names_twice, read_rows
 from expertune.training.recipe import Recipe
 from expertune.training.rows import alpaca_to_prompt, detect, make_row
 
@@ -123,7 +123,7 @@ def _checked(name: str, rows: Iterable[Row], recipe: Recipe) -> Rows:
 
 def _rename(where: str, row: dict[str, Any], columns: dict[str, Any]) -> dict[str, Any]:
     names = [columns.get(column, column) for column in row]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
+    if twice := names_twice(names):
         raise UserError(
             f"{where}: after columns renamed them, two columns of the data are called {', '.join(twice)}. Rename one."
         )

@@ -7,7 +7,8 @@ Files are read here rather than by `datasets`, which names neither file nor line
 
 import csv
 import json
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,11 @@ def read_rows(name: str, *, split: str | None, default_split: str, config: str |
         raise UserError(f"there is no data at {name!r}, looked for from {Path.cwd()}. Check the path.")
     else:
         yield from _read_hub(name, split or default_split, config)
+
+
+def names_twice(names: Iterable[str]) -> list[str]:
+    """The names that are there more than once."""
+    return [name for name, times in Counter(names).items() if times > 1]
 
 
 def _files_in(folder: Path, split: str) -> list[Path]:
@@ -111,8 +117,7 @@ def _read_csv(file: Path) -> Iterator[Row]:
     with file.open(encoding="utf-8-sig", newline="") as lines:
         reader = csv.DictReader(lines, strict=True)
         try:
-            names = list(reader.fieldnames or ())
-            if twice := sorted({name for name in names if names.count(name) > 1}):
+            if twice := names_twice(reader.fieldnames or ()):
                 raise UserError(f"{file}: two columns are called {', '.join(twice)}. Rename one.")
             for row in reader:
                 where = f"{file}, line {reader.line_num}"

@@ -5,7 +5,7 @@ TRL drops rows whose answer `max_length` cuts off, without a word. Here such a r
 
 import json
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,7 +44,7 @@ class Supervision:
         )
 
 
-def ends_with_any(dataset: Dataset, stops: Collection[int]) -> bool:
+def ends_with_any(dataset: Dataset, stops: Set[int]) -> bool:
     """Whether what is learnt of any row ends with a token that stops generation.
 
     Args:
@@ -52,7 +52,7 @@ def ends_with_any(dataset: Dataset, stops: Collection[int]) -> bool:
         stops: ids of such tokens.
     """
     return any(
-        not set(stops).isdisjoint([label for label in labels if label != IGNORED][-_BEHIND_A_STOP - 1 :])
+        not stops.isdisjoint([label for label in labels if label != IGNORED][-_BEHIND_A_STOP - 1 :])
         for labels in dataset["labels"]
     )
 
