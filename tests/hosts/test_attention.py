@@ -262,6 +262,26 @@ def test_a_layer_that_asks_for_more_is_refused(checkpoint: Checkpoint) -> None:
         model(input_ids=batch()["input_ids"], is_causal=False)
 
 
+@pytest.mark.parametrize("family", ["gpt_oss", "gemma3"])
+def test_attentions_that_are_made_to_see_both_directions_are_refused(checkpoint: Checkpoint, family: str) -> None:
+    _, ours = pair(checkpoint, family)
+    for module in ours.modules():
+        if hasattr(module, "is_causal"):
+            module.is_causal = False
+    with pytest.raises(ValueError, match=r"is_causal=False.*attention='host'"):
+        ours(**batch())
+
+
+def test_a_model_that_is_cut_keeps_ours(checkpoint: Checkpoint) -> None:
+    """Its config names fewer layers then, and those that are left are what they were."""
+    theirs, ours = pair(checkpoint, "gpt_oss")
+    for model in (theirs, ours):
+        run(model, batch())
+        model.model.layers = model.model.layers[:1]
+        model.config.layer_types, model.config.num_hidden_layers = model.config.layer_types[:1], 1
+    assert_equal_within(run(ours, batch()), run(theirs, batch()), 1e-11)
+
+
 def test_a_decoder_keeps_its_attention_where_one_in_both_directions_has_the_same_config(
     checkpoint: Checkpoint,
 ) -> None:

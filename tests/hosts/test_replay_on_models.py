@@ -1,12 +1,14 @@
 """Gradient checkpointing of whole models: the gradients are those without it, and near ties fall as they first did."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.modules.module import register_module_forward_hook
 from torch.overrides import TorchFunctionMode
 
 import expertune
@@ -145,6 +147,50 @@ def test_hooks_see_in_the_second_run_what_they_saw_in_the_first(checkpoint: Chec
     for each in again:
         torch.testing.assert_close(each, first, rtol=0, atol=0)
     hook.remove()
+
+
+def _clip(out: Tensor) -> Tensor:
+    """By a number that Python reads."""
+    return out * min(1.0, 5.0 / (float(out.detach().norm()) + 1e-9))
+
+
+class _Keeping(torch.autograd.Function):
+    """Keeps what it reads, without saving it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.x = x.detach().clone()
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        return dy * ctx.x.tanh()
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize("reader", [_clip, _Keeping.apply], ids=["a number", "a function of autograd"])
+@pytest.mark.parametrize("everywhere", [False, True], ids=["a block's forward", "a hook on all modules"])
+def test_who_reads_the_experts_output_later_on_reads_it_in_the_second_run_too(
+    checkpoint: Checkpoint, way: Any, reader: Any, everywhere: bool
+) -> None:
+    models = [stock(checkpoint("qwen3_moe"), lora()) for _ in range(2)]
+    way(models[1])
+    for model in models:
+        run(model, batch())  # in which the layers learn what they may leave out
+    kinds = {type(block) for block in blocks(models[0])}
+    inputs = batch()
+    inputs["attention_mask"].fill_(1)  # what padding yields is in the norm, too
+    if everywhere:
+        hook = register_module_forward_hook(lambda module, _args, out: reader(out) if type(module) in kinds else None)
+    else:
+        for block in (block for model in models for block in blocks(model)):
+            block.forward = partial(lambda forward, x: reader(forward(x)), block.forward)  # type: ignore[method-assign]
+    try:
+        expected, ours = (run(model, inputs) for model in models)
+    finally:
+        if everywhere:
+            hook.remove()
+    assert_equal_within(ours, expected, 1e-11)
 
 
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)

@@ -100,12 +100,12 @@ def test_a_checkpointed_layer_chooses_once(
 
 def test_under_autocast_logits_are_the_hosts_bit_by_bit(checkpoint: Checkpoint) -> None:
     model = load_tiny(checkpoint("glm4_moe_lite", **GROUPLESS), torch.bfloat16)
-    (module, formula), *_ = router.find(model)
-    assert formula.is_wide
+    (module, found), *_ = router.find(model)
+    assert found.formula.is_wide
     x_TD = torch.randn(9, 32, dtype=torch.bfloat16)
     for enabled in (True, False):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            ours = router.routed(module, formula, None, x_TD)[0]
+            ours = router.routed(module, found.formula, None, x_TD)[0]
             theirs = type(module).forward(module, x_TD)[0]
         assert ours.dtype == theirs.dtype
         assert torch.equal(ours, theirs)

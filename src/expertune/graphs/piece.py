@@ -1,7 +1,9 @@
 """Which calls of a module are recorded: those that came before, in training, on few tokens."""
 
+import copy
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +15,7 @@ from expertune.graphs.recording import Recording, tokens_of
 from expertune.graphs.rerun import Around, Rerun
 from expertune.graphs.structure import NotPlainError, put_together, take_apart
 from expertune.graphs.watch import Watch
+from expertune.whole import copied
 
 _SEEN = 2  # calls of a kind before the one that is recorded: the first finds kernels, the second runs as planned
 _MOST_KEPT = 2  # kinds of calls that a module is recorded for with what they keep: each takes memory of its own
@@ -43,6 +46,7 @@ class Piece:
         around: of a function, one of the module and the arguments that calls it in its turn, or not; that is not part
             of what is recorded, but of the class's forward. None for nothing around.
         most_tokens: of a call that is recorded.
+        unrecorded: the forward of a module that is no piece; None for its class's.
     """
 
     def __init__(
@@ -52,11 +56,13 @@ class Piece:
         function: Callable[..., Any] | None = None,
         around: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None,
         most_tokens: int = MOST_TOKENS,
+        unrecorded: Callable[[nn.Module], Callable[..., Any]] | None = None,
     ) -> None:
         self.module = module
         self.function = function
         self._around = around
         self._most_tokens = most_tokens
+        self._unrecorded = unrecorded
         self._outside: Callable[..., Any] | None = None
         self._recorder = recorder
         self._seen: dict[Hashable, int] = {}
@@ -92,6 +98,13 @@ class Piece:
     def __getstate__(self) -> dict[str, Any]:
         """Recordings belong to one model in one process; a copy makes its own."""
         return vars(self) | {"_seen": {}, "_recordings": {}, "_watch": None, "_outside": None, "_given": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A piece of the model's copy; the module alone is copied as if it had never been one."""
+        if self._recorder.is_copied(memo):
+            return copied(self, memo)
+        module = copy.deepcopy(self.module, memo)
+        return MethodType(type(module).forward, module) if self._unrecorded is None else self._unrecorded(module)
 
     @property
     def recordings(self) -> int:

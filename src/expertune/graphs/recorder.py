@@ -12,6 +12,7 @@ from expertune.graphs.host import Host
 from expertune.graphs.pool import Pool
 from expertune.graphs.watch import Watch
 from expertune.memory.meter import meter_of
+from expertune.whole import OfAModel
 
 _PAYS = 20  # replays of a recording, after which it has been worth making
 _MOST_RELEASES = 3  # of recordings that had not paid
@@ -19,7 +20,7 @@ _MOST_RELEASES = 3  # of recordings that had not paid
 PoolOf: TypeAlias = Callable[[torch.device], Pool | None]
 
 
-class Recorder:
+class Recorder(OfAModel):
     """The pieces of one model.
 
     Args:

@@ -37,6 +37,7 @@ from expertune.hosts import (
     samples,
     transformers,
     trl_head,
+    windows,
 )
 from expertune.hosts.attached import Attached, attached
 from expertune.hosts.blocks import blocks, decoders, hook
@@ -77,7 +78,7 @@ def attach(
     detach(model)
     if is_attention_ours:
         state.attentions = [each for decoder in taken for each in attention.take_over(decoder)]
-        state.windows = [(config, attention.windows_said(config)) for config, _ in state.attentions]
+        state.windows = [(config, windows.said(config)) for config, _ in state.attentions]
     state.norms = formulas.bind(found_norms, norms.forward)
     state.latents = forwards.bind(found_latents, latent_attention.forward)
     state.rotaries = forwards.bind(found_rotaries, rotary.forward)
@@ -106,6 +107,7 @@ def attach(
 
 def _make_recorder(model: PreTrainedModel, state: Attached) -> None:
     state.recorder = Recorder(graphs.TransformersHost(state.replay, partial(_rest, state)))
+    state.recorder.whole = model
     state.handles += [each for decoder in decoders(model) for each in graphs.hook(decoder, state.recorder)]
 
 
@@ -265,8 +267,8 @@ def _before_decoder(model: PreTrainedModel, state: Attached, decoder: PreTrained
         )
     if state.is_attention_lent and continuous_batching.has_ended(model, decoder):
         _attend_again(model, state)
-    if state.windows:
-        attention.refuse_other_windows(decoder, state.windows)
+    if state.windows and attention.is_ours(decoder):
+        windows.refuse_others(decoder.config, state.windows)
     trl_head.bind(model)
     recompute.take_in(model, state)
     inside = chain.from_iterable(block._modules.values() for block in state.blocks)

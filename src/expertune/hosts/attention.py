@@ -20,6 +20,7 @@ from transformers.masking_utils import sdpa_mask
 from expertune.attention.attend import PREFERRED, attend, goes_beyond_sdpa
 from expertune.attention.kernels import Pattern, choose
 from expertune.attention.sequences import Sequences
+from expertune.hosts import windows
 
 IMPLEMENTATION = "expertune"
 BESIDE_SDPA = "expertune_beside_sdpa"
@@ -66,46 +67,10 @@ def why_not(decoder: PreTrainedModel, model: nn.Module) -> str | None:
         return "its scores are capped"
     if getattr(config, "attention_dropout", 0.0):
         return "it drops attention weights at random"
-    if any(_window_held(each) != _window_said(each, config) for each in attentions if hasattr(each, "sliding_window")):
+    windowed = [each for each in attentions if hasattr(each, "sliding_window")]
+    if any(windows.held(each) != windows.said_of(each, config) for each in windowed):
         return "its layers were made with other windows than its config says"
     return None
-
-
-def _window_held(attention: Any) -> int | None:
-    """The window that an attention was made with; some hold one that they do not use."""
-    window: int | None = attention.sliding_window if getattr(attention, "is_sliding", True) else None
-    return window
-
-
-def _window_said(attention: Any, config: Any) -> int | None:
-    """The window that a config says an attention has, which was made of it."""
-    types, place = getattr(config, "layer_types", None), getattr(attention, "layer_idx", None)
-    is_windowed = types is None or place is None or list(types[place : place + 1]) == ["sliding_attention"]
-    return getattr(config, "sliding_window", None) if is_windowed else None
-
-
-def windows_said(config: Any) -> tuple[Any, ...]:
-    """What a config says of windows. Layers read it when they are made, the host's masks at every call."""
-    return getattr(config, "sliding_window", None), *(getattr(config, "layer_types", None) or ())
-
-
-def refuse_other_windows(decoder: PreTrainedModel, said: list[tuple[Any, tuple[Any, ...]]]) -> None:
-    """Refuse a config that has been changed since layers were made of it: ours attends by these.
-
-    Args:
-        decoder: the decoder.
-        said: configs, each with what it said when the decoder was taken over.
-
-    Raises:
-        ValueError: says what to do.
-    """
-    config = decoder.config
-    if is_ours(decoder) and any(each is config and windows_said(config) != before for each, before in said):
-        raise ValueError(
-            f"sliding_window or layer_types of {type(config).__name__} was changed after the model was made, and its "
-            "layers hold what it said before. Load the model with the config that you want, or call "
-            "expertune.optimize(model) again, which then leaves its attention to the host."
-        )
 
 
 def attentions_of(module: nn.Module) -> list[Any]:
@@ -305,7 +270,7 @@ def _mask_beside_sdpa(*, attention_mask: Tensor | None = None, **given: Any) -> 
 
 
 def _attention(
-    _module: nn.Module,
+    module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -321,6 +286,8 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """The host's attention function, `(B, T, H, V)`."""
     is_whole = attention_mask is not None and attention_mask.dim() == 4
+    if is_causal is None:  # as the host's for SDPA asks
+        is_causal = getattr(module, "is_causal", None)
     if dropout or softcap is not None or (is_causal is False and not is_whole):
         raise ValueError(
             "expertune's attention is causal, without dropout and without capped scores; this layer asked for "

@@ -119,7 +119,8 @@ class _Attention:
 def _norms(model: PreTrainedModel) -> Iterator[Call]:
     for module in model.modules():
         if forwards.runs(module, norms.forward):
-            (_, formula), (width,) = forwards.given(module).args, module.weight.shape
+            (_, found), (width,) = forwards.given(module).args, module.weight.shape
+            formula = found.formula
             yield Call(_Norm(formula.eps, formula.offset, module.weight.dtype), ((4, width),), model.dtype)
 
 
@@ -136,8 +137,8 @@ class _Norm:
 def _routers(model: PreTrainedModel) -> Iterator[Call]:
     for module in model.modules():
         if forwards.runs(module, router.forward):
-            formula, _ = forwards.given(module).args[1:]
-            yield Call(_Router(formula.rule, router.has_bias(module)), ((4, len(module.weight)),), model.dtype)
+            found, _ = forwards.given(module).args[1:]
+            yield Call(_Router(found.formula.rule, router.has_bias(module)), ((4, len(module.weight)),), model.dtype)
 
 
 @dataclass(frozen=True)
@@ -153,8 +154,8 @@ class _Router:
 def _mlps(model: PreTrainedModel) -> Iterator[Call]:
     for module in model.modules():
         if forwards.runs(module, mlps.forward):
-            gate, _ = forwards.given(module).args[1:]
-            yield Call(_Mlp(gate, len(module.gate_proj.weight)), ((4, _MLP_WIDTH),), model.dtype)
+            found, _ = forwards.given(module).args[1:]
+            yield Call(_Mlp(found.formula, len(module.gate_proj.weight)), ((4, _MLP_WIDTH),), model.dtype)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,10 @@
 """Modules whose class computes a formula of ours, which is found by trying it: once for all that are alike."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from types import BuiltinFunctionType, FunctionType
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +15,48 @@ _Formula = TypeVar("_Formula")
 _AGREES = 1e-5  # float32 rounding, relative; another formula is off by more than a tenth
 
 
+class Settings(NamedTuple):
+    """What a module's class reads of an instance beside its weights.
+
+    Args:
+        names: of its numbers, flags, words and functions.
+        values: theirs.
+        kinds: of its children.
+    """
+
+    names: tuple[str, ...]
+    values: tuple[Any, ...]
+    kinds: tuple[type, ...]
+
+    @classmethod
+    def of(cls, module: nn.Module) -> "Settings":
+        """As they are now."""
+        named = {name: value for name, value in vars(module).items() if _is_setting(name, value)}
+        return cls(tuple(named), tuple(named.values()), tuple(map(type, module._modules.values())))
+
+    def are_those_of(self, module: nn.Module) -> bool:
+        """Whether nobody has changed one."""
+        values = tuple(map(vars(module).get, self.names))
+        return values == self.values and tuple(map(type, module._modules.values())) == self.kinds
+
+
+def _is_setting(name: str, value: Any) -> bool:
+    kinds = (int, float, str, tuple, FunctionType, BuiltinFunctionType)
+    return (value is None or isinstance(value, kinds)) and not name.startswith("_") and name != "training"
+
+
+@dataclass(frozen=True)
+class Found(Generic[_Formula]):
+    """A formula, and the settings of the module with which it follows it."""
+
+    formula: _Formula
+    settings: Settings
+
+    def of(self, module: nn.Module) -> _Formula | None:
+        """The formula, unless a setting of the module has changed since, so that its class may compute another."""
+        return self.formula if self.settings.are_those_of(module) else None
+
+
 def agree(given: Tensor, mine: Tensor) -> bool:
     """Whether two formulas gave the same numbers, in float32."""
     return given.shape == mine.shape and torch.allclose(given, mine, rtol=_AGREES, atol=_AGREES)
@@ -20,7 +64,7 @@ def agree(given: Tensor, mine: Tensor) -> bool:
 
 def find(
     model: nn.Module, is_meant: Callable[[nn.Module], bool], formula_of: Callable[[nn.Module], _Formula | None]
-) -> list[tuple[nn.Module, _Formula]]:
+) -> list[tuple[nn.Module, Found[_Formula]]]:
     """The modules that follow a formula, and which. Changes nothing.
 
     Args:
@@ -33,12 +77,12 @@ def find(
     for module in model.modules():
         if not is_meant(module):
             continue
-        settings = {name: value for name, value in vars(module).items() if not name.startswith("_")}
-        key = (type(module), repr(settings), *map(type, module.children()))
+        beside = {name: value for name, value in vars(module).items() if not name.startswith("_")}
+        key = (type(module), repr(beside), *map(type, module.children()))
         if key not in known:
             known[key] = formula_of(module)
         if (formula := known[key]) is not None:
-            found.append((module, formula))
+            found.append((module, Found(formula, Settings.of(module))))
     return found
 
 
@@ -47,8 +91,8 @@ def is_named(word: str) -> Callable[[nn.Module], bool]:
     return lambda module: word in type(module).__name__
 
 
-def bind(found: Iterable[tuple[nn.Module, Any]], forward: Callable[..., Any], *others: Any) -> list[nn.Module]:
-    """Let modules run `forward(module, formula, *others, …)`, but those with a forward of their own.
+def bind(found: Iterable[tuple[nn.Module, Found[Any]]], forward: Callable[..., Any], *others: Any) -> list[nn.Module]:
+    """Let modules run `forward(module, found, *others, …)`, but those with a forward of their own.
 
     Args:
         found: by `find`.
@@ -58,7 +102,7 @@ def bind(found: Iterable[tuple[nn.Module, Any]], forward: Callable[..., Any], *o
     Returns:
         those that do, for `forwards.unbind`.
     """
-    ours = [(module, formula) for module, formula in found if forwards.given(module) is None]
-    for module, formula in ours:
-        forwards.give(module, partial(forward, module, formula, *others))
+    ours = [(module, each) for module, each in found if forwards.given(module) is None]
+    for module, each in ours:
+        forwards.give(module, partial(forward, module, each, *others))
     return [module for module, _ in ours]

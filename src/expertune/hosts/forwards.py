@@ -6,10 +6,12 @@ A hook of Accelerate, as `device_map` sets it, lies in `forward` and calls what 
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from types import MethodType
+from types import FunctionType, MethodType
 from typing import Any
 
 from torch import nn
+
+_OURS = __name__.partition(".")[0] + "."
 
 
 def bind(modules: Iterable[nn.Module], forward: Callable[..., Any], *others: Any) -> list[nn.Module]:
@@ -47,6 +49,14 @@ def given(module: nn.Module) -> Any:
     forward = vars(module).get(_slot(module))
     is_the_classes = isinstance(forward, MethodType) and forward.__func__ is type(module).forward
     return None if is_the_classes else forward
+
+
+def is_somebody_elses(module: nn.Module) -> bool:
+    """Whether a module runs a forward that is neither its class's nor ours."""
+    forward = given(module)
+    function = forward.func if isinstance(forward, partial) else forward
+    of = function if isinstance(function, FunctionType | MethodType) else type(function)
+    return forward is not None and not of.__module__.startswith(_OURS)
 
 
 def take_back(module: nn.Module) -> None:

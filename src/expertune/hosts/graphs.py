@@ -55,6 +55,10 @@ class _Forward:
             return cls(given.func, given.args[1:])
         return None
 
+    def of_module(self, module: nn.Module) -> Callable[..., Any]:
+        """As it is given to a module."""
+        return partial(self.forward, module, *self.others)
+
     def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return self.forward(module, *self.others, *args, **kwargs)
 
@@ -131,7 +135,8 @@ def bind(layers: Sequence[nn.Module], recorder: Recorder) -> None:
                 around = None if wrapper is None else partial(twin_around, wrapper, "forward")
                 function = ours if wrapper is None else _Inside(type(module))
                 most_tokens = _MOST_TOKENS_OF_BLOCK if module is not layer and peft.is_block(module) else MOST_TOKENS
-                forwards.give(module, Piece(module, recorder, function, around, most_tokens))
+                unrecorded = None if ours is None else ours.of_module
+                forwards.give(module, Piece(module, recorder, function, around, most_tokens, unrecorded))
 
 
 class _Inside:
@@ -193,7 +198,7 @@ def unbind(recorder: Recorder) -> None:
             continue
         forwards.take_back(piece.module)
         if isinstance(piece.function, _Forward):
-            forwards.give(piece.module, partial(piece.function.forward, piece.module, *piece.function.others))
+            forwards.give(piece.module, piece.function.of_module(piece.module))
     recorder.pieces.clear()
 
 

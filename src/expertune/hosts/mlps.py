@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from expertune.activations import Gate, HostGate
 from expertune.gated_mlp import gated_mlp
 from expertune.hosts import formulas, gates, peft
+from expertune.hosts.formulas import Found
 from expertune.memory.replay import RoutingReplay
 
 _LINEARS = ("gate_proj", "up_proj", "down_proj")
@@ -23,21 +24,21 @@ _AGREES = 1e-5  # float32 rounding, relative; another formula is off by more tha
 _WIDTH, _INNER = 6, 10  # of the instance that is tried
 
 
-def find(model: nn.Module) -> list[tuple[nn.Module, Gate]]:
+def find(model: nn.Module) -> list[tuple[nn.Module, Found[Gate]]]:
     """The MLPs that follow the formula, and by which gate. Changes nothing."""
     return formulas.find(model, _has_parts, gate_of)
 
 
-def forward(mlp: Any, gate: Gate, replay: RoutingReplay, x: Tensor) -> Tensor:
+def forward(mlp: Any, found: Found[Gate], replay: RoutingReplay, x: Tensor) -> Tensor:
     """Ours where its linears are plain and frozen, all in one dtype; otherwise the host's own.
 
     Args:
         mlp: the module.
-        gate: what `find` found.
+        found: its gate.
         replay: of its model, which knows whether the layer runs again, and in tiles.
         x: `(…, I)`.
     """
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and (gate := found.of(mlp)) is not None:
         gate_proj, up_proj, down_proj = (peft.plain_linear(getattr(mlp, name), x) for name in _LINEARS)
         if gate_proj is not None and up_proj is not None and down_proj is not None:
             return gated_mlp(x, gate, (gate_proj, up_proj, down_proj), _tile(replay, x))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from expertune.hosts import formulas
+from expertune.hosts.formulas import Found
 from expertune.rms_norm import rms_norm
 
 
@@ -30,7 +31,7 @@ class Formula(NamedTuple):
     keeps_dtype: bool
 
 
-def find(model: nn.Module) -> list[tuple[nn.Module, Formula]]:
+def find(model: nn.Module) -> list[tuple[nn.Module, Found[Formula]]]:
     """The norms that follow the formula, and how. Changes nothing."""
     return formulas.find(model, formulas.is_named("RMSNorm"), formula_of)
 
@@ -61,10 +62,11 @@ def formula_of(norm: nn.Module) -> Formula | None:
     return None
 
 
-def forward(norm: nn.Module, formula: Formula, x: Tensor) -> Tensor:
+def forward(norm: nn.Module, found: Found[Formula], x: Tensor) -> Tensor:
     """Ours where torch has a fused kernel, else the host's: which also is the exact one for float64."""
     weight_D = cast(Tensor, norm.weight)  # in a recording of the module, not a parameter
-    if _is_fused(x) and (formula.keeps_dtype or x.dtype == weight_D.dtype):
+    formula = found.of(norm) if _is_fused(x) else None
+    if formula is not None and (formula.keeps_dtype or x.dtype == weight_D.dtype):
         return rms_norm(x, weight_D, formula.eps, formula.offset)
     given: Tensor = type(norm).forward(norm, x)
     return given

@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from expertune.hosts import adapter_states, collected, graphs, samples, transformers
+from expertune.hosts import adapter_states, collected, forwards, graphs, samples, transformers
 from expertune.hosts.attached import Attached
 from expertune.hosts.widths import width_of
 from expertune.memory.checkpoint import LayerCheckpoint
@@ -30,6 +31,8 @@ def set_memory(model: PreTrainedModel, state: Attached, memory: str) -> None:
         memory: see `expertune.memory.policy.policy_of`.
     """
     state.memory = policy_of(memory)
+    if state.memory.planner is not None:
+        state.memory.planner.whole = model
     for _, module in transformers.named_experts(model):
         transformers.plan_of(module).tiles = state.memory.tiles if state.memory.planner is None else None
     if not model.supports_gradient_checkpointing:
@@ -125,9 +128,16 @@ def _checkpoint(layer: Any, model: PreTrainedModel, state: Attached) -> None:
 
 
 def _is_watched(layer: nn.Module) -> bool:
-    """Whether hooks lie on a layer or in it that are neither ours nor Transformers'."""
+    """Whether hooks lie on a layer or in it, or on all modules, that are neither ours nor Transformers'.
+
+    Or a module of it runs a forward that somebody has given to it alone, which may look at what comes of the experts.
+    """
+    if _global_forward_hooks or _global_forward_pre_hooks:
+        return True
     hooks = (hooks for m in layer.modules() for hooks in (m._forward_hooks, m._forward_pre_hooks) if hooks)
-    return not all(graphs.is_observer(hook) for each in hooks for hook in each.values())
+    if not all(graphs.is_observer(hook) for each in hooks for hook in each.values()):
+        return True
+    return any(forwards.is_somebody_elses(module) for module in layer.modules())
 
 
 def _is_ours(layer: Any) -> bool:

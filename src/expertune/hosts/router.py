@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from expertune.hosts import formulas
+from expertune.hosts.formulas import Found
 from expertune.memory.replay import RoutingReplay, Tape
 from expertune.router import choose, has_kernel, route
 from expertune.shapes import RoutingRule
@@ -39,7 +40,7 @@ class Formula(NamedTuple):
     flattens: bool
 
 
-def find(model: nn.Module) -> list[tuple[nn.Module, Formula]]:
+def find(model: nn.Module) -> list[tuple[nn.Module, Found[Formula]]]:
     """The routers that follow a formula, and which. Changes nothing."""
     return formulas.find(model, formulas.is_named("Router"), formula_of)
 
@@ -49,19 +50,20 @@ def has_bias(router: nn.Module) -> bool:
     return isinstance(getattr(router, _BIAS, None), Tensor)
 
 
-def forward(router: Any, formula: Formula, replay: RoutingReplay, hidden_states: Tensor) -> Any:
+def forward(router: Any, found: Found[Formula], replay: RoutingReplay, hidden_states: Tensor) -> Any:
     """Logits, scores and experts; the host's own where there is no kernel for it.
 
     Scores are in float32 also where the host rounds them: they only weight what the walk sums in float32.
 
     Args:
         router: the module.
-        formula: its class's.
+        found: its class's formula.
         replay: knows whether the layer runs for the second time, and by which choice then.
         hidden_states: `(…, D)`.
     """
+    formula = found.formula
     is_read = hidden_states.dim() == 2 or formula.flattens
-    if not is_read or not has_kernel(hidden_states, len(router.weight), formula.rule):
+    if not is_read or not has_kernel(hidden_states, len(router.weight), formula.rule) or found.of(router) is None:
         return type(router).forward(router, hidden_states)
     return routed(router, formula, replay.tape, hidden_states)
 
@@ -70,7 +72,8 @@ def routed(router: Any, formula: Formula, tape: Tape | None, hidden_states: Tens
     """The formula's logits, scores and experts.
 
     Args:
-        router, formula, hidden_states: as for `forward`.
+        router, hidden_states: as for `forward`.
+        formula: the router's.
         tape: that runs.
     """
     x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])

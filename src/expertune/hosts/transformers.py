@@ -22,6 +22,7 @@ from expertune.backends import choose
 from expertune.backends.protocol import Backend
 from expertune.experts import experts
 from expertune.hosts import llama4
+from expertune.hosts.formulas import Settings
 from expertune.hosts.gates import gate_of
 from expertune.memory import token_tiles
 from expertune.memory.replay import RoutingReplay
@@ -42,7 +43,9 @@ class ExpertsPlan:
     Args:
         name: the module's path in its model.
         layout: how its weights lie.
+        shape: of the first projection's weight, by which that is its layout.
         gate: its gate function.
+        settings: with which that is its gate.
         requested: the backend asked for, or "auto".
         host_config: the config that the module had before; None where it has none.
         replay: the routing replay of its model.
@@ -51,12 +54,28 @@ class ExpertsPlan:
 
     name: str
     layout: ExpertsLayout
+    shape: torch.Size
     gate: Gate
+    settings: Settings
     requested: str
     host_config: Any
     replay: RoutingReplay
     tiles: TokenTiles | None = None
     _steps: dict[tuple[Any, ...], tuple[ExpertsStep, list[str]]] = field(default_factory=dict)
+
+    def read_again(self, module: nn.Module, first: Tensor) -> None:
+        """Take in what has changed in the module since: as many experts as others were added or cut, or another gate.
+
+        Args:
+            module: the experts.
+            first: the weight of its first projection.
+        """
+        if first.shape != self.shape:
+            self.layout, self.shape = layout_of(module), first.shape
+            self._steps.clear()
+        if not self.settings.are_those_of(module):
+            self.gate, self.settings = gate_of(module), Settings.of(module)
+            self._steps.clear()
 
     def step(self, first: Tensor, second: Tensor) -> tuple[ExpertsStep, list[str]]:
         """The step for the weights of both projections, and why better backends were passed over.
@@ -137,7 +156,9 @@ def make_plan(name: str, module: nn.Module, model_type: str, requested: str, rep
     plan = ExpertsPlan(
         name=name,
         layout=layout_of(module),
+        shape=module.get_parameter(first).shape,
         gate=gate_of(module),
+        settings=Settings.of(module),
         requested=requested,
         host_config=earlier.host_config if isinstance(earlier, ExpertsPlan) else getattr(module, "config", None),
         replay=replay,
@@ -233,6 +254,8 @@ def experts_forward(
     first = first_name(self)
     # in a recording of the module, not parameters
     weights = getattr(self, first), cast(Tensor, self.down_proj)
+    if not torch.compiler.is_compiling():
+        plan.read_again(self, weights[0])
     step, _ = plan.step(*weights)
     biases = (f"{first}_bias", "down_proj_bias")
     projections = tuple(

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from expertune.memory.meter import Meter, meter_of
 from expertune.memory.need import Need
+from expertune.whole import OfAModel
 
 
 class Way(Enum):
@@ -42,7 +43,7 @@ def _no(_tokens: int) -> bool:
     return False
 
 
-class Planner:
+class Planner(OfAModel):
     """The plan of one model, a part a device. Layers are numbered in the order in which a step runs them.
 
     Args:
