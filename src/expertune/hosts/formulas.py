@@ -21,7 +21,7 @@ class Settings(NamedTuple):
     Args:
         names: of its numbers, flags, words and functions.
         values: theirs.
-        kinds: of its children.
+        kinds: of its children that hold nothing, as activations. The others may be wrapped, and are asked themselves.
     """
 
     names: tuple[str, ...]
@@ -32,12 +32,17 @@ class Settings(NamedTuple):
     def of(cls, module: nn.Module) -> "Settings":
         """As they are now."""
         named = {name: value for name, value in vars(module).items() if _is_setting(name, value)}
-        return cls(tuple(named), tuple(named.values()), tuple(map(type, module._modules.values())))
+        return cls(tuple(named), tuple(named.values()), _kinds(module))
 
     def are_those_of(self, module: nn.Module) -> bool:
         """Whether nobody has changed one."""
         values = tuple(map(vars(module).get, self.names))
-        return values == self.values and tuple(map(type, module._modules.values())) == self.kinds
+        return values == self.values and _kinds(module) == self.kinds
+
+
+def _kinds(module: nn.Module) -> tuple[type, ...]:
+    children = module._modules.values()
+    return tuple(type(each) for each in children if each is not None and not each._parameters and not each._modules)
 
 
 def _is_setting(name: str, value: Any) -> bool:

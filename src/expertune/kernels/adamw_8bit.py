@@ -20,7 +20,7 @@ from expertune.kernels.launch import are_aligned, launch
 from expertune.kernels.many_tensors import TRITON_DTYPES, addresses_of, on_device, tiles_of
 
 _BLOCK = 256  # numbers that share a maximum
-_TILE = 8  # blocks of a program, which is one warp
+_TILE = 4  # blocks of a program, which is one warp: more of them wait for memory at once
 
 
 @triton.jit
