@@ -110,6 +110,25 @@ def test_losses_and_metrics_are_trls(
         assert ours[key] == pytest.approx(values, rel=2e-4), key  # logs are rounded to four digits
 
 
+@pytest.mark.parametrize("memory", ["lean", "auto"])
+def test_a_lean_model_holds_no_more_logits_at_the_end(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: str
+) -> None:
+    lasts: list[int | None] = []
+
+    def spy(hidden_ND: Tensor, label_N: Tensor, head: log_probs.Head, last: int | None) -> Any:
+        lasts.append(last)
+        return log_probs.label_log_probs(hidden_ND, label_N, head, last)
+
+    monkeypatch.setattr(trl_head, "label_log_probs", spy)
+    model = stock(checkpoint("qwen3_moe"), CONFIG, torch.float32)
+    expertune.optimize(model, memory=memory)
+    sft_trainer(model, tmp_path, 2).train()
+    monkeypatch.setattr(trl_head, "_MOST_TOKENS", 1)
+    sft_trainer(model, tmp_path, 2).train()
+    assert lasts == ([None] * 2 if memory == "lean" else [trl_head._LAST] * 2) + [None] * 2
+
+
 def test_a_function_that_takes_something_else_stays_trls(
     checkpoint: Checkpoint, tmp_path: Path, calls: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

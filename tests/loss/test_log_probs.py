@@ -52,17 +52,17 @@ def results(given: tuple[Tensor, Tensor, Tensor], hidden: Tensor) -> list[Tensor
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-@pytest.mark.parametrize("num_tokens", [0, 1, 8, 21])
+@pytest.mark.parametrize(("num_tokens", "last"), [(0, None), (1, None), (8, None), (21, None), (21, 12), (21, 40)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_they_are_no_worse_than_a_softmax_over_all_logits(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, num_tokens: int, settings: dict[str, Any]
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, num_tokens: int, last: int | None, settings: dict[str, Any]
 ) -> None:
     monkeypatch.setattr(log_probs, "NUM_TOKENS", 8)
     hidden, label, head = draw(num_tokens, dtype, **settings)
     exact = hidden.detach().double().requires_grad_()
     bias = None if head.bias_V is None else head.bias_V.double()
     precise = head._replace(weight_VD=head.weight_VD.double(), bias_V=bias)
-    given, theirs = label_log_probs(hidden, label, head), plain(hidden, label, head)
+    given, theirs = label_log_probs(hidden, label, head, last), plain(hidden, label, head)
     compared = results(given, hidden), results(theirs, hidden), results(plain(exact, label, precise), exact)
     for name, mine, other, right in zip(NAMES, *compared, strict=True):
         assert mine.dtype == other.dtype

@@ -60,7 +60,9 @@ class Head(NamedTuple):
         return self.scale * self.inv_t * (1 - torch.tanh(y_TV * self.scale / self.softcap) ** 2)
 
 
-def label_log_probs(hidden_ND: Tensor, label_N: Tensor, head: Head) -> tuple[Tensor, Tensor, Tensor]:
+def label_log_probs(
+    hidden_ND: Tensor, label_N: Tensor, head: Head, last: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Of each token: the log-probability of its label, the entropy of its distribution, whether the label is likeliest.
 
     The first two can be differentiated with respect to the hidden states; for the entropy, which few losses ask for,
@@ -70,28 +72,33 @@ def label_log_probs(hidden_ND: Tensor, label_N: Tensor, head: Head) -> tuple[Ten
         hidden_ND: in the dtype of the head's weight.
         label_N: int64, each in 0 … V−1.
         head: frozen.
+        last: tokens whose logits are there at once at the end, and whose gradient is set aside; None for as many as
+            before.
 
     Returns:
         `log_prob_N` and `entropy_N` in float32, or in float64 if that is the hidden states', and `is_top1_N` in bool.
     """
-    return _LabelLogProbs.apply(hidden_ND, label_N, head)  # type: ignore[no-untyped-call,no-any-return]
+    return _LabelLogProbs.apply(hidden_ND, label_N, head, NUM_TOKENS if last is None else last)  # type: ignore[no-untyped-call,no-any-return]
 
 
 class _LabelLogProbs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden_ND: Tensor, label_N: Tensor, head: Head) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        ctx: Any, hidden_ND: Tensor, label_N: Tensor, head: Head, last_size: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         hidden_ND = hidden_ND.contiguous()
         num_tokens, weight_VD = len(hidden_ND), head.weight_VD
         wide = torch.promote_types(hidden_ND.dtype, torch.float32)
         log_prob_N, entropy_N = (hidden_ND.new_empty(num_tokens, dtype=wide) for _ in range(2))
         is_top1_N = hidden_ND.new_empty(num_tokens, dtype=torch.bool)
-        before, last = _parts(num_tokens)
+        before, last = _parts(num_tokens, last_size)
         wants_gradient = ctx.needs_input_grad[0]
         sizes = (last.start, num_tokens - last.start) if wants_gradient else (0, 0)
         gradient_ND, ctx.last_TD = (hidden_ND.new_empty(size, hidden_ND.shape[1]) for size in sizes)
         fold = _kernel if kernels.computes(hidden_ND) else _plain
-        buffer_TV = hidden_ND.new_empty(min(num_tokens, NUM_TOKENS), len(weight_VD))
+        most = max(part.stop - part.start for part in (*before, last))
+        buffer_TV = hidden_ND.new_empty(most, len(weight_VD))
         for part in (*before, last):
             y_TV = buffer_TV[: part.stop - part.start]
             if head.bias_V is None:
@@ -115,7 +122,7 @@ class _LabelLogProbs(torch.autograd.Function):
     @once_differentiable
     def backward(
         ctx: Any, dlog_prob_N: Tensor | None, dentropy_N: Tensor | None, _: None
-    ) -> tuple[Tensor | None, None, None]:
+    ) -> tuple[Tensor | None, None, None, None]:
         hidden_ND, gradient_ND = ctx.saved_tensors
         dx_ND = None
         if ctx.aside is not None:
@@ -127,14 +134,14 @@ class _LabelLogProbs(torch.autograd.Function):
         if dentropy_N is not None:
             of_entropy_ND = _entropy_backward(hidden_ND, dentropy_N, ctx.head)
             dx_ND = of_entropy_ND if dx_ND is None else dx_ND + of_entropy_ND
-        return dx_ND, None, None
+        return dx_ND, None, None, None
 
 
-def _parts(num_tokens: int) -> tuple[list[slice], slice]:
-    """Of so many tokens at most: the first ones, and the last, which is whole if there are as many."""
-    starts = [*range(num_tokens - NUM_TOKENS, 0, -NUM_TOKENS), 0][::-1] if num_tokens > 0 else [0]
-    *before, last = (slice(start, stop) for start, stop in zip(starts, (*starts[1:], num_tokens), strict=True))
-    return before, last
+def _parts(num_tokens: int, last_size: int) -> tuple[list[slice], slice]:
+    """Tokens whose logits are there at once: the first ones, and the last, which are `last_size` or all there are."""
+    last = slice(max(0, num_tokens - last_size), num_tokens)
+    starts = range(0, last.start, NUM_TOKENS)
+    return [slice(start, min(start + NUM_TOKENS, last.start)) for start in starts], last
 
 
 def _entropy_backward(hidden_ND: Tensor, dentropy_N: Tensor, head: Head) -> Tensor:
