@@ -92,13 +92,12 @@ class _LabelLogProbs(torch.autograd.Function):
         wide = torch.promote_types(hidden_ND.dtype, torch.float32)
         log_prob_N, entropy_N = (hidden_ND.new_empty(num_tokens, dtype=wide) for _ in range(2))
         is_top1_N = hidden_ND.new_empty(num_tokens, dtype=torch.bool)
-        before, last = _parts(num_tokens, last_size)
         wants_gradient = ctx.needs_input_grad[0]
+        before, last = _parts(num_tokens, last_size if wants_gradient else NUM_TOKENS)
         sizes = (last.start, num_tokens - last.start) if wants_gradient else (0, 0)
         gradient_ND, ctx.last_TD = (hidden_ND.new_empty(size, hidden_ND.shape[1]) for size in sizes)
         fold = _kernel if kernels.computes(hidden_ND) else _plain
-        most = max(part.stop - part.start for part in (*before, last))
-        buffer_TV = hidden_ND.new_empty(most, len(weight_VD))
+        buffer_TV = hidden_ND.new_empty(max(part.stop - part.start for part in (*before, last)), len(weight_VD))
         for part in (*before, last):
             y_TV = buffer_TV[: part.stop - part.start]
             if head.bias_V is None:
@@ -125,9 +124,9 @@ class _LabelLogProbs(torch.autograd.Function):
     ) -> tuple[Tensor | None, None, None, None]:
         hidden_ND, gradient_ND = ctx.saved_tensors
         dx_ND = None
-        if ctx.aside is not None:
-            ctx.aside.wait()
         if dlog_prob_N is not None:
+            if ctx.aside is not None:
+                ctx.aside.wait()
             dx_ND, dlog_prob_N1, before = torch.empty_like(hidden_ND), dlog_prob_N.unsqueeze(1), len(gradient_ND)
             torch.mul(gradient_ND, dlog_prob_N1[:before], out=dx_ND[:before])
             torch.mul(ctx.last_TD, dlog_prob_N1[before:], out=dx_ND[before:])
