@@ -60,9 +60,7 @@ class Head(NamedTuple):
         return self.scale * self.inv_t * (1 - torch.tanh(y_TV * self.scale / self.softcap) ** 2)
 
 
-def label_log_probs(
-    hidden_ND: Tensor, label_N: Tensor, head: Head, last: int | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+def label_log_probs(hidden_ND: Tensor, label_N: Tensor, head: Head, last: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """Of each token: the log-probability of its label, the entropy of its distribution, whether the label is likeliest.
 
     The first two can be differentiated with respect to the hidden states; for the entropy, which few losses ask for,
@@ -72,20 +70,17 @@ def label_log_probs(
         hidden_ND: in the dtype of the head's weight.
         label_N: int64, each in 0 … V−1.
         head: frozen.
-        last: tokens whose logits are there at once at the end, and whose gradient is set aside; None for as many as
-            before.
+        last: tokens whose logits are there at once at the end, and whose gradient a GPU sets aside.
 
     Returns:
         `log_prob_N` and `entropy_N` in float32, or in float64 if that is the hidden states', and `is_top1_N` in bool.
     """
-    return _LabelLogProbs.apply(hidden_ND, label_N, head, NUM_TOKENS if last is None else last)  # type: ignore[no-untyped-call,no-any-return]
+    return _LabelLogProbs.apply(hidden_ND, label_N, head, last)  # type: ignore[no-untyped-call,no-any-return]
 
 
 class _LabelLogProbs(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, hidden_ND: Tensor, label_N: Tensor, head: Head, last_size: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, hidden_ND: Tensor, label_N: Tensor, head: Head, last: int) -> tuple[Tensor, Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         hidden_ND = hidden_ND.contiguous()
         num_tokens, weight_VD = len(hidden_ND), head.weight_VD
@@ -93,12 +88,13 @@ class _LabelLogProbs(torch.autograd.Function):
         log_prob_N, entropy_N = (hidden_ND.new_empty(num_tokens, dtype=wide) for _ in range(2))
         is_top1_N = hidden_ND.new_empty(num_tokens, dtype=torch.bool)
         wants_gradient = ctx.needs_input_grad[0]
-        before, last = _parts(num_tokens, last_size if wants_gradient else NUM_TOKENS)
-        sizes = (last.start, num_tokens - last.start) if wants_gradient else (0, 0)
+        sizes = (max(0, num_tokens - last), min(num_tokens, last)) if wants_gradient else (0, 0)
         gradient_ND, ctx.last_TD = (hidden_ND.new_empty(size, hidden_ND.shape[1]) for size in sizes)
         fold = _kernel if kernels.computes(hidden_ND) else _plain
-        buffer_TV = hidden_ND.new_empty(max(part.stop - part.start for part in (*before, last)), len(weight_VD))
-        for part in (*before, last):
+        parts = _parts(num_tokens, len(ctx.last_TD))
+        buffer_TV = hidden_ND.new_empty(max((part.stop - part.start for part in parts), default=0), len(weight_VD))
+        ctx.aside = None
+        for part in parts:
             y_TV = buffer_TV[: part.stop - part.start]
             if head.bias_V is None:
                 torch.mm(hidden_ND[part], weight_VD.mT, out=y_TV)
@@ -106,12 +102,12 @@ class _LabelLogProbs(torch.autograd.Function):
                 torch.addmm(head.bias_V, hidden_ND[part], weight_VD.mT, out=y_TV)
             outs = log_prob_N[part], entropy_N[part], is_top1_N[part]
             fold(y_TV, label_N[part], outs, head, writes_gradient=wants_gradient)
-            if wants_gradient and part is not last:
+            if wants_gradient and part.start < len(gradient_ND):
                 torch.mm(y_TV, weight_VD, out=gradient_ND[part])
-        if wants_gradient:
-            # what is saved may be copied at once, by who keeps it elsewhere; the last gradient is not there yet
-            of_last = partial(torch.mm, y_TV, weight_VD, out=ctx.last_TD)
-            ctx.aside = set_aside(of_last, (y_TV, weight_VD, ctx.last_TD))
+            elif wants_gradient:
+                # what is saved may be copied at once, by who keeps it elsewhere; this is not there yet
+                of_last = partial(torch.mm, y_TV, weight_VD, out=ctx.last_TD)
+                ctx.aside = set_aside(of_last, (y_TV, weight_VD, ctx.last_TD))
         ctx.save_for_backward(hidden_ND, gradient_ND)
         ctx.head = head
         ctx.mark_non_differentiable(is_top1_N)
@@ -136,11 +132,11 @@ class _LabelLogProbs(torch.autograd.Function):
         return dx_ND, None, None, None
 
 
-def _parts(num_tokens: int, last_size: int) -> tuple[list[slice], slice]:
-    """Tokens whose logits are there at once: the first ones, and the last, which are `last_size` or all there are."""
-    last = slice(max(0, num_tokens - last_size), num_tokens)
-    starts = range(0, last.start, NUM_TOKENS)
-    return [slice(start, min(start + NUM_TOKENS, last.start)) for start in starts], last
+def _parts(num_tokens: int, last: int) -> list[slice]:
+    """Tokens whose logits are there at once; the last part is that of the `last` tokens, if any."""
+    rest = num_tokens - last
+    parts = [slice(start, min(start + NUM_TOKENS, rest)) for start in range(0, rest, NUM_TOKENS)]
+    return [*parts, slice(rest, num_tokens)] if last else parts
 
 
 def _entropy_backward(hidden_ND: Tensor, dentropy_N: Tensor, head: Head) -> Tensor:
