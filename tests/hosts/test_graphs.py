@@ -3,6 +3,7 @@
 import copy
 import gc
 import weakref
+from functools import partial
 from typing import Any
 
 import pytest
@@ -382,3 +383,15 @@ def test_on_a_gpu(checkpoint: Checkpoint, family: str, large: int, monkeypatch: 
                     if parameter.grad is not None:
                         parameter -= 0.1 * parameter.grad
     assert "CUDA graphs: 2 of 2 layers, 1 kinds of calls" in str(expertune.explain(ours))
+
+
+@pytest.mark.parametrize("way", [expertune.optimize, expertune.restore])
+def test_a_piece_that_somebody_keeps_runs_its_module_from_then_on(checkpoint: Checkpoint, way: Any) -> None:
+    ours, stock, capture = both(checkpoint("qwen3_moe"))
+    layer = ours.get_base_model().model.layers[0]
+    layer.forward = partial(lambda forward, *args, **kwargs: forward(*args, **kwargs), layer.forward)
+    way(ours)
+    if way is expertune.optimize:
+        recorder_of(ours)._pool_of = capture.pool
+    for seed in range(6):
+        torch.testing.assert_close(step(ours, tokens(seed)), step(stock, tokens(seed)))

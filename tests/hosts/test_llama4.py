@@ -185,3 +185,39 @@ def test_code_of_its_own_is_refused(checkpoint: Checkpoint, own: str) -> None:
     with pytest.raises(ValueError, match=r"model\.layers\.0\.feed_forward.*(_OwnMoe|_OwnExperts)"):
         expertune.optimize(model)
     assert fingerprint(model) == before
+
+
+@pytest.mark.parametrize("parameters", [[], ["router.weight"]], ids=["", "with an adapter on the router"])
+def test_a_router_that_is_to_choose_more_does(checkpoint: Checkpoint, parameters: list[str]) -> None:
+    """The host asks the router alone, not its block."""
+    config = lora(target_parameters=["experts.down_proj", *parameters])
+    truth, ours = (stock(checkpoint("llama4_text"), config) for _ in range(2))
+    expertune.optimize(ours)
+    for model in (truth, ours):
+        for module in model.modules():
+            if type(module).__name__ == "Llama4Router":
+                module.top_k = 3
+    assert_equal_within(run(ours, batch()), run(truth, batch()), ROUNDING)
+
+
+def test_hooks_on_experts_see_one_input(checkpoint: Checkpoint) -> None:
+    """The host's tokens, once for each choice; torch refuses a gradient of the choice itself."""
+    truth, ours = (load_tiny(checkpoint("llama4_text")) for _ in range(2))
+    expertune.optimize(ours)
+    for model in (truth, ours):
+        for module in model.modules():
+            if llama4.is_experts(module):
+                module.register_full_backward_hook(lambda _module, dinputs, _douts: tuple(2 * d for d in dinputs))
+    assert_equal_within(run(ours, batch()), run(truth, batch()), ROUNDING)
+
+
+def test_a_forward_of_somebody_is_refused_and_one_of_ours_that_is_kept_runs_the_hosts(checkpoint: Checkpoint) -> None:
+    truth, ours = (load_tiny(checkpoint("llama4_text")) for _ in range(2))
+    expertune.optimize(ours)
+    block = _blocks(ours)[0]
+    forward = block.forward
+    block.forward = lambda x: forward(x)
+    expertune.restore(ours)
+    assert_equal_within(run(ours, batch()), run(truth, batch()), 0)
+    with pytest.raises(ValueError, match="with code of its own"):
+        expertune.optimize(ours)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, inject_adapter_in_model
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file
 from torch.nn.utils import parametrize
 from transformers import (
@@ -229,3 +229,30 @@ def test_a_head_of_its_own_is_trained_and_saved(
     model.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "adapter_model.safetensors")
     assert any(head in name for name in saved)
+
+
+@pytest.mark.parametrize("name", ["default", "mine"])
+def test_an_adapter_may_have_any_name(checkpoint: Checkpoint, walks: list[str], name: str) -> None:
+    truth, ours = (load_tiny(checkpoint("qwen3_moe")) for _ in range(2))
+    torch.manual_seed(3)
+    theirs = get_peft_model(truth, lora(), adapter_name=name)
+    torch.manual_seed(3)
+    model = expertune.optimize(get_peft_model(ours, lora(), adapter_name=name))
+    assert_equal_within(run(model, batch()), run(theirs, batch()), 1e-11)
+    assert walks
+    assert "routed experts" in str(expertune.trained(model))
+
+
+def test_a_forward_that_somebody_gave_to_pefts_layer_is_not_passed_over(checkpoint: Checkpoint) -> None:
+    truth, ours = (stock(checkpoint("qwen3_moe"), lora()) for _ in range(2))
+    wrapper = ours.get_base_model().model.layers[0].mlp.experts
+    forward = wrapper.forward
+    wrapper.forward = lambda *args: 2 * forward(*args)
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.experts has been given a forward of its own"):
+        expertune.optimize(ours)
+    del wrapper.forward
+    expertune.optimize(ours)
+    kept = wrapper.forward
+    wrapper.forward = lambda *args: kept(*args)
+    expertune.restore(ours)
+    assert_equal_within(run(ours, batch()), run(truth, batch()), 1e-12)

@@ -18,11 +18,12 @@ from tests.hosts.models import batch
 
 WAYS = {"auto": lambda model: expertune.optimize(model, memory="auto"), "lean": lean, "lean steps": auto}
 Asked = Callable[[Any], dict[str, Tensor]]
+COLLECTED: dict[str, bool] = {}  # what each forward is asked for, beside the loss
 
 
 def loss_of(model: Any, seed: int = 0, **inputs: Any) -> Tensor:
     ids = batch(seed)["input_ids"]
-    loss: Tensor = model(**({"input_ids": ids} | inputs), labels=ids, use_cache=False).loss
+    loss: Tensor = model(**({"input_ids": ids} | inputs), labels=ids, use_cache=False, **COLLECTED).loss
     return loss
 
 
@@ -55,7 +56,8 @@ def of_others(model: Any) -> dict[str, Tensor]:
     torch.manual_seed(1)
     others = {name: (p.detach() + 0.1 * torch.randn_like(p)).requires_grad_() for name, p in trained(model).items()}
     ids = batch()["input_ids"]
-    loss = functional_call(model, others, (), {"input_ids": ids, "labels": ids, "use_cache": False}).loss
+    inputs = {"input_ids": ids, "labels": ids, "use_cache": False} | COLLECTED
+    loss = functional_call(model, others, (), inputs).loss
     loss.backward()
     assert not grads(model)
     return {name: other.grad for name, other in others.items() if other.grad is not None}
@@ -172,6 +174,18 @@ def check(checkpoint: Checkpoint, family: str, way: Any, ask: Asked) -> None:
 @pytest.mark.parametrize("family", ["qwen3_moe", "glm4_moe_lite"])
 def test_gradients_are_stocks(checkpoint: Checkpoint, family: str, way: Any, ask: Asked) -> None:
     check(checkpoint, family, way, ask)
+
+
+@pytest.mark.parametrize(
+    "ask", (ASKED | {"of_two_adapters": of_two_adapters}).values(), ids=[*ASKED, "of_two_adapters"]
+)
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_so_they_are_where_hidden_states_are_collected(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, way: Any, ask: Asked
+) -> None:
+    """Then layers run again by torch's own checkpoint."""
+    monkeypatch.setitem(COLLECTED, "output_hidden_states", True)
+    check(checkpoint, "qwen3_moe", way, ask)
 
 
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)

@@ -71,10 +71,13 @@ class Piece:
         self._given: _Found | None = None
         self._has_looked = False  # for a recording of the call that comes, which is then what is given
         self._is_new = False  # whether the kind of call that was looked for last may yet be recorded
+        self._is_retired = False
         recorder.pieces.append(self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the module's own forward."""
+        if self._is_retired:
+            return self._plain(self.module)(*args, **kwargs)
         if self._around is None:
             return self._inside(self.module, *args, **kwargs)
         if torch.compiler.is_compiling():  # nothing is recorded, and what is around is the class's own
@@ -103,8 +106,16 @@ class Piece:
         """A piece of the model's copy; the module alone is copied as if it had never been one."""
         if self._recorder.is_copied(memo):
             return copied(self, memo)
-        module = copy.deepcopy(self.module, memo)
+        return self._plain(copy.deepcopy(self.module, memo))
+
+    def _plain(self, module: nn.Module) -> Callable[..., Any]:
+        """The forward of a module that is no piece."""
         return MethodType(type(module).forward, module) if self._unrecorded is None else self._unrecorded(module)
+
+    def retire(self) -> None:
+        """Record and replay no more: whoever still holds this has the module's plain forward."""
+        self.forget()
+        self._is_retired = True
 
     @property
     def recordings(self) -> int:

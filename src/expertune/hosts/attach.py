@@ -190,7 +190,8 @@ def _refuse_unknown_blocks(model: nn.Module) -> None:
     names = {id(module): transformers.clean(path) for path, module in model.named_modules()}
     for block in blocks(model):
         held = [experts for child in block.children() if (experts := peft.experts_in(child)) is not None]
-        if any(map(llama4.is_experts, held)) and not llama4.is_block(block):
+        is_known = llama4.is_block(block) and not forwards.is_somebody_elses(block)
+        if any(map(llama4.is_experts, held)) and not is_known:
             raise ValueError(
                 f"{names[id(block)]} ({type(block).__name__}) calls Llama 4's experts with code of its own, which the "
                 "walk cannot read. Train it as stock Transformers does."

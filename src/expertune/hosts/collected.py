@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.utils.checkpoint import checkpoint
 from transformers.utils import output_capturing
 
 from expertune.memory.checkpoint import LayerCheckpoint
@@ -49,7 +48,7 @@ def checkpoint_collecting(ours: LayerCheckpoint, function: Callable[..., Any], *
     """
     if torch.compiler.is_compiling() or set(names()) <= {_ROUTER_LOGITS}:
         return ours(function, *args, **kwargs)
-    return checkpoint(partial(function, **kwargs), *args, use_reentrant=False)
+    return ours.by_torch(function, *args, **kwargs)
 
 
 def returning(function: Callable[..., Any]) -> tuple[Callable[..., Any], Callable[[Any], Any] | None]:

@@ -194,6 +194,7 @@ def _num_tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
 def unbind(recorder: Recorder) -> None:
     """Undo `bind`, unless someone has given a module another forward since."""
     for piece in recorder.pieces:
+        piece.retire()
         if forwards.given(piece.module) is not piece:
             continue
         forwards.take_back(piece.module)

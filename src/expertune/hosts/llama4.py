@@ -43,15 +43,29 @@ def block_forward(block: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         `out_TD`, and the router's logits `(T, E)`.
     """
+    experts = _unwrapped(block.experts)
+    if is_experts(experts) and "_expertune" not in vars(experts):  # the model was restored, and somebody has kept this
+        given: tuple[Tensor, Tensor] = type(block).forward(block, hidden_states)
+        return given
     x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
     score_TE, logits_TE = block.router(x_TD)
     # Read off, not chosen again, and in the order of the experts: a recomputed layer, whose scores may be rounded
     # otherwise, gives the same. Where a score has underflowed, another expert stands in: its score is zero too.
-    expert_TK = (score_TE != 0).byte().sort(dim=1, descending=True, stable=True).indices[:, : block.top_k]
+    expert_TK = (
+        (score_TE != 0).byte().sort(dim=1, descending=True, stable=True).indices[:, : _unwrapped(block.router).top_k]
+    )
     score_TK = score_TE.gather(1, expert_TK)
     # before the experts: a recomputed layer may leave their output out only if nothing after them is saved
     shared_TD = block.shared_expert(x_TD)
     x_ND = (x_TD.unsqueeze(1) * score_TK.unsqueeze(-1)).flatten(0, 1)
     expert_N1 = expert_TK.reshape(-1, 1)
-    y_ND = block.experts(x_ND, expert_N1, x_ND.new_ones(expert_N1.shape))
+    # by name: hooks see the host's one input, whose gradient they may change
+    y_ND = block.experts(x_ND, top_k_index=expert_N1, top_k_weights=x_ND.new_ones(expert_N1.shape))
     return shared_TD + y_ND.view(*expert_TK.shape, -1).sum(1), logits_TE
+
+
+def _unwrapped(module: Any) -> Any:
+    """What PEFT may have wrapped."""
+    while hasattr(module, "base_layer"):
+        module = module.base_layer
+    return module

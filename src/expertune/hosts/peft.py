@@ -100,6 +100,7 @@ def bind(module: nn.Module) -> None:
         isinstance(base, nn.Linear)
         and type(base).forward is nn.Linear.forward
         and [inner.parameter_name for inner in nest] == ["weight"]
+        and not forwards.is_somebody_elses(module)
     ):
         forwards.give(module, partial(_linear_forward, module))
 
@@ -123,8 +124,14 @@ def check(model: nn.Module, plans: Mapping[int, ExpertsPlan]) -> None:
     _check_versions(model)
     for module in model.modules():
         nest, base = wrappers_of(module)
-        if nest and id(base) in plans:
-            _check(nest[0], base, plans[id(base)])
+        if not nest or id(base) not in plans:
+            continue
+        if forwards.is_somebody_elses(module):
+            raise ValueError(
+                f"PEFT's layer around {plans[id(base)].name} has been given a forward of its own, which the walk would "
+                "pass over. Take it off, or put it around the block that holds the experts."
+            )
+        _check(nest[0], base, plans[id(base)])
 
 
 def _check(wrapper: ParamWrapper, base: nn.Module, plan: ExpertsPlan) -> None:
@@ -192,13 +199,17 @@ def check_saved(saved: Mapping[str, Any], model: nn.Module) -> None:
 
 
 def lost_when_read(model: PeftModel) -> list[str]:
-    """The names, in a saved file, of the adapter's tensors that PEFT would not find again when it reads the file.
+    """The names, in a saved file, of an adapter's tensors that PEFT would not find again when it reads the file.
 
     PEFT renames what it reads by Transformers' rules for a family's checkpoints, and some of these rules match names
-    that are right already. Nothing but the adapter's own values is written.
+    that are right already. Nothing but the adapters' own values is written.
     """
-    saved = get_peft_model_state_dict(model, save_embedding_layers=False)  # "auto" would ask the hub
-    return sorted(set_peft_model_state_dict(model, saved).unexpected_keys)
+    lost: set[str] = set()
+    for name in model.peft_config:
+        # "auto", as which embeddings are saved, would ask the hub
+        saved = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+        lost.update(set_peft_model_state_dict(model, saved, adapter_name=name).unexpected_keys)
+    return sorted(lost)
 
 
 def _check_versions(model: nn.Module) -> None:
@@ -272,8 +283,10 @@ def _refuse_mixed_batches(kwargs: dict[str, Any]) -> None:
 
 def _experts_forward(wrapper: ParamWrapper, *args: Any, **kwargs: Any) -> Any:
     """Instead of `ParamWrapper.forward`: call the experts with the active factors of the whole nest."""
-    _refuse_mixed_batches(kwargs)
     nest, base = wrappers_of(wrapper)
+    if "_expertune" not in vars(base):  # the model was restored, and somebody has kept this
+        return ParamWrapper.forward(wrapper, *args, **kwargs)
+    _refuse_mixed_batches(kwargs)
     factors = {inner.parameter_name: _active_factors(inner) for inner in nest}
     if _is_turned(base):
         num_experts = len(cast(Tensor, base.down_proj))

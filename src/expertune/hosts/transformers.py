@@ -21,7 +21,7 @@ from expertune.activations import Gate
 from expertune.backends import choose
 from expertune.backends.protocol import Backend
 from expertune.experts import experts
-from expertune.hosts import llama4
+from expertune.hosts import forwards, llama4
 from expertune.hosts.formulas import Settings
 from expertune.hosts.gates import gate_of
 from expertune.memory import token_tiles
@@ -174,7 +174,8 @@ def _refuse_unreadable(name: str, module: nn.Module, model_type: str) -> None:
     refused = {
         "parametrized weights": hasattr(module, "parametrizations"),
         "expert parallelism": getattr(module, "_is_expert_parallel", False),
-        "a forward of its own, past Transformers' experts interface": not _is_dispatched(module),
+        "a forward of its own, past Transformers' experts interface": not _is_dispatched(module)
+        or (llama4.is_experts(module) and forwards.is_somebody_elses(module)),
     }
     if reasons := [reason for reason, present in refused.items() if present]:
         raise ValueError(f"{who} uses {' and '.join(reasons)}, which is not supported yet.")

@@ -45,18 +45,32 @@ class LayerCheckpoint:
             kwargs: its keyword inputs.
         """
         keywords = kwargs | (function.keywords if isinstance(function, partial) else {})
-        bound = partial(function, **kwargs)
         if torch.compiler.is_compiling() or _is_one_of_many() or _any_requires_grad(_but_tensors(args, keywords)):
-            return checkpoint(bound, *args, use_reentrant=False)
+            return self.by_torch(function, *args, **kwargs)
+        bound = partial(function, **kwargs)
         if not torch.is_grad_enabled():
             return bound(*args)
-        modules = _modules(self._layer)
-        as_noted: As = nullcontext if self._note is None else self._note(modules)
-        call = _Call(bound, args, modules, as_noted)
+        call = self._call(bound, args)
         inputs = [*call.tensors_of(args), *call.trained]
         if not any(each.requires_grad for each in inputs):  # it may still reach what does
-            return checkpoint(bound, *args, use_reentrant=False)
+            return self.by_torch(function, *args, **kwargs)
         return _Checkpointed.apply(call, *inputs)  # type: ignore[no-untyped-call]
+
+    def by_torch(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The same by torch's checkpoint that is not reentrant, which carries gradients past what a layer returns.
+
+        Beside other processes parameters are those that the layer has when it runs again, and adapters as noted.
+        """
+        bound = partial(function, **kwargs)
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return checkpoint(bound, *args, use_reentrant=False)
+        call = self._call(bound, args)
+        again = partial(call.as_it_was, has_moved=not _is_one_of_many())
+        return checkpoint(bound, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), again()))
+
+    def _call(self, bound: Callable[..., Any], args: Sequence[Any]) -> "_Call":
+        modules = _modules(self._layer)
+        return _Call(bound, args, modules, nullcontext if self._note is None else self._note(modules))
 
 
 class _Call:
@@ -107,6 +121,16 @@ class _Call:
             around.enter_context(self._as_noted())
             around.enter_context(torch.enable_grad())
             return self.run(tensors)
+
+    @contextmanager
+    def as_it_was(self, *, has_moved: bool) -> Iterator[None]:
+        """Around a second run by someone else: the layer's settings as they were.
+
+        Args:
+            has_moved: whether its parameters and buffers are those of the first run, too, where others have come.
+        """
+        with self._as_held({each: each for each in self.trained}) if has_moved else nullcontext(), self._as_noted():
+            yield
 
     @contextmanager
     def _as_held(self, instead: dict[Tensor, Tensor]) -> Iterator[None]:
