@@ -13,6 +13,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, PreTrainedModel, PreTrainedTokenizerFast
 
 import expertune
+from expertune import api
 from tests.conftest import Checkpoint
 from tests.families.found import family
 from tests.families.tiny import tiny_model
@@ -262,3 +263,18 @@ def test_explain_after_the_model_moved_to_another_dtype(checkpoint: Checkpoint, 
         expertune.explain(model)
     )
     assert set(walks) == {"grouped_mm"}
+
+
+def test_adapters_that_cannot_be_honoured_leave_the_model_without(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _ = expertune.load(str(folder), dtype=torch.float32)
+
+    def refuse(*_: Any) -> None:
+        raise ValueError("not so")
+
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="not so"):
+        patch.setattr(api, "_check_adapted", refuse)
+        expertune.add_lora(model, r=2)
+    assert not any("lora" in name for name, _ in model.named_parameters())
+    assert any("lora_A" in name for name, _ in expertune.add_lora(model, r=2).named_parameters())

@@ -159,12 +159,7 @@ def add_lora(
     )
     if attached(model) is None:
         optimize(model)
-    with warnings.catch_warnings():  # PEFT looks for what patterns match among modules, and experts' weights are none
-        warnings.filterwarnings("ignore", r"The following (rank|alpha)_pattern keys did not match")
-        wrapped = get_peft_model(model, config, autocast_adapter_dtype=autocast_adapter_dtype)
-    assert isinstance(wrapped, PeftModel)
-    attach.bind_all(model)
-    _check_adapted(wrapped, targets)
+    wrapped = _wrap(model, config, targets, autocast_adapter_dtype=autocast_adapter_dtype)
     _warn_of_lost(wrapped)
     console = Console()
     console.print(coverage(wrapped))
@@ -305,6 +300,21 @@ def _check_lora_settings(targets: Targets, r: int, settings: dict[str, Any]) -> 
             f"{', '.join(f'{key}={settings[key]}' for key in refused)} cannot be used on experts: there is no module "
             "to apply it to, only their weights. Leave it out, or target the attention alone."
         )
+
+
+def _wrap(model: PreTrainedModel, config: LoraConfig, targets: Targets, *, autocast_adapter_dtype: bool) -> PeftModel:
+    """PEFT's model, with all that was asked for adapted; else the model is left as it was."""
+    with warnings.catch_warnings():  # PEFT looks for what patterns match among modules, and experts' weights are none
+        warnings.filterwarnings("ignore", r"The following (rank|alpha)_pattern keys did not match")
+        wrapped = get_peft_model(model, config, autocast_adapter_dtype=autocast_adapter_dtype)
+    assert isinstance(wrapped, PeftModel)
+    try:
+        attach.bind_all(model)
+        _check_adapted(wrapped, targets)
+    except ValueError:
+        wrapped.unload()
+        raise
+    return wrapped
 
 
 def _task_type(model: nn.Module) -> str | None:

@@ -31,14 +31,14 @@ class Aside:
         """Behind what the current stream has been given so far; a second time does nothing."""
         if self._rest is None:
             return
-        (work, tensors), self._rest = self._rest, None
+        work, tensors = self._rest
         stream = _stream(tensors[0].device)
         stream.wait_stream(torch.cuda.current_stream(stream.device))
         with torch.cuda.stream(stream):
             work()
         for x in tensors:
             x.record_stream(stream)
-        self._end = stream.record_event()
+        self._end, self._rest = stream.record_event(), None
 
     def wait(self) -> None:
         """Let what the current stream is given from now on begin when the work is done."""

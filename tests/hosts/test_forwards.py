@@ -8,9 +8,10 @@ from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_mod
 from torch import Tensor, nn
 
 import expertune
-from expertune.hosts import forwards
+from expertune.hosts import attach, forwards
 from tests.conftest import Checkpoint
 from tests.hosts.adapters import lora, stock
+from tests.hosts.fingerprints import fingerprint
 from tests.hosts.models import batch, load_tiny
 from tests.hosts.passes import assert_equal_within, run
 
@@ -127,3 +128,30 @@ def test_hooks_hear_of_no_numbers_that_nobody_sent(checkpoint: Checkpoint) -> No
         module.register_forward_hook(lambda *call: heard.append(call))
     expertune.optimize(model)
     assert not heard
+
+
+def test_an_interrupt_leaves_the_model_as_it_was(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = stock(checkpoint("gpt_oss"), lora(), torch.float64)
+    expected = run(model, batch())
+    before = fingerprint(model)
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    for name in ("_hook", "_bind", "bind_all", "_make_recorder"):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(attach, name, interrupt)
+            expertune.optimize(model)
+        assert fingerprint(model) == before
+    assert_equal_within(run(model, batch()), expected, 0)
+
+
+def test_a_forward_without_a_module_is_somebody_elses() -> None:
+    def forward(x: Tensor) -> Tensor:
+        return x
+
+    forward.__module__ = None  # type: ignore[assignment]
+    module = nn.Linear(2, 2)
+    assert not forwards.is_somebody_elses(module)
+    module.forward = forward
+    assert forwards.is_somebody_elses(module)

@@ -92,3 +92,12 @@ def test_trl_takes_its_rows_so_and_no_hook_stays(
     trainer.train()
     assert len(masks) == 2 * 2  # hidden states and labels of each step
     assert list(model.get_base_model().base_model._forward_hooks) == hooks
+
+
+def test_calls_by_keyword_are_torchs_own() -> None:
+    label = labels("some")
+    with LabelRows(label):
+        mask = label.ne(other=-100)
+        put = torch.zeros_like(label).masked_scatter(mask=mask, source=label[mask])
+    assert torch.equal(mask, label != -100)
+    assert torch.equal(put, torch.where(mask, label, 0))

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from expertune import AdamW8bit
 from expertune.optim import dynamic_8bit
+from tests.cases import DEVICE
 
 SETTINGS = {"lr": 1e-2, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1}
 
@@ -238,3 +239,29 @@ def test_the_state_of_another_size_is_refused(shape: tuple[int, ...]) -> None:
 def test_settings_that_mean_nothing_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="expected lr, eps and weight_decay"):
         AdamW8bit([nn.Parameter(draw(4))], **settings)
+
+
+def test_a_graph_from_before_a_step_is_refused_by_autograd() -> None:
+    """It would compute with parameters that were others in its forward."""
+    weight = torch.randn(8, 8, device=DEVICE).requires_grad_()
+    hidden = torch.randn(4, 8, device=DEVICE).requires_grad_() @ weight
+    first, second = hidden.sum(), (hidden @ weight).square().sum()
+    first.backward(retain_graph=True)
+    optimizer, before = AdamW8bit([weight]), weight._version
+    optimizer.step()
+    assert weight._version > before
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        second.backward()
+
+
+def test_moments_on_another_device_are_refused() -> None:
+    weight = torch.randn(8, 8, device=DEVICE).requires_grad_()
+    weight.grad = torch.ones_like(weight)
+    optimizer = AdamW8bit([weight])
+    optimizer.step()
+    state = optimizer.state[weight]
+    for name, value in state.items():
+        if isinstance(value, Tensor):
+            state[name] = value.to("meta")
+    with pytest.raises(ValueError, match=r"the moments of parameters on .* lie on meta"):
+        optimizer.step()

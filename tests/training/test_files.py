@@ -110,3 +110,32 @@ def test_data_of_the_hub_that_cannot_be_read_is_told(kind: type[Exception], monk
     monkeypatch.setattr(files, "load_dataset", load)
     with pytest.raises(UserError, match="cannot be had: Dataset scripts are no longer supported Check"):
         read("owner/data")
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json"])
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"prompt": "a", "prompt": "b"}', r"holds an object with two values of prompt\. Keep one"),
+        ('{"prompt": {"x": 1, "x": 2}}', "two values of x"),
+        ('{"prompt": ' + "1" * 5000 + "}", "cannot be read: .*digits"),
+    ],
+)
+def test_what_json_would_take_without_a_word_is_refused(tmp_path: Path, suffix: str, text: str, words: str) -> None:
+    path = tmp_path / f"data{suffix}"
+    path.write_text(text if suffix == ".jsonl" else f"[{text}]")
+    with pytest.raises(UserError, match=words):
+        read(path)
+
+
+def test_columns_of_one_name_are_refused_in_parquet(tmp_path: Path) -> None:
+    path = tmp_path / "data.parquet"
+    pa.parquet.write_table(pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["prompt", "prompt"]), path)
+    with pytest.raises(UserError, match=r"two columns are called prompt"):
+        read(path)
+
+
+def test_a_row_of_csv_is_named_by_its_first_line(tmp_path: Path) -> None:
+    path = tmp_path / "data.csv"
+    path.write_text('prompt,completion\n"a\nb",c\nd,e\n')
+    assert [where.rpartition(" ")[2] for where, _ in read(path)] == ["2", "4"]

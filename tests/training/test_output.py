@@ -174,3 +174,51 @@ def test_a_folder_that_was_made_too_early_is_not_left_empty(tmp_path: Path) -> N
     with folder.never_left_empty():
         folder.claim()
     assert files(out) == {STATE_FILE}
+
+
+@pytest.mark.parametrize("name", ["adapter/notes.txt", "loss.png", "checkpoint-7/weights", "recipe.yaml"])
+def test_refuses_to_overwrite_what_lies_where_it_would_write(tmp_path: Path, name: str) -> None:
+    """As where an earlier run was killed before its first save, and somebody has used its folder since."""
+    folder = OutputFolder(tmp_path, overwrite=False)
+    folder.claim()
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(UserError, match=f"{name} lie among the files of a run, but the earlier run did not write"):
+        OutputFolder(tmp_path, overwrite=True)
+    assert files(tmp_path) == {STATE_FILE, name}
+
+
+def test_a_run_that_could_be_moved_in_part_is_still_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(tmp_path)
+    rename = Path.rename
+
+    def refuse(path: Path, target: Path) -> Path:
+        if "weights" in path.name:
+            raise PermissionError(13, "Permission denied")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    folder = OutputFolder(tmp_path, overwrite=True)
+    with pytest.raises(UserError, match="cannot be written: Permission denied"):
+        folder.claim()
+    assert folder.aside == [tmp_path / "earlier-run-1"]
+    monkeypatch.undo()
+    run(tmp_path, overwrite=True)
+    assert files(tmp_path) == WRITTEN
+
+
+def test_what_an_interrupt_keeps_from_being_removed_is_removed_by_the_next_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(tmp_path)
+    folder = run(tmp_path, overwrite=True, finish=False)
+
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "unlink", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        folder.finish()
+    monkeypatch.undo()
+    run(tmp_path, overwrite=True)
+    assert files(tmp_path) == WRITTEN

@@ -8,7 +8,7 @@ switch that replay on for the router.
 import copy
 from functools import partial
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.lora.layer import ParamWrapper
@@ -63,30 +63,68 @@ def attach(
     _refuse_unknown_blocks(model)
     _refuse_all_the_hosts(model, is_attention_ours)
     state = Attached(requested=requested)
-    # where formulas are tried, wherever the caller makes tensors by default, and whatever is drawn next
-    with torch.device("cpu"), torch.random.fork_rng(devices=[]):
-        plans = [
-            (module, transformers.make_plan(name, module, _model_type(module, model), requested, state.replay))
-            for name, module in transformers.named_experts(model)
-        ]
-        found_norms, found_latents, found_rotaries = norms.find(model), latent_attention.find(model), rotary.find(model)
-        found_routers, found_mlps = router.find(model), mlps.find(model)
-    peft.check(model, {id(module): plan for module, plan in plans})
-    taken = [each for each in decoders(model) if not attention.why_not(each, model)]
+    found = _find(model, state)
+    peft.check(model, {id(module): plan for module, plan in found.plans})
+    taken = [each for each in decoders(model) if is_attention_ours and not attention.why_not(each, model)]
     if (before := attached(model)) is not None:
         state.memory = before.memory
     detach(model)
-    if is_attention_ours:
+    model._expertune = state
+    try:
         state.attentions = [each for decoder in taken for each in attention.take_over(decoder)]
         state.windows = [(config, windows.said(config)) for config, _ in state.attentions]
-    state.norms = formulas.bind(found_norms, norms.forward)
-    state.latents = forwards.bind(found_latents, latent_attention.forward)
-    state.rotaries = forwards.bind(found_rotaries, rotary.forward)
-    state.routers = formulas.bind(found_routers, router.forward, state.replay)
-    state.mlps = formulas.bind(found_mlps, mlps.forward, state.replay)
+        _bind(model, state, found)
+        _hook(model, state)
+        if state.memory is not None:
+            recompute.take_in(model, state)
+        if uses_graphs:
+            _make_recorder(model, state)
+        bind_all(model)
+    except BaseException:  # Ctrl-C, too
+        detach(model)
+        raise
+    return state
+
+
+class _Found(NamedTuple):
+    """What is ours of a model: its experts with their plans, and modules with the formulas that they follow."""
+
+    plans: list[tuple[nn.Module, transformers.ExpertsPlan]]
+    norms: list[tuple[nn.Module, Any]]
+    latents: list[nn.Module]
+    rotaries: list[nn.Module]
+    routers: list[tuple[nn.Module, Any]]
+    mlps: list[tuple[nn.Module, Any]]
+
+
+def _find(model: PreTrainedModel, state: Attached) -> _Found:
+    """Look, and change nothing."""
+    # where formulas are tried, wherever the caller makes tensors by default, and whatever is drawn next
+    with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+        plans = [
+            (module, transformers.make_plan(name, module, _model_type(module, model), state.requested, state.replay))
+            for name, module in transformers.named_experts(model)
+        ]
+        return _Found(
+            plans,
+            norms.find(model),
+            latent_attention.find(model),
+            rotary.find(model),
+            router.find(model),
+            mlps.find(model),
+        )
+
+
+def _bind(model: PreTrainedModel, state: Attached, found: _Found) -> None:
+    """Give modules our forwards, and experts their plans."""
+    state.norms = formulas.bind(found.norms, norms.forward)
+    state.latents = forwards.bind(found.latents, latent_attention.forward)
+    state.rotaries = forwards.bind(found.rotaries, rotary.forward)
+    state.routers = formulas.bind(found.routers, router.forward, state.replay)
+    state.mlps = formulas.bind(found.mlps, mlps.forward, state.replay)
     transformers.register()
     configs: dict[int, Any] = {}
-    for module, plan in plans:
+    for module, plan in found.plans:
         module._expertune = plan  # type: ignore[assignment]
         if llama4.is_experts(module):
             llama4.bind([module], transformers.experts_forward)
@@ -95,14 +133,6 @@ def attach(
     state.blocks = list(blocks(model))
     llama4.bind(filter(llama4.is_block, state.blocks), llama4.block_forward)
     state.layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    _hook(model, state)
-    if state.memory is not None:
-        recompute.take_in(model, state)
-    if uses_graphs:
-        _make_recorder(model, state)
-    model._expertune = state
-    bind_all(model)
-    return state
 
 
 def _make_recorder(model: PreTrainedModel, state: Attached) -> None:
@@ -151,6 +181,8 @@ def detach(model: PreTrainedModel) -> None:
     attention.give_back(state.attentions)
     forwards.unbind(state.blocks, llama4.block_forward)
     for _, module in transformers.named_experts(model):  # also those that PEFT copied, to save them whole
+        if not isinstance(getattr(module, "_expertune", None), transformers.ExpertsPlan):
+            continue  # an interrupt came before its turn
         if llama4.is_experts(module):
             forwards.unbind([module], transformers.experts_forward)
         else:

@@ -56,7 +56,7 @@ def is_somebody_elses(module: nn.Module) -> bool:
     forward = given(module)
     function = forward.func if isinstance(forward, partial) else forward
     of = function if isinstance(function, FunctionType | MethodType) else type(function)
-    return forward is not None and not of.__module__.startswith(_OURS)
+    return forward is not None and not (of.__module__ or "").startswith(_OURS)
 
 
 def take_back(module: nn.Module) -> None:

@@ -42,7 +42,7 @@ def gate_of(experts: nn.Module) -> Gate:
             if type(module.act_fn) is type(ACT2FN[name]):
                 return gate
     draw = torch.Generator().manual_seed(0)
-    normal_NG = torch.randn(64, 16, generator=draw, dtype=torch.float32)
+    normal_NG = torch.randn(64, 16, generator=draw, dtype=torch.float32, device="cpu")
     for gate in _candidates(module):
         h_NG = normal_NG * (2 * gate.limit if isinstance(gate, ClampedSwiGlu) else 1)  # beyond its clamps
         if agree(apply_gate(module, h_NG), gate.forward(h_NG)):

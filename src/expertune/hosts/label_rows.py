@@ -35,13 +35,15 @@ class LabelRows(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if kwargs:  # by which TRL calls none of these
+            return func(*args, **kwargs)
         if func in (torch.Tensor.__ne__, torch.Tensor.ne, torch.ne) and self._is_label(*args):
             return self._mask
         if func is torch.Tensor.__getitem__ and args[1] is self._mask:
             return self._take(args[0])
         if func is torch.Tensor.masked_scatter and args[1] is self._mask and args[0].shape == self._mask.shape:
             return self._put(args[0], args[2])
-        return func(*args, **(kwargs or {}))
+        return func(*args)
 
     def _is_label(self, x: Any, other: Any) -> bool:
         mine = self._label

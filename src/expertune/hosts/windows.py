@@ -37,7 +37,8 @@ def refuse_others(config: Any, before: Iterable[tuple[Any, tuple[Any, ...]]]) ->
         raise ValueError(
             f"sliding_window or layer_types of {type(config).__name__} was changed after the model was made, and its "
             "layers hold what it said before. Load the model with the config that you want, or call "
-            "expertune.optimize(model) again, which then leaves its attention to the host."
+            "expertune.restore(model), and expertune.optimize(model) again if it has experts: its attention is then "
+            "left to the host."
         )
 
 

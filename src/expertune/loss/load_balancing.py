@@ -6,6 +6,7 @@ The counts carry no gradient, so that of the logits is the softmax's, with one w
 is kept for backward. The host walks layer by layer, a dozen launches each, forward and backward.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -52,7 +53,7 @@ class _Balance(torch.autograd.Function):
         for group in _groups(logits):
             sums_2E += sums(torch.cat(group), top_k, mask_N)
         count_E, probability_E = sums_2E
-        num_rows = sum(map(len, logits)) if mask_N is None else mask_N.sum(dtype=wide) * len(logits)
+        num_rows = (sum(map(len, logits)) or math.nan) if mask_N is None else mask_N.sum(dtype=wide) * len(logits)
         count_E *= num_experts / num_rows**2
         ctx.save_for_backward(count_E, mask_N, *logits)
         loss: Tensor = (count_E * probability_E).sum()

@@ -60,8 +60,9 @@ class Tape:
         self._made: list[Any] = []
         self._num_made = 0
 
-    def topk(self, function: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """`topk` of `x`, by the recorded indices once there are any."""
+    def topk(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """`topk` of its first argument, by the recorded indices once there are any."""
+        x, *args = (kwargs.pop("input"), *args) if "input" in kwargs else args  # type: ignore[assignment]
         index = self.chosen(lambda: function(x.detach(), *args, **kwargs)[1])
         dim = kwargs.get("dim", args[1] if len(args) > 1 else -1)
         return torch.return_types.topk((x.gather(dim, index), index))

@@ -26,10 +26,10 @@ def values(*, is_signed: bool) -> Tensor:
     positive: list[float] = []
     for decade in range(DECADES):
         steps = 2**decade if is_signed else 2 ** (decade + 1)
-        edges = torch.linspace(0.1, 1, steps + 1, dtype=torch.float64)
+        edges = torch.linspace(0.1, 1, steps + 1, dtype=torch.float64, device="cpu")
         positive += (10.0 ** (decade - DECADES + 1) * (edges[:-1] + edges[1:]) / 2).tolist()
     negative = [-value for value in reversed(positive)] if is_signed else []
-    return torch.tensor([*negative, 0.0, *positive, 1.0])
+    return torch.tensor([*negative, 0.0, *positive, 1.0], device="cpu")
 
 
 @lru_cache

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from expertune.kernels import has_triton
 from expertune.optim import by_chance, dynamic_8bit
@@ -122,6 +123,7 @@ class _Alike:
         device = self._params[0].device
         clip_coef = _one(device) if clip_coef is None else clip_coef.to(device, non_blocking=True)
         self._launch(mine, clip_coef, _update(group, self._states[0]["step"]))
+        increment_version(self._params)  # of a kernel's writing autograd knows nothing
 
 
 class _Known(NamedTuple):
@@ -150,8 +152,17 @@ _Launch = Callable[[Sequence[Tensor], Tensor, tuple[float, ...]], None]
 
 
 def _launcher(params: Sequence[Tensor], moments: Sequence[Sequence[Tensor]], is_by_chance: bool) -> _Launch:
-    """What steps such parameters, of their gradients, what multiplies these, and the numbers of the step."""
+    """What steps such parameters, of their gradients, what multiplies these, and the numbers of the step.
+
+    Raises:
+        ValueError: moments lie on another device.
+    """
     device = params[0].device
+    if others := {moment.device for each in moments for moment in each} - {device}:
+        raise ValueError(
+            f"the moments of parameters on {device} lie on {', '.join(map(str, others))}. Before a step, move the "
+            "optimizer's state to the parameters' device."
+        )
     if device.type == "cuda" and has_triton():
         from expertune.kernels.adamw_8bit import Stepped, adamw_8bit  # imports Triton, which is optional
 

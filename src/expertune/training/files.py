@@ -9,6 +9,7 @@ import csv
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,7 @@ def _read_json(file: Path) -> Iterator[Row]:
 
 def _json(where: str, text: bytes) -> Any:
     try:
-        return json.loads(text.decode("utf-8-sig"))
+        return json.loads(text.decode("utf-8-sig"), object_pairs_hook=partial(_object_of, where))
     except UnicodeDecodeError as error:
         raise UserError(f"{where} is not utf-8: {error}. Save the file as utf-8.") from error
     except RecursionError as error:
@@ -104,6 +105,14 @@ def _json(where: str, text: bytes) -> Any:
         raise UserError(
             f"{where} is not JSON: {error.msg.removesuffix(' at')} at character {error.pos + 1}. {hint}"
         ) from error
+    except ValueError as error:  # a number of more digits than Python reads
+        raise UserError(f"{where} cannot be read: {error}. Mend or remove it.") from error
+
+
+def _object_of(where: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if twice := names_twice([name for name, _ in pairs]):
+        raise UserError(f"{where} holds an object with two values of {', '.join(twice)}. Keep one.")
+    return dict(pairs)
 
 
 def _object(where: str, row: Any) -> dict[str, Any]:
@@ -119,8 +128,9 @@ def _read_csv(file: Path) -> Iterator[Row]:
         try:
             if twice := names_twice(reader.fieldnames or ()):
                 raise UserError(f"{file}: two columns are called {', '.join(twice)}. Rename one.")
+            last = reader.line_num
             for row in reader:
-                where = f"{file}, line {reader.line_num}"
+                where, last = f"{file}, line {last + 1}", reader.line_num  # a quoted cell may span lines
                 if None in row or None in row.values():
                     raise UserError(
                         f"{where} has another number of fields than the header, {reader.fieldnames}. Mend or remove it."
@@ -137,7 +147,10 @@ def _read_csv(file: Path) -> Iterator[Row]:
 def _read_parquet(file: Path) -> Iterator[Row]:
     number = 0
     try:
-        for batch in pq.ParquetFile(file).iter_batches():
+        table = pq.ParquetFile(file)
+        if twice := names_twice(table.schema_arrow.names):
+            raise UserError(f"{file}: two columns are called {', '.join(twice)}. Rename one.")
+        for batch in table.iter_batches():
             for row in batch.to_pylist():
                 number += 1
                 yield f"{file}, row {number}", row

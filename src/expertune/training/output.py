@@ -5,6 +5,7 @@ they are moved aside, and removed when that run has finished.
 Folders of weights are written beside their place and renamed: a killed run leaves no half adapter that looks whole.
 """
 
+import fnmatch
 import json
 import os
 import shutil
@@ -21,6 +22,8 @@ from expertune.training.errors import UserError
 STATE_FILE = "expertune_run.json"
 _PARTIAL = ".partial-"
 _EARLIER = "earlier-run-"
+# What a run may write there, beside its state: of these names it finds nobody else's.
+_ITS_OWN = ("adapter", "model", "checkpoint-*", "loss.png", "metrics.jsonl", "recipe.yaml")
 
 
 class OutputFolder:
@@ -81,10 +84,16 @@ class OutputFolder:
         if not names:
             return
         aside = next(each for n in count(1) if not (each := self.path / f"{_EARLIER}{n}").exists())
+        aside.mkdir()
+        shutil.copy2(self.path / STATE_FILE, aside / STATE_FILE)
+        names = [name for name in names if name != STATE_FILE]
+        # before anything is moved: if that fails on the way, what is here and what is there is known to be a run's
+        self._aside += [f"{aside.name}/{name}" for name in (STATE_FILE, *names)]
+        self._record(names)
         for name in names:
             (aside / name).parent.mkdir(parents=True, exist_ok=True)
             (self.path / name).rename(aside / name)
-        self._aside += [f"{aside.name}/{name}" for name in names]
+        self._wrote = []
         self._remove_empty_folders(names)
 
     def _remove_empty_folders(self, names: Iterable[str]) -> None:
@@ -115,11 +124,12 @@ class OutputFolder:
 
     def finish(self) -> None:
         """Mark the run as finished, and remove the earlier ones that it replaces."""
-        replaced, self._aside = self._aside, []
         self._write_state("finished")
-        for name in replaced:
+        for name in self._aside:
             (self.path / name).unlink(missing_ok=True)
-        self._remove_empty_folders(replaced)
+        self._remove_empty_folders(self._aside)
+        self._aside = []
+        self._write_state("finished")
 
     def _upwards(self) -> tuple[Path, ...]:
         return (self.path, *self.path.parents)
@@ -156,17 +166,18 @@ class OutputFolder:
         for name, read in self._reads.items():
             if read.exists() and read.resolve().is_relative_to(self.path.resolve()):
                 raise UserError(
-                    f"output_dir {str(self.path)!r} is not overwritten: this run reads {name}={str(read)!r}, which the "
-                    "earlier run wrote there. Choose another output_dir."
+                    f"output_dir {str(self.path)!r} is not overwritten: this run reads {name}={str(read)!r}, which "
+                    "lies in it. Choose another output_dir."
                 )
         earlier: list[str] = state["wrote"]
         self._aside = state["aside"]
         folders = {name.partition("/")[0] for name in earlier if "/" in name}
-        there = (file for folder in folders for file in (self.path / folder).rglob("*") if file.is_file())
+        folders |= {entry.name for entry in self.path.iterdir() if _is_its_own(entry.name)}
+        there = (file for folder in folders for file in _files_in(self.path / folder))
         if strange := sorted({file.relative_to(self.path).as_posix() for file in there} - set(earlier)):
             raise UserError(
                 f"output_dir {str(self.path)!r} is not overwritten: {', '.join(strange[:3])} lie among the files of "
-                "the earlier run, but it did not write them. Move them away, or choose another folder."
+                "a run, but the earlier run did not write them. Move them away, or choose another folder."
             )
         return earlier
 
@@ -197,3 +208,12 @@ class OutputFolder:
         partial = self.path / f"{STATE_FILE}.partial"
         partial.write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
         partial.replace(self.path / STATE_FILE)
+
+
+def _is_its_own(name: str) -> bool:
+    return any(fnmatch.fnmatch(name, pattern) for pattern in _ITS_OWN)
+
+
+def _files_in(path: Path) -> list[Path]:
+    """All in a folder, or the file itself."""
+    return [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]

@@ -74,7 +74,7 @@ class _Loader(yaml.SafeLoader):
         """As `SafeLoader`'s."""
         seen: set[str] = set()
         for key, _ in node.value:
-            if key.value in seen:
+            if str(key.value) in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key {key.value!r} is there twice", key.start_mark
                 )

@@ -140,8 +140,8 @@ def run(recipe: Recipe, console: Console | None = None, *, source: str | None = 
         ):
             display.say(_ROUNDED, style="yellow")
         _make_optimizer(trainer)
-        folder.claim()
         with _told_what_lies_aside(folder, display):
+            folder.claim()
             _write_recipe(folder.file("recipe.yaml"), recipe, model)
             log = MetricsLog(display, folder.file("metrics.jsonl"))
             result = _train(recipe, trainer, folder, log, display)
