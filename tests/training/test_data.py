@@ -30,6 +30,29 @@ def test_renames_columns(write_rows: Callable[..., Path]) -> None:
     )
 
 
+CHAT_ROW = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+
+
+@pytest.mark.parametrize(
+    ("row", "rest"),
+    [
+        (CHAT_ROW | {"tools": None}, []),
+        (CHAT_ROW | {"system": "be brief"}, ["system"]),
+        (
+            {"instruction": "a", "input": "", "output": "b", "history": [["c", "d"]], "id": 3, "note": ""},
+            ["history", "id"],
+        ),
+        ({"prompt": "a", "completion": "b", "tools": [{}]}, ["tools"]),
+        ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}], "system": "be brief"}, []),
+    ],
+)
+def test_columns_that_are_not_trained_on_are_known(
+    write_rows: Callable[..., Path], row: dict[str, Any], rest: list[str]
+) -> None:
+    rows, _ = read(write_rows([row]))
+    assert list(rows.unread) == rest
+
+
 @pytest.mark.parametrize(("eval_size", "num_eval"), [(5, 5), (0.25, 5), (0.01, 1)])
 def test_holds_out_rows(eval_size: float, num_eval: int, write_rows: Callable[..., Path]) -> None:
     path = write_rows(TEXTS)

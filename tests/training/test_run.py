@@ -238,7 +238,7 @@ def test_an_adapter_is_trained_further(make: Make, tmp_path: Path) -> None:
     again = make(model_name_or_path=str(first.weights), output_dir=str(tmp_path / "again"), learning_rate=1e-2)
     assert quiet(again).losses[0] < first.losses[0]
     with pytest.raises(UserError, match="is an adapter, which is trained further as it is; drop r"):
-        quiet(make(model_name_or_path=str(first.weights), output_dir=str(tmp_path / "third"), r=4))
+        quiet(make(model_name_or_path=str(first.weights), output_dir=str(tmp_path / "third"), r=16))
 
 
 def test_a_model_with_attention_of_ours_alone_trains_and_says_so(make: Make, make_base: Callable[..., Path]) -> None:

@@ -14,7 +14,7 @@ from expertune.training.errors import UserError, one_paragraph
 from expertune.training.exact_json import nested_as_text
 from expertune.training.files import Row, names_twice, read_rows
 from expertune.training.recipe import Recipe
-from expertune.training.rows import alpaca_to_prompt, detect, make_row
+from expertune.training.rows import alpaca_to_prompt, detect, make_row, unread
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,11 +25,13 @@ class Rows:
         shape: a key of `rows.COLUMNS`, as the data had it.
         values: a row each, in the shape that `rows.make_row` gives.
         where: each row came from, in words, for messages.
+        unread: columns of the data that hold something, and that no row of this shape has.
     """
 
     shape: str
     values: tuple[dict[str, Any], ...]
     where: tuple[str, ...]
+    unread: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.values)
@@ -107,6 +109,7 @@ def to_dataset(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> Dataset:
 def _checked(name: str, rows: Iterable[Row], recipe: Recipe) -> Rows:
     shape = ""
     values, places = [], []
+    left: dict[str, None] = {}
     for where, row in rows:
         renamed = _rename(where, row, recipe.columns)
         if not shape:
@@ -114,11 +117,12 @@ def _checked(name: str, rows: Iterable[Row], recipe: Recipe) -> Rows:
             shape = detect(tuple(renamed), recipe.dataset_format)
         values.append(make_row(shape, where, renamed))
         places.append(where)
+        left |= dict.fromkeys(unread(shape, renamed))
     if not values:
         raise UserError(f"{name!r} holds no rows. Check that it is the file you mean.")
     if shape == "prompt_completion":
         _check_one_kind(values, places)
-    return Rows(shape=shape, values=tuple(values), where=tuple(places))
+    return Rows(shape=shape, values=tuple(values), where=tuple(places), unread=tuple(left))
 
 
 def _rename(where: str, row: dict[str, Any], columns: dict[str, Any]) -> dict[str, Any]:
@@ -167,6 +171,7 @@ def _split(rows: Rows, recipe: Recipe) -> tuple[Rows, Rows]:
             shape=rows.shape,
             values=tuple(rows.values[i] for i in chosen),
             where=tuple(rows.where[i] for i in chosen),
+            unread=rows.unread,
         )
 
     return pick(i for i in range(len(rows)) if i not in held_out), pick(sorted(held_out))

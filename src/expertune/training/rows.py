@@ -25,6 +25,7 @@ COLUMNS = {
     "alpaca": ("instruction", "output"),
     "sharegpt": ("conversations",),
 }
+_BESIDE = {"messages": ("tools",), "alpaca": ("input",), "sharegpt": ("system", "tools")}
 _SPEAKERS = {
     "human": "user",
     "user": "user",
@@ -60,6 +61,19 @@ def detect(columns: Collection[str], requested: str) -> str:
 
 
 _RENAME = "Rename them with columns, as in columns={question: prompt, answer: completion}."
+
+
+def unread(shape: str, row: dict[str, Any]) -> list[str]:
+    """The columns of a row that hold something, and that its shape does not have.
+
+    Args:
+        shape: a key of `COLUMNS`.
+        row: its values by our column names.
+    """
+    read = {*COLUMNS[shape], *_BESIDE.get(shape, ())}
+    if shape == "prompt_completion" and isinstance(row.get("prompt"), list):
+        read.add("tools")
+    return [name for name, value in row.items() if name not in read and value not in (None, "", [], {})]
 
 
 def make_row(shape: str, where: str, row: dict[str, Any]) -> dict[str, Any]:

@@ -117,6 +117,9 @@ def run(recipe: Recipe, console: Console | None = None, *, source: str | None = 
         with display.stage("reading the data"):
             arguments = make_arguments(recipe, has_eval=bool(recipe.eval_size or recipe.eval_dataset_name))
             train_rows, eval_rows = read_data(recipe)
+        if train_rows.unread:
+            left = ", ".join(train_rows.unread)
+            display.say(f"not trained on: {left}; rows are of the shape {train_rows.shape}, which has no such columns")
         # a download may take long, and its bar is the hub's own
         shown = display.console.is_terminal
         with display.stage("loading the model", spins=False), _bars_of_hosts(shown=shown):

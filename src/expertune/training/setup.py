@@ -202,7 +202,8 @@ def add_adapters(model: nn.Module, recipe: Recipe) -> nn.Module:
         UserError: a target matches nothing, a setting cannot be honoured, or they do not fit the GPU.
     """
     if isinstance(model, PeftModel):
-        if changed := [field for field in LORA_FIELDS if getattr(recipe, field) != _default(field)]:
+        held = next(iter(model.peft_config.values()))
+        if changed := [field for field in LORA_FIELDS if _is_other(field, recipe, held)]:
             raise UserError(
                 f"{recipe.model_name_or_path!r} is an adapter, which is trained further as it is; drop "
                 f"{', '.join(changed)}, or begin from its base model."
@@ -266,6 +267,13 @@ def _length_multiple(recipe: Recipe) -> int | None:
     """
     counts_padding = recipe.packing and recipe.router_aux_loss_coef != 0
     return 128 if torch.cuda.is_available() and not counts_padding else None
+
+
+def _is_other(field: str, recipe: Recipe, held: Any) -> bool:
+    """Whether a recipe asks for something that an adapter does not have: said, and no list of what it adapts."""
+    asked = getattr(recipe, field)
+    is_said = field in recipe.model_fields_set and isinstance(asked, bool | int | float) and hasattr(held, field)
+    return bool(getattr(held, field) != asked) if is_said else bool(asked != _default(field))
 
 
 def _default(field: str) -> Any:
