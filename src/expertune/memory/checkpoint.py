@@ -50,8 +50,9 @@ class LayerCheckpoint:
         bound = partial(function, **kwargs)
         if not torch.is_grad_enabled():
             return bound(*args)
-        call = self._call(bound, args)
-        inputs = [*call.tensors_of(args), *call.trained]
+        modules = _modules(self._layer)
+        call = _Call(bound, args, _Held(modules), self._noted(modules))
+        inputs = [*call.tensors_of(args), *call.held.trained]
         if not any(each.requires_grad for each in inputs):  # it may still reach what does
             return self.by_torch(function, *args, **kwargs)
         return _Checkpointed.apply(call, *inputs)  # type: ignore[no-untyped-call]
@@ -64,13 +65,52 @@ class LayerCheckpoint:
         bound = partial(function, **kwargs)
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return checkpoint(bound, *args, use_reentrant=False)
-        call = self._call(bound, args)
-        again = partial(call.as_it_was, has_moved=not _is_one_of_many())
+        modules = _modules(self._layer)
+        held, as_noted = None if _is_one_of_many() else _Held(modules), self._noted(modules)
+
+        @contextmanager
+        def again() -> Iterator[None]:
+            with nullcontext() if held is None else held.again({each: each for each in held.trained}), as_noted():
+                yield
+
         return checkpoint(bound, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), again()))
 
-    def _call(self, bound: Callable[..., Any], args: Sequence[Any]) -> "_Call":
-        modules = _modules(self._layer)
-        return _Call(bound, args, modules, nullcontext if self._note is None else self._note(modules))
+    def _noted(self, modules: Sequence[nn.Module]) -> As:
+        return nullcontext if self._note is None else self._note(modules)
+
+
+class _Held:
+    """The parameters and buffers of a layer when it first runs.
+
+    Args:
+        modules: of the layer.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        dicts: list[dict[str, Any]] = [
+            held for module in modules for held in (module._parameters, module._buffers) if held
+        ]
+        self._tensors = [(held, name, tensor) for held in dicts for name, tensor in held.items() if tensor is not None]
+        self.trained = list(dict.fromkeys(tensor for _, _, tensor in self._tensors if tensor.requires_grad))
+
+    @contextmanager
+    def again(self, instead: dict[Tensor, Tensor]) -> Iterator[None]:
+        """They, or others instead of those that are trained, where they were, wanted or not as then."""
+        places = [(held, name, instead.get(tensor, tensor)) for held, name, tensor in self._tensors]
+        moved = [(held, name, tensor) for held, name, tensor in places if held.get(name) is not tensor]
+        others = [held.get(name) for held, name, _ in moved]
+        turned = {tensor for _, _, tensor in self._tensors if tensor.requires_grad is not (tensor in instead)}
+        try:
+            for held, name, tensor in moved:
+                held[name] = tensor
+            for tensor in turned:
+                tensor.requires_grad_(not tensor.requires_grad)
+            yield
+        finally:
+            for tensor in turned:
+                tensor.requires_grad_(not tensor.requires_grad)
+            for (held, name, _), other in zip(moved, others, strict=True):
+                held[name] = other
 
 
 class _Call:
@@ -79,21 +119,14 @@ class _Call:
     Args:
         function: the layer's forward.
         args: its positional inputs, of which the tensors are kept elsewhere.
-        modules: of the layer.
+        held: by the layer.
         as_noted: around its second run.
     """
 
-    def __init__(
-        self, function: Callable[..., Any], args: Sequence[Any], modules: Sequence[nn.Module], as_noted: As
-    ) -> None:
-        self._function, self._as_noted = function, as_noted
+    def __init__(self, function: Callable[..., Any], args: Sequence[Any], held: _Held, as_noted: As) -> None:
+        self._function, self.held, self._as_noted = function, held, as_noted
         self._places = [place for place, arg in enumerate(args) if isinstance(arg, Tensor)]
         self._args = [None if isinstance(arg, Tensor) else arg for arg in args]
-        dicts: list[dict[str, Any]] = [
-            held for module in modules for held in (module._parameters, module._buffers) if held
-        ]
-        self._held = [(held, name, tensor) for held in dicts for name, tensor in held.items() if tensor is not None]
-        self.trained = list(dict.fromkeys(tensor for _, _, tensor in self._held if tensor.requires_grad))
         self._random = RandomStates.now(args)
         devices = dict.fromkeys(["cpu", *(tensor.device.type for tensor in self.tensors_of(args))])
         self._autocasts = [(d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in devices]
@@ -117,39 +150,10 @@ class _Call:
             self._random.restore()
             for device, is_enabled, dtype in self._autocasts:
                 around.enter_context(torch.autocast(device, dtype, is_enabled, self._caches))
-            around.enter_context(self._as_held(dict(zip(self.trained, trained, strict=True))))
+            around.enter_context(self.held.again(dict(zip(self.held.trained, trained, strict=True))))
             around.enter_context(self._as_noted())
             around.enter_context(torch.enable_grad())
             return self.run(tensors)
-
-    @contextmanager
-    def as_it_was(self, *, has_moved: bool) -> Iterator[None]:
-        """Around a second run by someone else: the layer's settings as they were.
-
-        Args:
-            has_moved: whether its parameters and buffers are those of the first run, too, where others have come.
-        """
-        with self._as_held({each: each for each in self.trained}) if has_moved else nullcontext(), self._as_noted():
-            yield
-
-    @contextmanager
-    def _as_held(self, instead: dict[Tensor, Tensor]) -> Iterator[None]:
-        """The parameters and buffers of the first run, or others instead, where they were, wanted or not as then."""
-        places = [(held, name, instead.get(tensor, tensor)) for held, name, tensor in self._held]
-        moved = [(held, name, tensor) for held, name, tensor in places if held.get(name) is not tensor]
-        others = [held.get(name) for held, name, _ in moved]
-        turned = {tensor for _, _, tensor in self._held if tensor.requires_grad is not (tensor in instead)}
-        try:
-            for held, name, tensor in moved:
-                held[name] = tensor
-            for tensor in turned:
-                tensor.requires_grad_(not tensor.requires_grad)
-            yield
-        finally:
-            for tensor in turned:
-                tensor.requires_grad_(not tensor.requires_grad)
-            for (held, name, _), other in zip(moved, others, strict=True):
-                held[name] = other
 
 
 class _Checkpointed(torch.autograd.Function):
@@ -157,7 +161,7 @@ class _Checkpointed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, call: _Call, *inputs: Tensor) -> Any:
-        tensors = inputs[: len(inputs) - len(call.trained)]
+        tensors = inputs[: len(inputs) - len(call.held.trained)]
         ctx.call = call
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
@@ -171,8 +175,9 @@ class _Checkpointed(torch.autograd.Function):
         tensors = [x.detach().requires_grad_(want) for x, want in zip(ctx.saved_tensors, wants, strict=False)]
         is_whole: bool = torch.autograd._is_checkpoint_valid()  # type: ignore[no-untyped-call]
         # then the layer's own backward may add to `.grad` at once, and experts in place (`accumulate.py`)
-        adds_itself = is_whole and not any(map(_is_watched, call.trained))
-        trained = call.trained if adds_itself else [each.detach().requires_grad_() for each in call.trained]
+        theirs = call.held.trained
+        adds_itself = is_whole and not any(map(_is_watched, theirs))
+        trained = theirs if adds_itself else [each.detach().requires_grad_() for each in theirs]
         out = call.run_again(tensors, trained)
         outs = out if isinstance(out, tuple) else (out,)
         ends = [(o, dout) for o, dout in zip(outs, douts, strict=True) if dout is not None and o.requires_grad]
