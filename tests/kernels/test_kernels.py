@@ -188,6 +188,16 @@ def test_gates(routing: Dispatch, gate: Gate, dtype: torch.dtype) -> None:
         assert_no_worse(ours, plain.to(ours.dtype), truth, name)
 
 
+@pytest.mark.parametrize("gate", GATES.values(), ids=GATES)
+def test_what_is_no_number_comes_out_of_a_gate_as_none(gate: Gate) -> None:
+    """A trainer looks at the loss to see that training is over."""
+    h_NG = torch.zeros(5, 600, device=DEVICE)
+    h_NG.view(-1)[[5, 304, 601]] = float("nan")
+    expected = gate.forward(h_NG).isnan()
+    assert expected.any()
+    assert torch.equal(steps().gate_forward(gate, h_NG).isnan(), expected)
+
+
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 @pytest.mark.parametrize("is_k_contiguous", [False, pytest.param(True, marks=later(True))])
 @pytest.mark.parametrize("gate", FUSED.values(), ids=FUSED)

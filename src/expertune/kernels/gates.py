@@ -64,9 +64,21 @@ def _gelu_tanh_grad(g, u, da, ALPHA: tl.constexpr, LIMIT: tl.constexpr):
 
 
 @triton.jit
+def _within(g, u, LIMIT: tl.constexpr):
+    """Gate and up in their limits; what is no number stays none, as torch has it."""
+    g = tl.minimum(g, LIMIT, propagate_nan=tl.PropagateNan.ALL)
+    u = tl.maximum(u, -LIMIT, propagate_nan=tl.PropagateNan.ALL)
+    return g, tl.minimum(u, LIMIT, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _positive(g):
+    return tl.maximum(g, 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def _clamped(g, u, ALPHA: tl.constexpr, LIMIT: tl.constexpr):
-    g = tl.minimum(g, LIMIT)
-    u = tl.minimum(tl.maximum(u, -LIMIT), LIMIT)
+    g, u = _within(g, u, LIMIT)
     return g * _sigmoid(ALPHA * g) * u
 
 
@@ -77,8 +89,7 @@ def _clamped_grad(g, u, da, ALPHA: tl.constexpr, LIMIT: tl.constexpr):
 
 @triton.jit
 def _shifted(g, u, ALPHA: tl.constexpr, LIMIT: tl.constexpr):
-    g = tl.minimum(g, LIMIT)
-    u = tl.minimum(tl.maximum(u, -LIMIT), LIMIT)
+    g, u = _within(g, u, LIMIT)
     return g * _sigmoid(ALPHA * g) * (u + 1.0)
 
 
@@ -91,8 +102,8 @@ def _shifted_grad(g, u, da, ALPHA: tl.constexpr, LIMIT: tl.constexpr):
 def _clamped_slopes(g, u, da, ALPHA: tl.constexpr, LIMIT: tl.constexpr, SHIFT: tl.constexpr):
     passes_g = g <= LIMIT
     passes_u = (u <= LIMIT) & (u >= -LIMIT)
-    g = tl.minimum(g, LIMIT)
-    u = tl.minimum(tl.maximum(u, -LIMIT), LIMIT) + SHIFT
+    g, u = _within(g, u, LIMIT)
+    u += SHIFT
     sigmoid = _sigmoid(ALPHA * g)
     glu = g * sigmoid
     dg = da * u * (sigmoid + ALPHA * glu * (1.0 - sigmoid))
@@ -101,13 +112,13 @@ def _clamped_slopes(g, u, da, ALPHA: tl.constexpr, LIMIT: tl.constexpr, SHIFT: t
 
 @triton.jit
 def _relu_squared(g, u, ALPHA: tl.constexpr, LIMIT: tl.constexpr):
-    g = tl.maximum(g, 0.0)
+    g = _positive(g)
     return g * g
 
 
 @triton.jit
 def _relu_squared_grad(g, u, da, ALPHA: tl.constexpr, LIMIT: tl.constexpr):
-    g = tl.maximum(g, 0.0)
+    g = _positive(g)
     return g * g, 2.0 * g * da, da
 
 
