@@ -383,3 +383,18 @@ def test_a_copy_records_for_itself(pair: tuple[Toy, Toy], copied: Any) -> None:
     with torch.no_grad():
         twin.linear.weight.zero_()
     assert not torch.equal(twin(*inputs(0))[0], toy(*inputs(0))[0])
+
+
+def test_parameters_that_are_stepped_before_backward_are_refused_as_by_torch(pair: tuple[Toy, Toy]) -> None:
+    """Gradients would be of neither what they were nor what they are."""
+    toy, stock = pair
+    for seed in range(5):
+        assert_same(toy, stock, seed)
+    of_graphs = "modified by an inplace operation since the forward that is differentiated"  # which ask nobody else
+    for module, words in ((toy, of_graphs), (stock, "modified by an inplace operation")):
+        out, _ = module(*inputs(9))
+        with torch.no_grad():
+            module.linear.weight.add_(1)
+        with pytest.raises(RuntimeError, match=words):
+            out.sum().backward()
+    assert_same(toy, stock, 10)

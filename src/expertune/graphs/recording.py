@@ -97,6 +97,10 @@ class Recording:
         """Whether it can be replayed on these inputs now; see `Pool.may_begin`."""
         return self._pool.may_begin(self, [(shared, inputs[i]) for i, shared in self._shared])
 
+    def versions(self) -> list[int]:
+        """Of the trained parameters, other ones once one has been written to."""
+        return [parameter._version for parameter in self._parameters]
+
     def prepare(self) -> None:
         """Compute what forward reads of parameters alone, before each replay of it; not while a backward is to come."""
         if self._ahead is not None:
@@ -305,7 +309,7 @@ class _Replay(torch.autograd.Function):
         outs, ctx.begun = recording.forward(tensors[:num_inputs])
         if not recording.keeps:
             ctx.save_for_backward(*tensors[:num_inputs])
-        ctx.recording, ctx.num_inputs = recording, num_inputs
+        ctx.recording, ctx.num_inputs, ctx.versions = recording, num_inputs, recording.versions()
         wanted = recording.wanted_outs
         ctx.mark_non_differentiable(*[out for number, out in enumerate(outs) if number not in wanted])
         return outs
@@ -314,6 +318,11 @@ class _Replay(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *douts: Tensor) -> tuple[Tensor | None, ...]:
         recording: Recording = ctx.recording
+        if recording.keeps and recording.versions() != ctx.versions:  # torch looks at what it has saved itself
+            raise RuntimeError(
+                "a parameter needed for gradient computation has been modified by an inplace operation since the "
+                "forward that is differentiated, as by a step of an optimizer. Call backward before it."
+            )
         is_last = not torch._C._autograd._get_current_graph_task_keep_graph()
         asked = [douts[i] for i in recording.wanted_outs]
         begun = ctx.begun if recording.keeps else ctx.saved_tensors
