@@ -307,9 +307,11 @@ class _Replay(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, recording: Recording, num_inputs: int, *tensors: Tensor) -> tuple[Tensor, ...]:
         outs, ctx.begun = recording.forward(tensors[:num_inputs])
-        if not recording.keeps:
+        if recording.keeps:
+            ctx.versions = recording.versions()
+        else:
             ctx.save_for_backward(*tensors[:num_inputs])
-        ctx.recording, ctx.num_inputs, ctx.versions = recording, num_inputs, recording.versions()
+        ctx.recording, ctx.num_inputs = recording, num_inputs
         wanted = recording.wanted_outs
         ctx.mark_non_differentiable(*[out for number, out in enumerate(outs) if number not in wanted])
         return outs

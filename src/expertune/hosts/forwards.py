@@ -53,10 +53,11 @@ def given(module: nn.Module) -> Any:
 
 def is_somebody_elses(module: nn.Module) -> bool:
     """Whether a module runs a forward that is neither its class's nor ours."""
-    forward = given(module)
+    if (forward := given(module)) is None:
+        return False
     function = forward.func if isinstance(forward, partial) else forward
     of = function if isinstance(function, FunctionType | MethodType) else type(function)
-    return forward is not None and not (of.__module__ or "").startswith(_OURS)
+    return not (of.__module__ or "").startswith(_OURS)
 
 
 def take_back(module: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -134,10 +135,11 @@ def _is_watched(layer: nn.Module) -> bool:
     """
     if _global_forward_hooks or _global_forward_pre_hooks:
         return True
-    hooks = (hooks for m in layer.modules() for hooks in (m._forward_hooks, m._forward_pre_hooks) if hooks)
-    if not all(graphs.is_observer(hook) for each in hooks for hook in each.values()):
-        return True
-    return any(forwards.is_somebody_elses(module) for module in layer.modules())
+    for module in layer.modules():
+        hooks = chain(module._forward_hooks.values(), module._forward_pre_hooks.values())
+        if forwards.is_somebody_elses(module) or not all(map(graphs.is_observer, hooks)):
+            return True
+    return False
 
 
 def _is_ours(layer: Any) -> bool:

@@ -24,12 +24,12 @@ from expertune.hosts.attached import attached
 from expertune.hosts.label_rows import LabelRows
 from expertune.hosts.twins import twin
 from expertune.loss import load_balancing
-from expertune.loss.log_probs import Head, label_log_probs
+from expertune.loss.log_probs import NUM_TOKENS, Head, label_log_probs
 
 # Tokens whose gradient the device computes while a trainer reads its metrics: 1.5 ms of the 2 that it would wait, at
-# Qwen3's head (H200). Their logits lie side by side, so a lean model takes fewer; and a step of more tokens in all is
-# too long for it to show.
-_LAST, _LAST_IF_LEAN = 2048, 1024
+# Qwen3's head (H200). Their logits lie side by side, so a lean model takes no more than are there anyway; and a step of
+# more tokens in all is too long for it to show.
+_LAST = 2048
 _MOST_TOKENS = 8192
 _NAME = "_ChunkedLogProbFunction"  # of TRL's autograd function, in the module of its forward
 _OURS = {"log_probs", "entropy", "is_top1"}
@@ -73,7 +73,7 @@ class _LogProbs:
             )
             return given
         head = Head(weight_VD, bias_V, scale=scale, softcap=softcap, inv_t=1 / temperature)
-        last = _LAST_IF_LEAN if _is_lean(self._model) else _LAST
+        last = NUM_TOKENS if _is_lean(self._model) else _LAST
         last = last if len(label_N) <= _MOST_TOKENS else 0
         log_prob_N, entropy_N, is_top1_N = label_log_probs(hidden_ND.to(weight_VD.dtype), label_N, head, last)
         entropy = entropy_N if "entropy" in outputs else None

@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from expertune.kernels.launch import are_aligned, launch
 from expertune.kernels.many_tensors import TRITON_DTYPES, addresses_of, on_device, tiles_of
@@ -187,3 +188,4 @@ def adamw_8bit(
         },
         num_warps=1,
     )
+    increment_version(stepped.params)  # of a kernel's writing autograd knows nothing

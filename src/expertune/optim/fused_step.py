@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
 from expertune.kernels import has_triton
 from expertune.optim import by_chance, dynamic_8bit
@@ -123,7 +122,6 @@ class _Alike:
         device = self._params[0].device
         clip_coef = _one(device) if clip_coef is None else clip_coef.to(device, non_blocking=True)
         self._launch(mine, clip_coef, _update(group, self._states[0]["step"]))
-        increment_version(self._params)  # of a kernel's writing autograd knows nothing
 
 
 class _Known(NamedTuple):

@@ -110,9 +110,11 @@ def _json(where: str, text: bytes) -> Any:
 
 
 def _object_of(where: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if twice := names_twice([name for name, _ in pairs]):
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = names_twice(name for name, _ in pairs)
         raise UserError(f"{where} holds an object with two values of {', '.join(twice)}. Keep one.")
-    return dict(pairs)
+    return found
 
 
 def _object(where: str, row: Any) -> dict[str, Any]:
@@ -126,8 +128,7 @@ def _read_csv(file: Path) -> Iterator[Row]:
     with file.open(encoding="utf-8-sig", newline="") as lines:
         reader = csv.DictReader(lines, strict=True)
         try:
-            if twice := names_twice(reader.fieldnames or ()):
-                raise UserError(f"{file}: two columns are called {', '.join(twice)}. Rename one.")
+            _refuse_columns_twice(file, reader.fieldnames or ())
             last = reader.line_num
             for row in reader:
                 where, last = f"{file}, line {last + 1}", reader.line_num  # a quoted cell may span lines
@@ -144,12 +145,16 @@ def _read_csv(file: Path) -> Iterator[Row]:
             csv.field_size_limit(limit)
 
 
+def _refuse_columns_twice(file: Path, names: Iterable[str]) -> None:
+    if twice := names_twice(names):
+        raise UserError(f"{file}: two columns are called {', '.join(twice)}. Rename one.")
+
+
 def _read_parquet(file: Path) -> Iterator[Row]:
     number = 0
     try:
         table = pq.ParquetFile(file)
-        if twice := names_twice(table.schema_arrow.names):
-            raise UserError(f"{file}: two columns are called {', '.join(twice)}. Rename one.")
+        _refuse_columns_twice(file, table.schema_arrow.names)
         for batch in table.iter_batches():
             for row in batch.to_pylist():
                 number += 1
