@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from expertune.activations import Gate, GeGlu, SwiGlu
-from expertune.gated_mlp import Linear, gated_mlp
+from expertune.gated_mlp import gated_mlp
 from expertune.shapes import LoraFactors
+from expertune.split_linear import Linear
 from tests.cases import DEVICE, KERNEL_DTYPES, needs_kernels
 from tests.kept import kept_for_backward
 from tests.numerics import assert_no_worse

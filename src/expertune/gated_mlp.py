@@ -14,22 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from expertune import accumulate, kernels, prepare
 from expertune.activations import Gate
-from expertune.shapes import LoraFactors
-from expertune.split_linear import SplitLinear
-
-
-class Linear(NamedTuple):
-    """A frozen linear, with an adapter that is trained or without.
-
-    Args:
-        weight_OI: frozen.
-        bias_O: frozen, or None.
-        adapter: factors `(R, I)` and `(O, R)`, or None.
-    """
-
-    weight_OI: Tensor
-    bias_O: Tensor | None = None
-    adapter: LoraFactors | None = None
+from expertune.split_linear import Linear, SplitLinear
 
 
 def gated_mlp(x: Tensor, gate: Gate, linears: tuple[Linear, Linear, Linear], tile: int | None = None) -> Tensor:

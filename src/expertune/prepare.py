@@ -84,5 +84,21 @@ def cast(factors: Sequence[Tensor | None], dtype: torch.dtype) -> Tensors:
     return preparation.made(leaves, partial(_cast, factors, dtype))
 
 
+def joined(a: Sequence[Tensor], b: Sequence[Tensor], dtype: torch.dtype) -> Tensors:
+    """The factors `(R, I)` of several adapters one below the other, then each of theirs `(O, R)`, all as in `cast`."""
+    if len(a) == 1:
+        return cast([*a, *b], dtype)
+    preparation = preparation_of([*a, *b])
+    make = partial(_joined, a, b, dtype)
+    return make() if preparation is None else preparation.made([*a, *b], make)
+
+
+def _joined(a: Sequence[Tensor], b: Sequence[Tensor], dtype: torch.dtype) -> Tensors:
+    all_RI = a[0].new_empty((sum(map(len, a)), a[0].shape[1]), dtype=dtype)
+    for part_RI, a_RI in zip(torch.split(all_RI, [*map(len, a)]), a, strict=True):
+        part_RI.copy_(a_RI)
+    return [all_RI, *_cast(b, dtype)]
+
+
 def _cast(factors: Sequence[Tensor | None], dtype: torch.dtype) -> Tensors:
     return [None if factor is None else factor.to(dtype) for factor in factors]

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from expertune import prepare
 from expertune.activations import SwiGlu
-from expertune.gated_mlp import Linear, gated_mlp
+from expertune.gated_mlp import gated_mlp
 from expertune.graphs.piece import Piece
 from expertune.graphs.recorder import Recorder
-from expertune.lora_linear import lora_linear
+from expertune.lora_linears import lora_linears
 from expertune.shapes import LoraFactors
+from expertune.split_linear import Linear
 from tests.conftest import Checkpoint
 from tests.graphs.replayed import FakeCapture, draw, make_recorder
 from tests.hosts.recorded import both, step, tokens
@@ -39,7 +40,7 @@ class Adapted(nn.Module):
             LoraFactors(a=self.factors[i], b=self.factors[i + 1], scale=0.5) for i in range(0, len(self.factors), 2)
         )
         linears = [Linear(self.weights[1], None, gate), Linear(self.weights[2]), Linear(self.weights[3], None, down)]
-        x = x + lora_linear(x, self.weights[0], None, first)
+        x = x + lora_linears(x, [Linear(self.weights[0], None, first)])[0]
         return x + gated_mlp(x, SwiGlu(), (linears[0], linears[1], linears[2]))
 
 

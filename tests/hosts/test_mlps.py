@@ -11,9 +11,10 @@ from transformers.activations import ACT2FN
 
 import expertune
 from expertune.activations import Gate
-from expertune.gated_mlp import Linear, gated_mlp
+from expertune.gated_mlp import gated_mlp
 from expertune.hosts import forwards, mlps
 from expertune.hosts.attached import attached
+from expertune.split_linear import Linear
 from tests.conftest import Checkpoint
 from tests.hosts.memories import lean
 from tests.hosts.models import batch, load_tiny

@@ -6,8 +6,9 @@ import torch
 from expertune import split_linear
 from expertune.kernels import low_rank
 from expertune.kernels.low_rank import MOST_RANKS, add_product
-from expertune.lora_linear import lora_linear
+from expertune.lora_linears import lora_linears
 from expertune.shapes import LoraFactors
+from expertune.split_linear import Linear
 from tests.cases import KERNEL_DTYPES, draw, needs_cuda, needs_kernels
 from tests.hosts.spies import inputs_of
 from tests.numerics import assert_no_worse
@@ -16,7 +17,9 @@ pytestmark = needs_kernels
 
 
 @pytest.mark.parametrize("is_transposed", [False, True])
-@pytest.mark.parametrize("shape", [(1, 1, 1), (70, 260, 4), (33, 127, 33), (130, 64, MOST_RANKS)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1), (70, 260, 4), (33, 127, 33), (130, 64, 128), (65, 130, 150), (70, 64, MOST_RANKS)], ids=str
+)
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 def test_it_is_no_worse_than_torch(dtype: torch.dtype, shape: tuple[int, int, int], is_transposed: bool) -> None:
     rows, columns, rank = shape
@@ -42,7 +45,7 @@ def test_it_runs_where_a_matrix_is_too_large_for_the_cache(monkeypatch: pytest.M
     results = []
     for cache in (0, 2**30):
         monkeypatch.setattr(split_linear, "cache_bytes", lambda _, cache=cache: cache)
-        y = lora_linear(x, weight, None, LoraFactors(a=a, b=b, scale=2.0))
+        y = lora_linears(x, [Linear(weight, None, LoraFactors(a=a, b=b, scale=2.0))])[0]
         results.append([y.detach(), *torch.autograd.grad(y, [x, a, b], torch.ones_like(y))])
     assert len(calls) == 2, "there and back, and only where there is no cache"
     for mine, theirs in zip(*results, strict=True):

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from expertune.activations import Gate
 from expertune.attention.attend import attend
 from expertune.attention.hopper import MOST_WITH_SINKS
-from expertune.gated_mlp import Linear, gated_mlp
+from expertune.gated_mlp import gated_mlp
 from expertune.hosts import attention, forwards, mlps, norms, router
 from expertune.hosts.blocks import decoders
 from expertune.kernels import has_triton
@@ -29,6 +29,7 @@ from expertune.optim.adamw_8bit import AdamW8bit
 from expertune.rms_norm import rms_norm
 from expertune.router import route
 from expertune.shapes import RoutingRule
+from expertune.split_linear import Linear
 
 _NUM_TOKENS = 1024  # of attention: on fewer, cuDNN may take another kernel
 _MLP_WIDTH = 16  # of what goes in and out of an MLP, which its kernels do not see

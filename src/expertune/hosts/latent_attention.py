@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from expertune.attention.latent import assemble
 from expertune.attention.rotary import Rotation
 from expertune.hosts import attention as ours
-from expertune.hosts import rotary
+from expertune.hosts import rotary, siblings
 from expertune.hosts.formulas import agree
 
 _SMALL = {
@@ -86,7 +86,8 @@ def forward(
             **kwargs,
         )
     kwargs.pop("cache", None)
-    return _forward(attention, rotation, hidden_states, position_embeddings, attention_mask, **kwargs)
+    with siblings.together(attention):
+        return _forward(attention, rotation, hidden_states, position_embeddings, attention_mask, **kwargs)
 
 
 def _forward(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from expertune.activations import Gate, HostGate
 from expertune.gated_mlp import gated_mlp
-from expertune.hosts import formulas, gates, peft
+from expertune.hosts import formulas, gates, lora_layers
 from expertune.hosts.formulas import Found
 from expertune.memory.replay import RoutingReplay
 
@@ -39,7 +39,7 @@ def forward(mlp: Any, found: Found[Gate], replay: RoutingReplay, x: Tensor) -> T
         x: `(…, I)`.
     """
     if not torch.compiler.is_compiling() and (gate := found.of(mlp)) is not None:
-        gate_proj, up_proj, down_proj = (peft.plain_linear(getattr(mlp, name), x) for name in _LINEARS)
+        gate_proj, up_proj, down_proj = (lora_layers.plain_linear(getattr(mlp, name), x) for name in _LINEARS)
         if gate_proj is not None and up_proj is not None and down_proj is not None:
             return gated_mlp(x, gate, (gate_proj, up_proj, down_proj), _tile(replay, x))
     given: Tensor = type(mlp).forward(mlp, x)

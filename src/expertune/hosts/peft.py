@@ -4,8 +4,7 @@
 for every expert. We give the outermost wrapper of one model a forward that collects the active factors of the nest and
 calls the experts with them. Parameters, names, state dict, merging and saving stay PEFT's.
 
-The plain linears beside the experts keep PEFT's equation, in two operations an adapter instead of six: in a training
-step of short context such small operations take longer to submit than to run.
+Its adapters on the plain linears beside the experts: `lora_layers.py`.
 """
 
 import json
@@ -14,8 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-import torch
-import torch.nn.functional as F
 from packaging.version import Version
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora.layer import Linear as LoraLinear
@@ -24,11 +21,8 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from expertune import lora
-from expertune.gated_mlp import Linear
-from expertune.hosts import forwards
+from expertune.hosts import forwards, lora_layers
 from expertune.hosts.transformers import ExpertsPlan, first_name, is_experts, is_transposed, named_experts
-from expertune.lora_linear import lora_linear
-from expertune.shapes import LoraFactors
 
 # PEFT before 0.19.1 wrote the factors of weights that lie as (E, O, I) with input and output swapped.
 # Version 0.19.0 alone swapped the others instead.
@@ -80,7 +74,7 @@ def trained_ranks(module: nn.Module) -> dict[str, int]:
 def is_bound(layer: nn.Module) -> bool:
     """Whether `bind` has given this LoRA layer our forward."""
     given = forwards.given(layer)
-    return isinstance(given, partial) and given.func in (_experts_forward, _linear_forward, _lora_linear_forward)
+    return isinstance(given, partial) and (given.func is _experts_forward or lora_layers.is_ours(given.func))
 
 
 def bind(module: nn.Module) -> None:
@@ -90,7 +84,7 @@ def bind(module: nn.Module) -> None:
     own, such as Llama 4's router, whose product never comes out, and one that somebody has given another forward.
     """
     if type(module) is LoraLinear and (forwards.given(module) is None or is_bound(module)):
-        forwards.give(module, partial(_lora_linear_forward, module))
+        forwards.give(module, partial(lora_layers.lora_linear_forward, module))
     if not isinstance(module, ParamWrapper):
         return
     nest, base = wrappers_of(module)
@@ -102,7 +96,7 @@ def bind(module: nn.Module) -> None:
         and [inner.parameter_name for inner in nest] == ["weight"]
         and not forwards.is_somebody_elses(module)
     ):
-        forwards.give(module, partial(_linear_forward, module))
+        forwards.give(module, partial(lora_layers.parameter_forward, module))
 
 
 def unbind(module: nn.Module) -> None:
@@ -261,136 +255,15 @@ def _swapped(which: str, version: str, experts: nn.Module) -> ValueError:
     )
 
 
-def _active_factors(wrapper: LoraLayer) -> tuple[LoraFactors, ...]:
-    """The factors that count now, as PEFT's own forward decides it."""
-    if wrapper.disable_adapters:
-        if wrapper.merged:
-            wrapper.unmerge()
-        return ()
-    if wrapper.merged:
-        return ()
-    return tuple(
-        LoraFactors(a=wrapper.lora_A[name].weight, b=wrapper.lora_B[name].weight, scale=wrapper.scaling[name])
-        for name in wrapper.active_adapters
-        if name in wrapper.lora_A
-    )
-
-
-def _refuse_mixed_batches(kwargs: dict[str, Any]) -> None:
-    if kwargs.pop("adapter_names", None) is not None:
-        raise ValueError("adapters on experts cannot be mixed within a batch; call the model once an adapter.")
-
-
 def _experts_forward(wrapper: ParamWrapper, *args: Any, **kwargs: Any) -> Any:
     """Instead of `ParamWrapper.forward`: call the experts with the active factors of the whole nest."""
     nest, base = wrappers_of(wrapper)
     if "_expertune" not in vars(base):  # the model was restored, and somebody has kept this
         return ParamWrapper.forward(wrapper, *args, **kwargs)
-    _refuse_mixed_batches(kwargs)
-    factors = {inner.parameter_name: _active_factors(inner) for inner in nest}
+    lora_layers.refuse_mixed_batches(kwargs)
+    factors = {inner.parameter_name: lora_layers.active_factors(inner) for inner in nest}
     if _is_turned(base):
         num_experts = len(cast(Tensor, base.down_proj))
         factors = {name: tuple(lora.turn(adapter, num_experts) for adapter in held) for name, held in factors.items()}
     adapters = factors.get(first_name(base), ()), factors.get("down_proj", ())
     return base(*args, **kwargs, adapters=adapters)
-
-
-def _linear_forward(wrapper: ParamWrapper, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """`xW + s(xA)B` for a linear whose weight is targeted as a parameter."""
-    if _is_watched(wrapper.base_layer):  # PEFT adapts the weight, so hooks see what the adapter adds
-        return cast(Tensor, ParamWrapper.forward(wrapper, x, *args, **kwargs))
-    _refuse_mixed_batches(kwargs)
-    factors = _active_factors(wrapper)  # first: it may unmerge
-    return _add_low_rank(cast(Tensor, wrapper.base_layer(x, *args, **kwargs)), x, factors)
-
-
-def _lora_linear_forward(layer: LoraLinear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """The same for PEFT's own layer, where it does nothing but that; otherwise PEFT's own forward."""
-    if args or kwargs or not _is_plain(layer):
-        return cast(Tensor, LoraLinear.forward(layer, x, *args, **kwargs))
-    base, factors = layer.base_layer, _active_factors(layer)
-    linear = _one_node(base, x, factors)
-    if linear is not None and linear.adapter is not None:
-        return lora_linear(x, linear.weight_OI, linear.bias_O, linear.adapter)
-    return _add_low_rank(cast(Tensor, base(x)), x, factors)
-
-
-def _is_plain(layer: LoraLinear) -> bool:
-    """Whether its active adapters do nothing but `s(xA)B`."""
-    names = [name for name in layer.active_adapters if name in layer.lora_A]
-    return not (layer.merged or layer.disable_adapters or layer.lora_variant) and all(
-        isinstance(layer.lora_dropout[name], nn.Identity)
-        and not layer.lora_bias[name]
-        and _is_torchs_linear(layer.lora_A[name])
-        and _is_torchs_linear(layer.lora_B[name])
-        for name in names
-    )
-
-
-def plain_linear(layer: Any, x: Tensor) -> Linear | None:
-    """What a linear computes of `x`, if it is frozen, with at most one plain adapter, and nobody looks on; else None.
-
-    Args:
-        layer: a linear, or what PEFT put in its place.
-        x: in the dtype in which everything is computed.
-    """
-    base, factors = layer, cast(tuple[LoraFactors, ...], ())
-    if _adds_plainly(layer) and not _is_watched(layer):
-        base, factors = layer.base_layer, _active_factors(layer)
-    linear = _one_node(base, x, factors)
-    is_mixed = linear is not None and linear.bias_O is not None and linear.bias_O.dtype != linear.weight_OI.dtype
-    return None if is_mixed else linear
-
-
-def _one_node(base: Any, x: Tensor, factors: tuple[LoraFactors, ...]) -> Linear | None:
-    """A linear and its factors, if it is frozen, nobody looks on, and all is computed in one dtype; else None."""
-    if len(factors) > 1 or not _is_frozen_linear(base) or not _computes_in(base.weight.dtype, x, *factors):
-        return None
-    return Linear(base.weight, base.bias, *factors)
-
-
-def _adds_plainly(layer: Any) -> bool:
-    """Whether a module is PEFT's, around a linear or its weight, and computes `xW + s(xA)B` by PEFT's code or ours."""
-    if type(layer) is ParamWrapper:
-        return forwards.runs(layer, _linear_forward) and not (layer.merged or layer.disable_adapters)
-    is_theirs_or_ours = forwards.given(layer) is None or forwards.runs(layer, _lora_linear_forward)
-    return type(layer) is LoraLinear and is_theirs_or_ours and _is_plain(layer)
-
-
-def _is_frozen_linear(base: nn.Module) -> bool:
-    """Whether a module is torch's own frozen linear, and nobody looks on while it runs."""
-    is_torchs = _is_torchs_linear(base)
-    return is_torchs and not (base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad))
-
-
-def _is_torchs_linear(module: nn.Module) -> bool:
-    """Whether a module is torch's own linear, and nobody looks on while it runs."""
-    return type(module) is nn.Linear and "forward" not in vars(module) and not _is_watched(module)
-
-
-def _is_watched(module: nn.Module) -> bool:
-    """Whether a module has hooks."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks)
-
-
-def _computes_in(dtype: torch.dtype, x: Tensor, *adapters: LoraFactors) -> bool:
-    """Whether PEFT would compute everything in one dtype: by autocast, or because nothing has another."""
-    if torch.is_autocast_enabled(x.device.type):
-        return x.dtype == torch.get_autocast_dtype(x.device.type) == dtype
-    return x.dtype == dtype and all(adapter.a.dtype == adapter.b.dtype == dtype for adapter in adapters)
-
-
-def _add_low_rank(result: Tensor, x: Tensor, adapters: tuple[LoraFactors, ...]) -> Tensor:
-    """`result + Σ s(xA)B`, in the dtypes of PEFT's own LoRA linear."""
-    dtype = result.dtype
-    # PEFT widens x to the factors' dtype even where autocast narrows it again at once
-    is_cast_later = torch.is_autocast_enabled(x.device.type)
-    for adapter in adapters:
-        mid = F.linear(x if is_cast_later else x.to(adapter.a.dtype), adapter.a)
-        if is_cast_later or result.dtype == adapter.b.dtype:
-            flat = torch.addmm(result.flatten(0, -2), mid.flatten(0, -2), adapter.b.mT, alpha=adapter.scale)
-            result = flat.view(result.shape)
-        else:
-            result = result + F.linear(mid, adapter.b) * adapter.scale
-    return result.to(dtype)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from expertune.attention.rotary import Rotation, formula, rotate, why_not
+from expertune.hosts import siblings
 from expertune.hosts.formulas import agree
 from expertune.hosts.twins import twin
 
@@ -34,8 +35,10 @@ def find(model: nn.Module) -> list[nn.Module]:
 def forward(attention: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """The attention's own forward, with our rotation; a compiler, which fuses rotations itself, gets the host's."""
     host = type(attention).forward
-    run = host if torch.compiler.is_compiling() else _with_ours(host) or host
-    return run(attention, *args, **kwargs)
+    if torch.compiler.is_compiling():
+        return host(attention, *args, **kwargs)
+    with siblings.together(attention):
+        return (_with_ours(host) or host)(attention, *args, **kwargs)
 
 
 @cache

@@ -11,7 +11,7 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 
 import expertune
-from expertune.hosts import peft
+from expertune.hosts import lora_layers, siblings
 from tests.cases import needs_cuda
 from tests.conftest import Checkpoint
 from tests.hosts.adapters import lora, stock
@@ -52,7 +52,7 @@ def _results(layer: LoraLinear, function: Callable[..., Tensor], x: Tensor) -> l
 @pytest.fixture
 def nodes(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """The inputs that went through the one node."""
-    return inputs_of(monkeypatch, peft, "lora_linear")
+    return inputs_of(monkeypatch, siblings, "lora_linears")
 
 
 @pytest.mark.parametrize("has_bias", [False, True])
@@ -60,7 +60,7 @@ def nodes(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 def test_float64_equals_peft(nodes: list[Tensor], shape: tuple[int, ...], has_bias: bool) -> None:
     layer = _layer(torch.float64, has_bias)
     x = torch.randn(shape, dtype=torch.float64)
-    ours, stock = (_results(layer, f, x) for f in (peft._lora_linear_forward, LoraLinear.forward))
+    ours, stock = (_results(layer, f, x) for f in (lora_layers.lora_linear_forward, LoraLinear.forward))
     assert len(nodes) == 1
     for a, b in zip(ours, stock, strict=True):
         assert a.dtype == b.dtype
@@ -72,7 +72,7 @@ def test_under_autocast_no_worse_than_peft(nodes: list[Tensor], device: str) -> 
     layer = _layer(torch.bfloat16, factors=torch.float32).to(device)
     x = torch.randn(3, 11, WIDTH, dtype=torch.bfloat16, device=device)
     with torch.autocast(device, dtype=torch.bfloat16):
-        ours, stock = (_results(layer, f, x) for f in (peft._lora_linear_forward, LoraLinear.forward))
+        ours, stock = (_results(layer, f, x) for f in (lora_layers.lora_linear_forward, LoraLinear.forward))
     exact = _results(layer.double(), LoraLinear.forward, x.double())
     assert len(nodes) == 1
     for a, b, truth in zip(ours, stock, exact, strict=True):
@@ -85,7 +85,7 @@ def test_gradients_of_wide_factors_are_not_rounded_on_the_way() -> None:
     layer = _layer(torch.bfloat16, factors=torch.float32).cuda()
     x = torch.randn(40, WIDTH, dtype=torch.bfloat16, device="cuda")
     with torch.autocast("cuda", dtype=torch.bfloat16):
-        *_, da, db = _results(layer, peft._lora_linear_forward, x)
+        *_, da, db = _results(layer, lora_layers.lora_linear_forward, x)
     for grad in (da, db):
         assert grad.dtype == torch.float32
         assert not torch.equal(grad, grad.bfloat16().float())
@@ -95,7 +95,7 @@ def test_saved_for_backward() -> None:
     layer = _layer(torch.bfloat16, has_bias=False, factors=torch.float32)
     x = torch.randn(50, WIDTH, dtype=torch.bfloat16).requires_grad_()
     with kept_for_backward() as storages, torch.autocast("cpu", torch.bfloat16):
-        peft._lora_linear_forward(layer, x)
+        lora_layers.lora_linear_forward(layer, x)
     weight, factors, mid = WIDTH * OUT, RANK * (WIDTH + OUT), 50 * RANK
     assert sum(storages.values()) == 2 * (x.numel() + weight + factors + mid)
 
@@ -118,7 +118,7 @@ def test_anything_else_is_left_to_peft(nodes: list[Tensor], change: Callable[[Lo
     layer = _layer(torch.float64)
     change(layer)
     x = torch.randn(6, WIDTH, dtype=torch.float64)
-    ours, stock = (_results(layer, f, x) for f in (peft._lora_linear_forward, LoraLinear.forward))
+    ours, stock = (_results(layer, f, x) for f in (lora_layers.lora_linear_forward, LoraLinear.forward))
     assert not nodes
     for a, b in zip(ours, stock, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
@@ -127,7 +127,7 @@ def test_anything_else_is_left_to_peft(nodes: list[Tensor], change: Callable[[Lo
 def test_wide_tokens_under_autocast_are_left_to_peft(nodes: list[Tensor]) -> None:
     layer = _layer(torch.bfloat16, factors=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        peft._lora_linear_forward(layer, torch.randn(6, WIDTH))
+        lora_layers.lora_linear_forward(layer, torch.randn(6, WIDTH))
     assert not nodes
 
 
@@ -135,7 +135,7 @@ def test_weights_and_factors_that_want_nothing_get_nothing() -> None:
     layer = _layer(torch.float64)
     layer.lora_A["default"].weight.requires_grad_(False)
     x = torch.randn(6, WIDTH, dtype=torch.float64)
-    peft._lora_linear_forward(layer, x).sum().backward()
+    lora_layers.lora_linear_forward(layer, x).sum().backward()
     assert layer.lora_B["default"].weight.grad is not None
     assert layer.lora_A["default"].weight.grad is layer.base_layer.weight.grad is None
 

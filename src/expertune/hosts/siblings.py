@@ -1,0 +1,109 @@
+"""Linears with LoRA that read the same tokens, as those of queries, keys and values do, computed as one.
+
+The host calls one after another, each by itself. While an attention runs, the first that is called computes what the
+others will be asked for; who is asked then gives what it was, if it is asked for the same. So the host's code runs as
+it is, and hooks on each of them see what they would see.
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from expertune.lora_linears import lora_linears
+from expertune.split_linear import Linear
+
+_NAMES = ("q_proj", "k_proj", "v_proj", "q_a_proj", "kv_a_proj_with_mqa")  # those of an attention that read its input
+
+
+class _Made(NamedTuple):
+    """What has been computed for one of them.
+
+    Args:
+        x: of what, and its version then.
+        linear: by what.
+        out: the result.
+    """
+
+    x: Tensor
+    version: int
+    linear: Linear
+    out: Tensor
+
+    def is_of(self, x: Tensor, linear: Linear) -> bool:
+        """Whether this is what a linear computes of `x`."""
+        ours, its = self.linear, linear
+        return (
+            self.x is x
+            and self.version == x._version
+            and ours.weight_OI is its.weight_OI
+            and ours.bias_O is its.bias_O
+            and ours.adapter is not None
+            and its.adapter is not None
+            and ours.adapter.a is its.adapter.a
+            and ours.adapter.b is its.adapter.b
+            and ours.adapter.scale == its.adapter.scale
+        )
+
+
+class _Siblings:
+    """Of one call of an attention.
+
+    Args:
+        layers: those that read its input.
+    """
+
+    def __init__(self, layers: list[nn.Module]) -> None:
+        self._layers = layers
+        self._made: dict[nn.Module, _Made] = {}
+
+    def compute(
+        self, layer: nn.Module, x: Tensor, linear: Linear, linear_of: Callable[[nn.Module, Tensor], Linear | None]
+    ) -> Tensor:
+        """See `compute`."""
+        made = self._made.pop(layer, None)
+        if made is not None and made.is_of(x, linear):
+            return made.out
+        linears = {layer: linear}
+        if layer in self._layers and not self._made:
+            for other in self._layers:
+                if other is not layer and (its := linear_of(other, x)) is not None:
+                    linears[other] = its
+        outs = dict(zip(linears, lora_linears(x, [*linears.values()]), strict=True))
+        self._made |= {
+            each: _Made(x, x._version, linears[each], out) for each, out in outs.items() if each is not layer
+        }
+        return outs[layer]
+
+
+_running = threading.local()
+
+
+@contextmanager
+def together(attention: nn.Module) -> Iterator[None]:
+    """Around a call of an attention, whose linears are computed together."""
+    before = getattr(_running, "siblings", None)
+    layers = (attention._modules.get(name) for name in _NAMES)
+    _running.siblings = _Siblings([layer for layer in layers if layer is not None])
+    try:
+        yield
+    finally:
+        _running.siblings = before
+
+
+def compute(
+    layer: nn.Module, x: Tensor, linear: Linear, linear_of: Callable[[nn.Module, Tensor], Linear | None]
+) -> Tensor:
+    """What a linear with LoRA gives, with what its siblings will be asked for.
+
+    Args:
+        layer: that is called.
+        x: `(…, I)`.
+        linear: what it computes, with an adapter.
+        linear_of: what another computes of `x`, if that is of the same kind and it can be computed beside; else None.
+    """
+    siblings: _Siblings | None = None if torch.compiler.is_compiling() else getattr(_running, "siblings", None)
+    return lora_linears(x, [linear])[0] if siblings is None else siblings.compute(layer, x, linear, linear_of)
