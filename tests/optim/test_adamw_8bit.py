@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from expertune import AdamW8bit
 from expertune.optim import dynamic_8bit
+from expertune.optim.fused_step import _launcher
 from tests.cases import DEVICE
 
 SETTINGS = {"lr": 1e-2, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1}
@@ -265,3 +266,16 @@ def test_moments_on_another_device_are_refused() -> None:
             state[name] = value.to("meta")
     with pytest.raises(ValueError, match=r"the moments of parameters on .* lie on meta"):
         optimizer.step()
+
+
+def test_moments_in_memory_that_moves_lie_wherever_they_are_wanted() -> None:
+    """As bitsandbytes' paged optimizers have them: tensors of the CPU by their name, which a GPU reads as well."""
+    codes = torch.zeros(8, 8, dtype=torch.uint8)
+    paged = [codes.clone(), codes.clone(), torch.zeros(1), torch.zeros(1)]
+    for each in paged:
+        each.is_paged = True
+    elsewhere = torch.empty(8, 8, device="meta")
+    assert callable(_launcher([elsewhere], [paged], is_by_chance=False))
+    del paged[0].is_paged
+    with pytest.raises(ValueError, match="on meta lie on cpu"):
+        _launcher([elsewhere], [paged], is_by_chance=False)

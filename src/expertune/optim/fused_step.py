@@ -156,7 +156,7 @@ def _launcher(params: Sequence[Tensor], moments: Sequence[Sequence[Tensor]], is_
         ValueError: moments lie on another device.
     """
     device = params[0].device
-    if others := {moment.device for each in moments for moment in each} - {device}:
+    if others := {moment.device for each in moments for moment in each if not _is_paged(moment)} - {device}:
         raise ValueError(
             f"the moments of parameters on {device} lie on {', '.join(map(str, others))}. Before a step, move the "
             "optimizer's state to the parameters' device."
@@ -172,6 +172,11 @@ def _launcher(params: Sequence[Tensor], moments: Sequence[Sequence[Tensor]], is_
             plain_step(param, grad, clip_coef, each, update, is_by_chance=is_by_chance)
 
     return step_each
+
+
+def _is_paged(moment: Tensor) -> bool:
+    """Whether CUDA moves its memory to wherever it is read: bitsandbytes says so of what it makes as the CPU's."""
+    return getattr(moment, "is_paged", False)
 
 
 @lru_cache
