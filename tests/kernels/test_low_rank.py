@@ -17,9 +17,7 @@ pytestmark = needs_kernels
 
 
 @pytest.mark.parametrize("is_transposed", [False, True])
-@pytest.mark.parametrize(
-    "shape", [(1, 1, 1), (70, 260, 4), (33, 127, 33), (130, 64, 128), (65, 130, 150), (70, 64, MOST_RANKS)], ids=str
-)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (70, 260, 4), (33, 127, 33), (130, 64, MOST_RANKS)], ids=str)
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 def test_it_is_no_worse_than_torch(dtype: torch.dtype, shape: tuple[int, int, int], is_transposed: bool) -> None:
     rows, columns, rank = shape

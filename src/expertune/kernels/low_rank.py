@@ -12,9 +12,9 @@ from torch import Tensor
 
 from expertune.kernels.launch import ceil_div, launch, next_power_of_2
 
-MOST_RANKS = 256  # above, it is a product like others
+# Above, cuBLAS is as fast or faster: of 16,384 rows, 2,048 columns and R = 128 it takes 56 µs, and this 84.
+MOST_RANKS = 64
 _COLUMNS = 128  # of the matrix, that a program holds
-_RANKS = 128  # that it holds at once; of more, half as many at a time
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -26,18 +26,15 @@ def _low_rank_kernel(
     block, num_blocks = tl.program_id(0), tl.cdiv(C, BC)
     n = (block // num_blocks).to(tl.int64) * BN + tl.arange(0, BN)
     c = block % num_blocks * BC + tl.arange(0, BC)
+    r = tl.arange(0, BR)
     inside = (n[:, None] < num_rows) & (c[None, :] < C)
     y_places = y_ptr + n[:, None] * y_stride + c[None, :]
     y = tl.load(y_places, mask=inside, other=0.0)
-    added = tl.zeros((BN, BC), tl.float32)
-    for start in range(0, R, BR):
-        r = start + tl.arange(0, BR)
-        left_mask, right_mask = (n[:, None] < num_rows) & (r[None, :] < R), (r[:, None] < R) & (c[None, :] < C)
-        left = tl.load(left_ptr + n[:, None] * left_stride + r[None, :], mask=left_mask, other=0.0)
-        right_places = right_ptr + r[:, None] * right_stride_r + c[None, :] * right_stride_c
-        right = tl.load(right_places, mask=right_mask, other=0.0)
-        added += tl.dot(left, right, input_precision="ieee")
-    total = y.to(tl.float32) + scale * added
+    left_mask, right_mask = (n[:, None] < num_rows) & (r[None, :] < R), (r[:, None] < R) & (c[None, :] < C)
+    left = tl.load(left_ptr + n[:, None] * left_stride + r[None, :], mask=left_mask, other=0.0)
+    right_places = right_ptr + r[:, None] * right_stride_r + c[None, :] * right_stride_c
+    right = tl.load(right_places, mask=right_mask, other=0.0)
+    total = y.to(tl.float32) + scale * tl.dot(left, right, input_precision="ieee")
     tl.store(y_places, total.to(y_ptr.dtype.element_ty), mask=inside)
 
 
@@ -54,13 +51,12 @@ def add_product(y_NC: Tensor, left_NR: Tensor, right_RC: Tensor, scale: float) -
     if num_rows == 0:
         return
     rows = 32 if rank <= 32 else 64
-    ranks = max(16, next_power_of_2(rank)) if rank <= _RANKS else _RANKS // 2
     launch(
         _low_rank_kernel,
         (ceil_div(num_rows, rows) * ceil_div(num_columns, _COLUMNS), 1, 1),
         (left_NR, right_RC, y_NC),
         (num_rows,),
         (num_columns, rank, left_NR.stride(0), *right_RC.stride(), y_NC.stride(0), scale),
-        {"BN": rows, "BC": _COLUMNS, "BR": ranks},
+        {"BN": rows, "BC": _COLUMNS, "BR": max(16, next_power_of_2(rank))},
         num_warps=4,
     )
