@@ -215,6 +215,14 @@ def test_what_was_made_is_gone_after_the_call_also_when_it_raised() -> None:
     assert siblings._running.siblings is None
 
 
+def test_in_inference_mode() -> None:
+    """Where torch counts no versions."""
+    ours, truth = pair(plainly)
+    with torch.inference_mode():
+        x = torch.randn(5, WIDTH, dtype=torch.float64)
+        torch.testing.assert_close(ours(x), truth(x), rtol=1e-12, atol=1e-12)
+
+
 def test_alone_outside_an_attention(numbers: list[int]) -> None:
     ours: Any = pair(plainly)[0]
     ours.base_model.model.q_proj(torch.randn(5, WIDTH, dtype=torch.float64))

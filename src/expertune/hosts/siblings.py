@@ -67,16 +67,14 @@ class _Siblings:
         made = self._made.pop(layer, None)
         if made is not None and made.is_of(x, linear):
             return made.out
-        linears = {layer: linear}
-        if layer in self._layers and not self._made:
-            for other in self._layers:
-                if other is not layer and (its := linear_of(other, x)) is not None:
-                    linears[other] = its
-        outs = dict(zip(linears, lora_linears(x, [*linears.values()]), strict=True))
-        self._made |= {
-            each: _Made(x, x._version, linears[each], out) for each, out in outs.items() if each is not layer
-        }
-        return outs[layer]
+        others: dict[nn.Module, Linear] = {}
+        if layer in self._layers and not self._made and not x.is_inference():  # such a tensor knows no version
+            read = ((other, linear_of(other, x)) for other in self._layers if other is not layer)
+            others = {other: its for other, its in read if its is not None}
+        out, *beside = lora_linears(x, [linear, *others.values()])
+        for (other, its), y in zip(others.items(), beside, strict=True):
+            self._made[other] = _Made(x, x._version, its, y)
+        return out
 
 
 _running = threading.local()
