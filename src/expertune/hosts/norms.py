@@ -12,7 +12,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from expertune.hosts import formulas
+from expertune.hosts import formulas, heads
 from expertune.hosts.formulas import Found
 from expertune.rms_norm import rms_norm
 
@@ -67,7 +67,8 @@ def forward(norm: nn.Module, found: Found[Formula], x: Tensor) -> Tensor:
     weight_D = cast(Tensor, norm.weight)  # in a recording of the module, not a parameter
     formula = found.of(norm) if _is_fused(x) else None
     if formula is not None and (formula.keeps_dtype or x.dtype == weight_D.dtype):
-        return rms_norm(x, weight_D, formula.eps, formula.offset)
+        y = heads.normed(norm, x, weight_D, formula.eps, formula.offset)
+        return rms_norm(x, weight_D, formula.eps, formula.offset) if y is None else y
     given: Tensor = type(norm).forward(norm, x)
     return given
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from expertune.attention.rotary import Rotation, formula, rotate, why_not
-from expertune.hosts import siblings
+from expertune.hosts import heads, siblings
 from expertune.hosts.formulas import agree
 from expertune.hosts.twins import twin
 
@@ -37,7 +37,8 @@ def forward(attention: nn.Module, *args: Any, **kwargs: Any) -> Any:
     host = type(attention).forward
     if torch.compiler.is_compiling():
         return host(attention, *args, **kwargs)
-    with siblings.together(attention):
+    angles = kwargs.get("position_embeddings", args[1] if len(args) > 1 else None)
+    with siblings.together(attention), heads.rotated_by(_only(host), attention, angles):
         return (_with_ours(host) or host)(attention, *args, **kwargs)
 
 
@@ -80,17 +81,27 @@ def _random(rotation: Rotation, beside: int) -> list[Tensor]:
 @cache
 def _with_ours(forward: Callable[..., Any]) -> FunctionType | None:
     """An attention's forward with our rotation in place of its module's; None if it has none that we know."""
+    if not (known := _known(forward)):
+        return None
+    code = inspect.unwrap(forward)
+    return twin(code, {name: _ours_or(code.__globals__[name], rotation) for name, rotation in known.items()})
+
+
+@cache
+def _only(forward: Callable[..., Any]) -> Rotation | None:
+    """By which formula an attention's forward rotates; None if we know none, or several."""
+    known = [*_known(forward).values()]
+    return known[0] if len(known) == 1 else None
+
+
+def _known(forward: Callable[..., Any]) -> dict[str, Rotation]:
+    """The names of the rotations that an attention's forward calls, where we know the formula."""
     code = inspect.unwrap(forward)
     if not isinstance(code, FunctionType):
-        return None
-    ours = {}
-    for name in _NAMES:
-        function = code.__globals__.get(name)
-        if name in code.__code__.co_names and function is not None and (rotation := rotation_of(function)) is not None:
-            ours[name] = _ours_or(function, rotation)
-    if not ours:
-        return None
-    return twin(code, ours)
+        return {}
+    functions = {name: code.__globals__.get(name) for name in _NAMES if name in code.__code__.co_names}
+    rotations = {name: rotation_of(function) for name, function in functions.items() if function is not None}
+    return {name: rotation for name, rotation in rotations.items() if rotation is not None}
 
 
 def _ours_or(host: Callable[..., Any], rotation: Rotation) -> Callable[..., Any]:
@@ -99,6 +110,6 @@ def _ours_or(host: Callable[..., Any], rotation: Rotation) -> Callable[..., Any]
     def rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
         if args or kwargs not in ({}, {"unsqueeze_dim": 1}) or why_not(q, k, cos, sin, rotation) is not None:
             return host(q, k, cos, sin, *args, **kwargs)
-        return rotate(q, k, cos, sin, rotation)
+        return heads.turned(q, k, cos, sin) or rotate(q, k, cos, sin, rotation)
 
     return rotated
