@@ -173,7 +173,14 @@ def rescaled(attention: Any, x: Tensor) -> Tensor:
     return torch.cat([q, k], dim=-1).sin()
 
 
-@pytest.mark.parametrize("uses", [halved, twice, clamped, rescaled])
+def without_history(attention: Any, x: Tensor) -> Tensor:
+    q = attention.q_proj(x)
+    with torch.no_grad():
+        k = attention.k_proj(x)
+    return torch.cat([q, k, attention.v_proj(x)], dim=-1).sin()
+
+
+@pytest.mark.parametrize("uses", [halved, twice, clamped, rescaled, without_history])
 def test_each_gets_what_it_was_asked_for(uses: Callable[[Any, Tensor], Tensor]) -> None:
     assert_same(pair(uses))
 

@@ -24,12 +24,14 @@ class _Made(NamedTuple):
 
     Args:
         x: of what, and its version then.
+        has_history: whether autograd saw it.
         linear: by what.
         out: the result.
     """
 
     x: Tensor
     version: int
+    has_history: bool
     linear: Linear
     out: Tensor
 
@@ -39,6 +41,7 @@ class _Made(NamedTuple):
         return (
             self.x is x
             and self.version == x._version
+            and self.has_history == torch.is_grad_enabled()
             and ours.weight_OI is its.weight_OI
             and ours.bias_O is its.bias_O
             and ours.adapter is not None
@@ -73,7 +76,7 @@ class _Siblings:
             others = {other: its for other, its in read if its is not None}
         out, *beside = lora_linears(x, [linear, *others.values()])
         for (other, its), y in zip(others.items(), beside, strict=True):
-            self._made[other] = _Made(x, x._version, its, y)
+            self._made[other] = _Made(x, x._version, torch.is_grad_enabled(), its, y)
         return out
 
 
