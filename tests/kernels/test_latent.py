@@ -7,6 +7,7 @@ from torch import Tensor
 from expertune.attention import latent
 from expertune.attention.rotary import Rotation
 from tests.cases import DEVICE, KERNEL_DTYPES, needs_kernels
+from tests.kernels.test_rotary import far_apart
 from tests.numerics import assert_no_worse
 
 pytestmark = needs_kernels
@@ -76,3 +77,17 @@ def test_values_are_not_copied_and_heads_lie_side_by_side() -> None:
     assert v.untyped_storage().data_ptr() == tensors[1].untyped_storage().data_ptr()
     assert q.transpose(1, 2).is_contiguous()
     assert k.transpose(1, 2).is_contiguous()
+
+
+def test_gradients_of_heads_may_lie_far_apart() -> None:
+    q, kv, rot, cos, sin = (
+        x.to(DEVICE, KERNEL_DTYPES[-1])[:1] for x in inputs(HALVES, 3, (6, 2, 4), is_one_batch=True)
+    )
+    q, kv = q.requires_grad_(), kv.requires_grad_()
+    outs = latent.assemble(q, kv, rot, cos, sin, HALVES)
+    douts = [draw(i, 3, *x.shape[2:]).to(x) for i, x in enumerate(outs, start=7)]
+    near, far = (
+        torch.autograd.grad(outs, (q, kv), each, retain_graph=True)
+        for each in ([d[None] for d in douts], [far_apart(*d) for d in douts])
+    )
+    assert all(map(torch.equal, near, far))

@@ -8,7 +8,7 @@ from expertune.attention.normed_heads import _NormAndRotate
 from expertune.attention.rotary import Rotation, formula
 from tests.cases import DEVICE, KERNEL_DTYPES, needs_kernels
 from tests.kernels.test_rms_norm import plain
-from tests.kernels.test_rotary import ROTATIONS, draw
+from tests.kernels.test_rotary import ROTATIONS, draw, far_apart
 from tests.numerics import assert_no_worse
 
 pytestmark = needs_kernels
@@ -86,3 +86,16 @@ def test_a_later_batch_of_another_length_finds_its_kernel() -> None:
         y, turned = _NormAndRotate.apply(x, weight, EPS, 0.0, cos, sin, rotation)
         for mine, other in zip((y, turned), by_torch(x, weight, 0.0, cos, sin, rotation), strict=True):
             torch.testing.assert_close(mine, other)
+
+
+def test_gradients_of_heads_may_lie_far_apart() -> None:
+    rotation = ROTATIONS["halves"]
+    x, weight, cos, sin = (x.to(DEVICE, KERNEL_DTYPES[-1]) for x in inputs(rotation, 3, 4, is_one_batch=True))
+    x = x[:1].requires_grad_()
+    _, turned = _NormAndRotate.apply(x, weight, EPS, 0.0, cos, sin, rotation)
+    dout = draw(5, 3, 5, 8).to(turned)
+    near, far = (
+        torch.autograd.grad(turned, x, each.transpose(1, 2), retain_graph=True)[0]
+        for each in (dout[None], far_apart(*dout))
+    )
+    assert torch.equal(near, far)

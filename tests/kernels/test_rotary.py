@@ -79,3 +79,21 @@ def test_the_layout_of_heads_is_kept() -> None:
     tensors = [x.to(DEVICE, torch.float32) for x in inputs(HALVES, (4, 2), 8, "heads", True)]
     q, _ = rotate(*tensors, HALVES)
     assert q.stride() == tensors[0].stride()
+
+
+def far_apart(*heads: Tensor) -> Tensor:
+    """The same heads `(T, D)` as `(1, H, T, D)`, the last of three more than 2³¹ elements behind the first."""
+    gap = 2**30 + 8
+    memory = torch.empty((len(heads) - 1) * gap + heads[0].numel(), dtype=heads[0].dtype, device=heads[0].device)
+    x = memory.as_strided((1, len(heads), *heads[0].shape), (1, gap, heads[0].shape[1], 1))
+    for i, head in enumerate(heads):
+        x[0, i] = head
+    return x
+
+
+def test_heads_may_lie_far_apart() -> None:
+    """As gradients of long samples do, whose heads are whole ones of all tokens."""
+    q, k = (draw(i, 3, 2, 8).to(DEVICE, KERNEL_DTYPES[-1]) for i in range(2))
+    cos, sin = (draw(i, 1, 2, 8).to(q) for i in (2, 3))
+    near, far = (rotate(each, k[None], cos, sin, HALVES)[0] for each in (q[None], far_apart(*q)))
+    assert torch.equal(near, far)

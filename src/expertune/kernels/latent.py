@@ -49,7 +49,7 @@ def _assemble_kernel(
     k1, k2 = turn(x1, x2, c1, s1, c2, s2, False)
     dtype = q_out_ptr.dtype.element_ty
     for first in range(0, H, BH):
-        head = first + tl.arange(0, BH)[:, None]
+        head = first + tl.arange(0, BH)[:, None].to(tl.int64)  # heads of all tokens may lie 2³¹ elements apart
         _copy(q_ptr, q_out_ptr, head, q_head, out_head, H, PASS, BW)
         _copy(kv_ptr, k_out_ptr, head, kv_head, out_head, H, PASS, BW)
         mask = (head < H) & (pair < PAIRS)
@@ -87,7 +87,7 @@ def _take_apart_kernel(
     k1 = tl.zeros((BH, BP), dtype=tl.float32)
     k2 = tl.zeros((BH, BP), dtype=tl.float32)
     for first in range(0, H, BH):
-        head = first + tl.arange(0, BH)[:, None]
+        head = first + tl.arange(0, BH)[:, None].to(tl.int64)  # heads of all tokens may lie 2³¹ elements apart
         _copy(dq_ptr, q_grad_ptr, head, dq_head, q_head, H, PASS, BW)
         _copy(dk_ptr, kv_grad_ptr, head, dk_head, kv_head, H, PASS, BW)
         _copy(dv_ptr, kv_grad_ptr + PASS, head, dv_head, kv_head, H, VALUE, BV)

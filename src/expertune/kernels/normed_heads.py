@@ -12,7 +12,7 @@ from torch import Tensor
 from expertune.kernels.launch import launch, next_power_of_2
 from expertune.kernels.rotary import angles, batch_stride, turn
 
-_ELEMENTS = 2048  # pairs of a token that are held at a time
+_ELEMENTS = 1024  # pairs of a token that are held at a time
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -79,7 +79,8 @@ def _turn_and_norm_backward_kernel(
         row = (batch * T + token) * H + head
         mask = (head[:, None] < H) & (pair < PAIRS)
         places = row[:, None] * D + pair * STEP
-        d = dturned_ptr + batch * d_batch + token * d_token + head[:, None] * d_head
+        # heads of all tokens may lie 2³¹ elements apart
+        d = dturned_ptr + batch * d_batch + token * d_token + head[:, None].to(tl.int64) * d_head
         scale = tl.load(scale_ptr + row, mask=head < H, other=0.0)[:, None]
         x1 = tl.load(x_ptr + places, mask=mask, other=0.0).to(tl.float32) * scale
         x2 = tl.load(x_ptr + places + GAP, mask=mask, other=0.0).to(tl.float32) * scale
@@ -138,7 +139,7 @@ def norm_and_turn(
             (num_tokens,),
             (num_heads, batch_stride(cos_BTR), cos_BTR.stride(1), eps, offset),
             _constants(x_BTHD, num_rotated, is_interleaved=is_interleaved, is_shared=is_shared),
-            num_warps=4,
+            num_warps=2,
         )
     return y_BTHD, turned_BTHD, scale_BTH
 
@@ -175,7 +176,7 @@ def backward(
             (num_heads, batch_stride(cos_BTR), cos_BTR.stride(1))
             + (batch_stride(dturned_BTHD), *dturned_BTHD.stride()[1:3], offset),
             _constants(x_BTHD, num_rotated, is_interleaved=is_interleaved, is_shared=is_shared),
-            num_warps=4,
+            num_warps=2,
         )
     return dx_BTHD
 

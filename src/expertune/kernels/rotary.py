@@ -43,7 +43,7 @@ def _rotate_heads(
     """All heads of one token."""
     pair = tl.arange(0, BP)[None, :]
     for first in range(0, H, BH):
-        head = first + tl.arange(0, BH)[:, None]
+        head = first + tl.arange(0, BH)[:, None].to(tl.int64)  # heads of all tokens may lie 2³¹ elements apart
         mask = (head < H) & (pair < PAIRS)
         x = x_ptr + head * x_head + pair * X_STEP
         y = y_ptr + head * y_head + pair * Y_STEP
