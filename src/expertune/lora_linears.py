@@ -59,6 +59,8 @@ class _LoraLinears(torch.autograd.Function):
     def backward(ctx: Any, *douts: Tensor | None) -> tuple[Tensor | None, ...]:
         x_NI, mid_NR, all_RI, *rest = ctx.saved_tensors
         num = len(douts)
+        if all(dy is None for dy in douts):
+            return (None,) * len(ctx.needs_input_grad)
         wants_x, _, *wants = ctx.needs_input_grad
         dys = [None if dy is None else dy.reshape(-1, dy.shape[-1]) for dy in douts]
         linears = _linears(ctx, rest[:num], [None] * num, all_RI, rest[num:])
@@ -83,6 +85,8 @@ def _linears(ctx: Any, weights: Any, biases: Any, all_RI: Tensor, narrow_b: Any)
 
 def _dmid(linears: Sequence[SplitLinear], dys: Sequence[Tensor | None], ranks: list[int], mid_NR: Tensor) -> Tensor:
     """The gradients of all mids, side by side as these are."""
+    if len(linears) == 1 and (dy_NO := dys[0]) is not None:
+        return cast(Tensor, linears[0].dmid(dy_NO))
     dmid_NR = torch.empty_like(mid_NR)
     for linear, dy_NO, part_NR in zip(linears, dys, torch.split(dmid_NR, ranks, dim=1), strict=True):
         if dy_NO is None:
@@ -99,7 +103,7 @@ def _input_grad(
     for linear, dy_NO in zip(linears, dys, strict=True):
         if dy_NO is not None:
             dx_NI = linear.input_grad(dy_NO, None, dx_NI)
-    assert dx_NI is not None  # autograd does not ask otherwise
+    assert dx_NI is not None
     add_product(dx_NI, dmid_NR, all_RI)
     return dx_NI
 

@@ -20,7 +20,7 @@ TARGETS = {
 
 
 def make(folder: Path, family: str, *, graphs: bool, modules_to_save: list[str] | None = None, **settings: Any) -> Any:
-    model = load_tiny(folder, torch.float32).requires_grad_(False)
+    model = load_tiny(folder, torch.float64).requires_grad_(False)
     expertune.optimize(model, graphs=graphs, **settings)
     targets = TARGETS.get(family, ["q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"])
     torch.manual_seed(0)

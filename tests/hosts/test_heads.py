@@ -156,6 +156,16 @@ def test_only_what_the_norms_gave_is_taken(way: str) -> None:
 
 
 @pytest.mark.usefixtures("on_any_device")
+def test_a_norm_that_somebody_looks_at_is_by_itself() -> None:
+    """A hook may write to what it gives so that no version tells."""
+    attention, x, cos = Attention(), torch.randn(1, 3, 2, 8), torch.randn(1, 3, 8)
+    attention.k_norm.register_forward_hook(lambda *_: None)
+    with heads.rotated_by(HALVES, attention, (cos, cos)):
+        assert heads.normed(attention.q_norm, x, torch.ones(8), 1e-6, 0.0) is not None
+        assert heads.normed(attention.k_norm, x, torch.ones(8), 1e-6, 0.0) is None
+
+
+@pytest.mark.usefixtures("on_any_device")
 def test_other_angles() -> None:
     attention, weight, x = Attention(), torch.ones(8), torch.randn(1, 3, 2, 8)
     cos, sin = torch.randn(2, 1, 3, 8)

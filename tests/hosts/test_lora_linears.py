@@ -109,6 +109,9 @@ REASONS: dict[str, Callable[[LoraLinear], Any]] = {
     "a replaced forward of a factor": lambda layer: setattr(
         layer.lora_B["default"], "forward", lambda x: x.sum(-1, True).expand(-1, OUT)
     ),
+    "a hook on what drops nothing": lambda layer: layer.lora_dropout["default"].register_forward_hook(
+        lambda _m, _x, y: y * 2
+    ),
     "factors of another dtype": lambda layer: (layer.lora_A.float(), layer.lora_B.float()),
 }
 
@@ -129,6 +132,18 @@ def test_wide_tokens_under_autocast_are_left_to_peft(nodes: list[Tensor]) -> Non
     with torch.autocast("cpu", dtype=torch.bfloat16):
         lora_layers.lora_linear_forward(layer, torch.randn(6, WIDTH))
     assert not nodes
+
+
+def test_a_bias_of_another_dtype_is_cast_by_autocast(nodes: list[Tensor]) -> None:
+    layer = _layer(torch.bfloat16, factors=torch.float32)
+    layer.base_layer.bias.data = layer.base_layer.bias.data.float()
+    x = torch.randn(6, WIDTH, dtype=torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours, stock = (_results(layer, f, x) for f in (lora_layers.lora_linear_forward, LoraLinear.forward))
+    assert not nodes
+    for a, b in zip(ours, stock, strict=True):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b, rtol=0.05, atol=0.05)
 
 
 def test_weights_and_factors_that_want_nothing_get_nothing() -> None:

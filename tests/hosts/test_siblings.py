@@ -30,7 +30,7 @@ class Attention(nn.Module):
         self.q_proj, self.k_proj, self.v_proj = (nn.Linear(WIDTH, out) for out in (40, 16, 16))
 
     def forward(self, x: Tensor) -> Tensor:
-        with siblings.together(self):
+        with siblings.recorded(), siblings.together(self):
             return self.uses(self, x)
 
 
@@ -230,6 +230,19 @@ def test_in_inference_mode() -> None:
         torch.testing.assert_close(ours(x), truth(x), rtol=1e-12, atol=1e-12)
 
 
+def test_a_gradient_that_is_none_leaves_none() -> None:
+    class Nothing(torch.autograd.Function):
+        @staticmethod
+        def forward(_: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(_: Any, __: Tensor) -> None:
+            return None
+
+    assert_same(pair(lambda a, x: Nothing.apply(plainly(a, x)) + x.sum()))
+
+
 def test_alone_outside_an_attention(numbers: list[int]) -> None:
     ours: Any = pair(plainly)[0]
     ours.base_model.model.q_proj(torch.randn(5, WIDTH, dtype=torch.float64))
@@ -252,5 +265,10 @@ def test_models(checkpoint: Checkpoint, numbers: list[int], family: str) -> None
     config = lora(target_modules=[*names, "o_proj"], target_parameters=[])
     ours, truth = (stock(checkpoint(family), config) for _ in range(2))
     expertune.optimize(ours)
-    assert_equal_within(run(ours, batch()), run(truth, batch()), 1e-11)
+    right = run(truth, batch())
+    assert_equal_within(run(ours, batch()), right, 1e-11)
+    assert numbers == 2 * [1] * sum(expected), "each by itself where nothing is recorded"
+    numbers.clear()
+    with siblings.recorded():
+        assert_equal_within(run(ours, batch()), right, 1e-11)
     assert numbers == 2 * expected

@@ -23,7 +23,18 @@ from transformers.utils import output_capturing
 from expertune.graphs.piece import MOST_TOKENS, Piece
 from expertune.graphs.recorder import Recorder
 from expertune.graphs.rerun import Around
-from expertune.hosts import attention, blocks, collected, forwards, latent_attention, mlps, peft, rotary, samples
+from expertune.hosts import (
+    attention,
+    blocks,
+    collected,
+    forwards,
+    latent_attention,
+    mlps,
+    peft,
+    rotary,
+    samples,
+    siblings,
+)
 from expertune.hosts.transformers import is_experts
 from expertune.hosts.twins import twin_around
 from expertune.memory.planner import Way
@@ -110,7 +121,7 @@ class TransformersHost:
         _, names = context
         self._replay.is_recording_graph = True
         try:
-            with collected.catching(names) as caught:
+            with siblings.recorded(), collected.catching(names) as caught:
                 yield caught
         finally:
             self._replay.is_recording_graph = False

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks
 
 from expertune.attention.normed_heads import norm_and_rotate, why_not
 from expertune.attention.rotary import Rotation
@@ -54,8 +55,8 @@ class _Heads:
 
     def norm(self, norm: nn.Module, x_BTHD: Tensor, weight_D: Tensor, eps: float, offset: float) -> Tensor | None:
         """See `normed`."""
-        if not any(norm is each for each in self._norms):
-            return None
+        if not any(norm is each for each in self._norms) or norm._forward_hooks or _global_forward_hooks:
+            return None  # a hook may write to norms unseen
         if why_not(x_BTHD, weight_D, *self._angles, self._rotation) is not None:
             return None
         made = _Made(*norm_and_rotate(x_BTHD, weight_D, eps, offset, *self._angles, self._rotation))

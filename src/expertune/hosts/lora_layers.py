@@ -67,8 +67,10 @@ def _adapted(layer: nn.Module, x: Tensor) -> Linear | None:
     if not forwards.runs(layer, lora_linear_forward) or "_old_forward" in vars(layer):  # a hook of Accelerate
         return None
     linear = plain_linear(layer, x)
-    is_sibling = linear is not None and linear.adapter is not None and linear.weight_OI.shape[1] == x.shape[-1]
-    return linear if is_sibling else None
+    if linear is None or linear.adapter is None:
+        return None
+    weight_OI = linear.weight_OI
+    return linear if weight_OI.shape[1] == x.shape[-1] and weight_OI.device == x.device else None
 
 
 def _is_plain(layer: LoraLinear) -> bool:
@@ -76,6 +78,7 @@ def _is_plain(layer: LoraLinear) -> bool:
     names = [name for name in layer.active_adapters if name in layer.lora_A]
     return not (layer.merged or layer.disable_adapters or layer.lora_variant) and all(
         isinstance(layer.lora_dropout[name], nn.Identity)
+        and not _is_watched(layer.lora_dropout[name])
         and not layer.lora_bias[name]
         and _is_torchs_linear(layer.lora_A[name])
         and _is_torchs_linear(layer.lora_B[name])
@@ -93,16 +96,15 @@ def plain_linear(layer: Any, x: Tensor) -> Linear | None:
     base, factors = layer, cast(tuple[LoraFactors, ...], ())
     if _adds_plainly(layer) and not _is_watched(layer):
         base, factors = layer.base_layer, active_factors(layer)
-    linear = _one_node(base, x, factors)
-    is_mixed = linear is not None and linear.bias_O is not None and linear.bias_O.dtype != linear.weight_OI.dtype
-    return None if is_mixed else linear
+    return _one_node(base, x, factors)
 
 
 def _one_node(base: Any, x: Tensor, factors: tuple[LoraFactors, ...]) -> Linear | None:
     """A linear and its factors, if it is frozen, nobody looks on, and all is computed in one dtype; else None."""
     if len(factors) > 1 or not _is_frozen_linear(base) or not _computes_in(base.weight.dtype, x, *factors):
         return None
-    return Linear(base.weight, base.bias, *factors)
+    is_mixed = base.bias is not None and base.bias.dtype != base.weight.dtype
+    return None if is_mixed else Linear(base.weight, base.bias, *factors)
 
 
 def _adds_plainly(layer: Any) -> bool:

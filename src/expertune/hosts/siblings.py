@@ -2,7 +2,11 @@
 
 The host calls one after another, each by itself. While an attention runs, the first that is called computes what the
 others will be asked for; who is asked then gives what it was, if it is asked for the same. So the host's code runs as
-it is, and hooks on each of them see what they would see.
+it is.
+
+That is so in recordings alone (`graphs/`), where nobody looks on, and one backward passes through all. Elsewhere each
+is a node of its own, as the host's are: a checkpoint may lie around one of them, gradients may be taken of one and then
+of another, and what is not used wants no gradient.
 """
 
 import threading
@@ -84,8 +88,21 @@ _running = threading.local()
 
 
 @contextmanager
+def recorded() -> Iterator[None]:
+    """Around a forward that is recorded."""
+    before, _running.is_recorded = getattr(_running, "is_recorded", False), True
+    try:
+        yield
+    finally:
+        _running.is_recorded = before
+
+
+@contextmanager
 def together(attention: nn.Module) -> Iterator[None]:
-    """Around a call of an attention, whose linears are computed together."""
+    """Around a call of an attention, whose linears are computed together where the call is recorded."""
+    if not getattr(_running, "is_recorded", False):
+        yield
+        return
     before = getattr(_running, "siblings", None)
     layers = (attention._modules.get(name) for name in _NAMES)
     _running.siblings = _Siblings([layer for layer in layers if layer is not None])
@@ -106,5 +123,5 @@ def compute(
         linear: what it computes, with an adapter.
         linear_of: what another computes of `x`, if that is of the same kind and it can be computed beside; else None.
     """
-    siblings: _Siblings | None = None if torch.compiler.is_compiling() else getattr(_running, "siblings", None)
+    siblings: _Siblings | None = getattr(_running, "siblings", None)
     return lora_linears(x, [linear])[0] if siblings is None else siblings.compute(layer, x, linear, linear_of)
