@@ -188,7 +188,7 @@ def detach(model: PreTrainedModel) -> None:
         else:
             module.config = transformers.plan_of(module).host_config
         del module._expertune
-    recompute.give_back(model)
+    recompute.give_back(model, state)
     for module in model.modules():
         peft.unbind(module)
     del model._expertune
