@@ -13,7 +13,13 @@ from tests.conftest import Checkpoint
 from tests.hosts.models import load_tiny, save_tiny, tokenizer
 
 SHAPES = {  # of attention, with all keys and in a window, and of norms
-    "qwen3_moe": [*2 * [((1, 1024, 4, 8), (1, 1024, 2, 8), (1, 1024, 2, 8))], ((4, 32),), ((4, 8),)],
+    "qwen3_moe": [
+        *2 * [((1, 1024, 4, 8), (1, 1024, 2, 8), (1, 1024, 2, 8))],
+        ((1, 4, 4, 8),),  # heads of queries, and of keys, that are normed and rotated
+        ((1, 4, 2, 8),),
+        ((4, 32),),
+        ((4, 8),),
+    ],
     "gpt_oss": [
         ((1, 4096, 4, 8), (1, 4096, 2, 8), (1, 4096, 2, 8)),  # beyond what ours attends to with sinks
         ((1, 1024, 4, 8), (1, 1024, 2, 8), (1, 1024, 2, 8)),

@@ -20,8 +20,10 @@ from transformers import PreTrainedModel
 from expertune.activations import Gate
 from expertune.attention.attend import attend
 from expertune.attention.hopper import MOST_WITH_SINKS
+from expertune.attention.normed_heads import norm_and_rotate, why_not
+from expertune.attention.rotary import Rotation
 from expertune.gated_mlp import gated_mlp
-from expertune.hosts import attention, forwards, mlps, norms, router
+from expertune.hosts import attention, forwards, mlps, norms, rotary, router
 from expertune.hosts.blocks import decoders
 from expertune.kernels import has_triton
 from expertune.loss.log_probs import Head, label_log_probs
@@ -77,7 +79,8 @@ def begin(model: PreTrainedModel) -> list["Future[Any]"]:
 
 def calls(model: PreTrainedModel) -> list[Call]:
     """Attention, norms, routers and dense MLPs of a model, one call of each kind, the longest first."""
-    return list(dict.fromkeys([*_attentions(model), *_norms(model), *_routers(model), *_mlps(model)]))
+    parts = (_attentions, _heads, _norms, _routers, _mlps)
+    return list(dict.fromkeys(call for part in parts for call in part(model)))
 
 
 def _attentions(model: PreTrainedModel) -> Iterator[Call]:
@@ -115,6 +118,41 @@ class _Attention:
         q, k, v = (x.transpose(1, 2) for x in (q_BTHD, k_BTJD, v_BTJV))
         sinks_H = q.new_zeros(q.shape[1]) if self.has_sinks else None
         return attend(q, k, v, scale=1.0, window=self.window, sinks_H=sinks_H)
+
+
+def _heads(model: PreTrainedModel) -> Iterator[Call]:
+    """Norms of queries and keys that are rotated in the same pass."""
+    for decoder in decoders(model):
+        frequencies = next((m.inv_freq for m in decoder.modules() if hasattr(m, "inv_freq")), None)
+        num_heads = getattr(decoder.config, "num_attention_heads", None)
+        for module in decoder.modules():
+            rotation = rotary.rotation_in(module)
+            if rotation is None or not isinstance(frequencies, Tensor) or not isinstance(num_heads, int):
+                continue
+            num_angles = len(frequencies) * (1 if rotation.half_width else 2)
+            num_shared = num_heads // getattr(module, "num_key_value_groups", 1)
+            for name, number in (("q_norm", num_heads), ("k_norm", num_shared)):
+                norm = getattr(module, name, None)
+                if norm is not None and forwards.runs(norm, norms.forward):
+                    (_, found), (width,) = forwards.given(norm).args, norm.weight.shape
+                    function = _Heads(rotation, num_angles, found.formula, norm.weight.dtype)
+                    yield Call(function, ((1, 4, number, width),), model.dtype)
+
+
+@dataclass(frozen=True)
+class _Heads:
+    rotation: Rotation
+    num_angles: int
+    formula: norms.Formula
+    dtype: torch.dtype
+
+    def __call__(self, x_BTHD: Tensor) -> Tensor:
+        angles = x_BTHD.new_zeros(1, x_BTHD.shape[1], self.num_angles)
+        weight_D = x_BTHD.new_zeros(x_BTHD.shape[-1], dtype=self.dtype)
+        if why_not(x_BTHD, weight_D, angles, angles, self.rotation) is not None:
+            return x_BTHD
+        eps, offset, _ = self.formula
+        return norm_and_rotate(x_BTHD, weight_D, eps, offset, angles, angles, self.rotation)[1]
 
 
 def _norms(model: PreTrainedModel) -> Iterator[Call]:

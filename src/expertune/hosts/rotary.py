@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from expertune.attention.rotary import Rotation, formula, rotate, why_not
-from expertune.hosts import heads, siblings
+from expertune.hosts import forwards, heads, siblings
 from expertune.hosts.formulas import agree
 from expertune.hosts.twins import twin
 
@@ -40,6 +40,11 @@ def forward(attention: nn.Module, *args: Any, **kwargs: Any) -> Any:
     angles = kwargs.get("position_embeddings", args[1] if len(args) > 1 else None)
     with siblings.together(attention), heads.rotated_by(_only(host), attention, angles):
         return (_with_ours(host) or host)(attention, *args, **kwargs)
+
+
+def rotation_in(module: nn.Module) -> Rotation | None:
+    """By which formula a module rotates that runs `forward`; None if it does not, or knows several."""
+    return _only(type(module).forward) if forwards.runs(module, forward) else None
 
 
 @cache
