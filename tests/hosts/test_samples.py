@@ -11,6 +11,7 @@ from transformers import DynamicCache
 
 import expertune
 from expertune.attention.sequences import Sequences
+from expertune.hosts import siblings
 from expertune.hosts.samples import Labels, Teller
 from tests.attention.chosen import kernels_chosen
 from tests.cases import needs_cuda
@@ -303,6 +304,7 @@ def test_sequences_are_rounded_to_few_kinds() -> None:
 def test_on_a_gpu(checkpoint: Checkpoint, family: str, memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Samples that lie elsewhere in each batch, through one recording: the bits of the same without recordings."""
     ran = kernels_chosen(monkeypatch)
+    monkeypatch.setattr(siblings, "_is_recorded", lambda: True)  # so that both run the same kernels
     ours, stock = (
         make(checkpoint(family), family, graphs=graphs, memory=memory).cuda().bfloat16() for graphs in (True, False)
     )

@@ -90,17 +90,22 @@ _running = threading.local()
 @contextmanager
 def recorded() -> Iterator[None]:
     """Around a forward that is recorded."""
-    before, _running.is_recorded = getattr(_running, "is_recorded", False), True
+    before, _running.is_recorded = _is_recorded(), True
     try:
         yield
     finally:
         _running.is_recorded = before
 
 
+def _is_recorded() -> bool:
+    """Whether a forward of this thread is."""
+    return getattr(_running, "is_recorded", False)
+
+
 @contextmanager
 def together(attention: nn.Module) -> Iterator[None]:
     """Around a call of an attention, whose linears are computed together where the call is recorded."""
-    if not getattr(_running, "is_recorded", False):
+    if not _is_recorded():
         yield
         return
     before = getattr(_running, "siblings", None)
