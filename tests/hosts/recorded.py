@@ -1,20 +1,23 @@
 """Models whose layers are recorded, without a GPU too, and steps of theirs."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from peft import PeftModel
 from torch import nn
 
 import expertune
 from expertune.graphs.recorder import Recorder
+from expertune.hosts import heads, siblings
 from expertune.hosts.attached import attached
 from tests.graphs.replayed import FakeCapture
 from tests.hosts.models import load_tiny
 
 TARGETS = {
-    "glm4_moe_lite": ["q_a_proj", "q_b_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    "glm4_moe_lite": ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj", "gate_proj", "up_proj", "down_proj"],
     "gemma3_text": ["q_proj", "k_proj", "v_proj", "o_proj"],
 }
 
@@ -54,3 +57,9 @@ def step(model: nn.Module, ids: torch.Tensor, **inputs: Any) -> list[torch.Tenso
 
 def tokens(seed: int, batch: int = 2, length: int = 12) -> torch.Tensor:
     return torch.randint(3, 64, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def run_all_as_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let what is not recorded run the kernels of what is, in every thread: then the bits are the same."""
+    for module in (siblings, heads):
+        monkeypatch.setattr(module, "recording", SimpleNamespace(value=True))

@@ -15,13 +15,13 @@ import expertune
 from expertune.graphs import recording
 from expertune.graphs.piece import Piece
 from expertune.graphs.pool import Pool
-from expertune.hosts import graphs, siblings
+from expertune.hosts import graphs
 from tests.cases import needs_cuda
 from tests.conftest import Checkpoint
 from tests.graphs.replayed import FakeCapture
 from tests.hosts import memories
 from tests.hosts.models import load_tiny
-from tests.hosts.recorded import TARGETS, both, make, recorder_of, step, tokens
+from tests.hosts.recorded import TARGETS, both, make, recorder_of, run_all_as_recorded, step, tokens
 
 _LAYERS = [f"layers.{i}{part}" for i in range(2) for part in ("", ".self_attn", ".mlp")]
 PIECES = {
@@ -370,7 +370,7 @@ def test_copies_are_replayed_by_recordings_of_their_own(checkpoint: Checkpoint) 
 def test_on_a_gpu(checkpoint: Checkpoint, family: str, large: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """In bfloat16 under autocast: the same kernels on the same numbers, so the same bits."""
     monkeypatch.setattr(recording, "_LARGE", large)
-    monkeypatch.setattr(siblings, "_is_recorded", lambda: True)  # so that both run the same kernels
+    run_all_as_recorded(monkeypatch)
     folder = checkpoint(family)
     ours, stock = (make(folder, family, graphs=graphs).cuda().bfloat16() for graphs in (True, False))
     for seed in range(6):

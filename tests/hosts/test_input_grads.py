@@ -70,6 +70,29 @@ def test_what_was_asked_for_before_or_meanwhile_holds_after(checkpoint: Checkpoi
         assert "enable_input_require_grads" not in vars(again.get_base_model())
 
 
+def test_what_is_asked_for_meanwhile(checkpoint: Checkpoint) -> None:
+    ours = make(checkpoint, "fast")
+    ours.get_base_model()._expertune.asks_for_input_grads = False  # PEFT has not asked, say
+    assert not wants_gradient(expertune.restore(copy.deepcopy(ours)), 0)
+    ours.enable_input_require_grads()
+    assert not wants_gradient(ours, 0)
+    expertune.optimize(ours)
+    assert not wants_gradient(ours, 0), "memory is as it was"
+    again = copy.deepcopy(ours)
+    assert wants_gradient(expertune.restore(ours), 0)
+    again.disable_input_require_grads()
+    assert not wants_gradient(expertune.restore(again), 0)
+
+
+def test_every_time_that_it_was_asked_for(checkpoint: Checkpoint) -> None:
+    """Transformers itself forgets all but the last."""
+    model = load_tiny(checkpoint("qwen3_moe"), torch.float64)
+    for _ in range(3):
+        model.enable_input_require_grads()
+    ours = wrap(expertune.optimize(model, memory="lean"), lora())
+    assert not wants_gradient(ours, 0)
+
+
 def test_where_memory_is_the_trainers(checkpoint: Checkpoint) -> None:
     ours = make(checkpoint, None)
     ours.enable_input_require_grads()

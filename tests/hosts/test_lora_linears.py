@@ -162,3 +162,13 @@ def test_a_forward_that_somebody_has_given_a_layer_stays(checkpoint: Checkpoint)
     for change in (expertune.optimize, expertune.restore):
         change(model)
         assert layer.forward is own
+
+
+def test_many_gradients_at_once(nodes: list[Tensor]) -> None:
+    layer, x = _layer(torch.float64), torch.randn(6, WIDTH, dtype=torch.float64, requires_grad=True)
+    dys = torch.randn(3, 6, OUT, dtype=torch.float64)
+    y = lora_layers.lora_linear_forward(layer, x)
+    (many,) = torch.autograd.grad(y, x, dys, is_grads_batched=True, retain_graph=True)
+    each = [torch.autograd.grad(y, x, dy, retain_graph=True)[0] for dy in dys]
+    torch.testing.assert_close(many, torch.stack(each))
+    assert len(nodes) == 1

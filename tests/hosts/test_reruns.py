@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 import expertune
 from expertune.graphs import recording
-from expertune.hosts import siblings, transformers
+from expertune.hosts import transformers
 from expertune.hosts.attached import attached
 from expertune.memory.offload import Offload
 from tests.cases import needs_cuda
 from tests.conftest import Checkpoint
 from tests.hosts import memories
-from tests.hosts.recorded import both, make, recorder_of, step, tokens
+from tests.hosts.recorded import both, make, recorder_of, run_all_as_recorded, step, tokens
 from tests.kept import kept_for_backward
 
 FAMILIES = ["qwen3_moe", "gpt_oss", "glm4_moe_lite", "gemma3_text"]
@@ -162,7 +162,7 @@ def test_a_layer_that_changed_is_seen(checkpoint: Checkpoint, change: Callable[[
 def test_on_a_gpu(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, family: str, large: int) -> None:
     """Real graphs, with parameters that move, in bfloat16: bit for bit what the same model gives without."""
     monkeypatch.setattr(recording, "_LARGE", large)
-    monkeypatch.setattr(siblings, "_is_recorded", lambda: True)  # so that both run the same kernels
+    run_all_as_recorded(monkeypatch)
     ours, stock = (
         make(checkpoint(family), family, graphs=graphs, memory="lean").to("cuda", torch.bfloat16)
         for graphs in (True, False)

@@ -11,14 +11,13 @@ from transformers import DynamicCache
 
 import expertune
 from expertune.attention.sequences import Sequences
-from expertune.hosts import siblings
 from expertune.hosts.samples import Labels, Teller
 from tests.attention.chosen import kernels_chosen
 from tests.cases import needs_cuda
 from tests.conftest import Checkpoint
 from tests.hosts.models import batch, load_tiny
 from tests.hosts.passes import assert_equal_within, of_tokens, run
-from tests.hosts.recorded import both, make, step, tokens
+from tests.hosts.recorded import both, make, run_all_as_recorded, step, tokens
 
 FAMILIES = ["qwen3_moe", "gpt_oss", "glm4_moe_lite"]
 PACKED = torch.cat((torch.arange(5), torch.arange(7)))[None]
@@ -304,7 +303,7 @@ def test_sequences_are_rounded_to_few_kinds() -> None:
 def test_on_a_gpu(checkpoint: Checkpoint, family: str, memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Samples that lie elsewhere in each batch, through one recording: the bits of the same without recordings."""
     ran = kernels_chosen(monkeypatch)
-    monkeypatch.setattr(siblings, "_is_recorded", lambda: True)  # so that both run the same kernels
+    run_all_as_recorded(monkeypatch)
     ours, stock = (
         make(checkpoint(family), family, graphs=graphs, memory=memory).cuda().bfloat16() for graphs in (True, False)
     )

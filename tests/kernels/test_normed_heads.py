@@ -42,7 +42,7 @@ def results(function: str, tensors: list[Tensor], offset: float, rotation: Rotat
 
 
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
-@pytest.mark.parametrize(("heads", "pairs"), [(4, 8), (3, 6), (1, 1)])
+@pytest.mark.parametrize(("heads", "pairs"), [(4, 8), (3, 6), (1, 1), (5, 500)])
 @pytest.mark.parametrize("rotation", ROTATIONS.values(), ids=ROTATIONS.keys())
 def test_it_is_no_worse_than_torch(rotation: Rotation, heads: int, pairs: int, dtype: torch.dtype) -> None:
     offset = 1.0 if heads == 3 else 0.0
@@ -64,6 +64,17 @@ def test_a_weight_of_another_dtype() -> None:
     truth = results("torch", [each.double() for each in tensors], 1.0, rotation, "turned")
     for mine, other, right in zip(ours, theirs, truth, strict=True):
         assert_no_worse(mine, other, right)
+
+
+def test_gradients_that_are_one_number() -> None:
+    """As those of a sum, whose strides are zero."""
+    rotation = ROTATIONS["halves"]
+    x, weight, cos, sin = (x.to(DEVICE, torch.float32) for x in inputs(rotation, 2, 4, is_one_batch=True))
+    x = x.requires_grad_()
+    for place in range(2):
+        ours = _NormAndRotate.apply(x, weight, EPS, 0.0, cos, sin, rotation)[place].sum()
+        theirs = by_torch(x, weight, 0.0, cos, sin, rotation)[place].sum()
+        torch.testing.assert_close(*(torch.autograd.grad(total, x)[0] for total in (ours, theirs)))
 
 
 def test_no_tokens() -> None:

@@ -98,7 +98,7 @@ class _NormAndRotate(torch.autograd.Function):
             )
         if dy_BTHD is not None:
             width = x_BTHD.shape[-1]
-            rows = dy_BTHD.reshape(-1, width), x_BTHD.view(-1, width), weight_D, scale_BTH.view(-1)
+            rows = dy_BTHD.reshape(-1, width).contiguous(), x_BTHD.view(-1, width), weight_D, scale_BTH.view(-1)
             of_norms = rms_norm.norm_backward(*rows, ctx.offset).view(x_BTHD.shape)
             dx = of_norms if dx is None else dx + of_norms
         return dx, None, None, None, None, None, None

@@ -76,6 +76,7 @@ def attach(
         _bind(model, state, found)
         _hook(model, state)
         if state.memory is not None:
+            recompute.leave_inputs(model, state)
             recompute.take_in(model, state)
         if uses_graphs:
             _make_recorder(model, state)

@@ -33,8 +33,8 @@ from expertune.hosts import (
     peft,
     rotary,
     samples,
-    siblings,
 )
+from expertune.hosts.current import recording
 from expertune.hosts.transformers import is_experts
 from expertune.hosts.twins import twin_around
 from expertune.memory.planner import Way
@@ -117,11 +117,11 @@ class TransformersHost:
 
     @contextmanager
     def recording(self, context: tuple[str, tuple[str, ...]]) -> Iterator[dict[str, list[Any]]]:
-        """Lists in place of those that the hooks append to."""
+        """Lists in place of those that the hooks append to; what an attention calls may be computed together."""
         _, names = context
         self._replay.is_recording_graph = True
         try:
-            with siblings.recorded(), collected.catching(names) as caught:
+            with recording.being(True), collected.catching(names) as caught:
                 yield caught
         finally:
             self._replay.is_recording_graph = False

@@ -33,7 +33,10 @@ def find(model: nn.Module) -> list[nn.Module]:
 
 
 def forward(attention: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """The attention's own forward, with our rotation; a compiler, which fuses rotations itself, gets the host's."""
+    """The attention's own forward, with our rotation, and its linears and norms computed together in recordings.
+
+    A compiler, which fuses these itself, gets the host's.
+    """
     host = type(attention).forward
     if torch.compiler.is_compiling():
         return host(attention, *args, **kwargs)

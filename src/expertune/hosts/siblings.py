@@ -9,14 +9,14 @@ is a node of its own, as the host's are: a checkpoint may lie around one of them
 of another, and what is not used wants no gradient.
 """
 
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from expertune.hosts.current import Current, recording
 from expertune.lora_linears import lora_linears
 from expertune.split_linear import Linear
 
@@ -29,31 +29,17 @@ class _Made(NamedTuple):
     Args:
         x: of what, and its version then.
         has_history: whether autograd saw it.
-        linear: by what.
         out: the result.
     """
 
     x: Tensor
     version: int
     has_history: bool
-    linear: Linear
     out: Tensor
 
-    def is_of(self, x: Tensor, linear: Linear) -> bool:
-        """Whether this is what a linear computes of `x`."""
-        ours, its = self.linear, linear
-        return (
-            self.x is x
-            and self.version == x._version
-            and self.has_history == torch.is_grad_enabled()
-            and ours.weight_OI is its.weight_OI
-            and ours.bias_O is its.bias_O
-            and ours.adapter is not None
-            and its.adapter is not None
-            and ours.adapter.a is its.adapter.a
-            and ours.adapter.b is its.adapter.b
-            and ours.adapter.scale == its.adapter.scale
-        )
+    def is_of(self, x: Tensor) -> bool:
+        """Whether this is what is asked for of `x`."""
+        return self.x is x and (self.version, self.has_history) == (x._version, torch.is_grad_enabled())
 
 
 class _Siblings:
@@ -72,49 +58,25 @@ class _Siblings:
     ) -> Tensor:
         """See `compute`."""
         made = self._made.pop(layer, None)
-        if made is not None and made.is_of(x, linear):
+        if made is not None and made.is_of(x):
             return made.out
         others: dict[nn.Module, Linear] = {}
-        if layer in self._layers and not self._made and not x.is_inference():  # such a tensor knows no version
+        if layer in self._layers and not self._made:
             read = ((other, linear_of(other, x)) for other in self._layers if other is not layer)
             others = {other: its for other, its in read if its is not None}
         out, *beside = lora_linears(x, [linear, *others.values()])
-        for (other, its), y in zip(others.items(), beside, strict=True):
-            self._made[other] = _Made(x, x._version, torch.is_grad_enabled(), its, y)
+        for other, y in zip(others, beside, strict=True):
+            self._made[other] = _Made(x, x._version, torch.is_grad_enabled(), y)
         return out
 
 
-_running = threading.local()
+_running: Current[_Siblings] = Current()
 
 
-@contextmanager
-def recorded() -> Iterator[None]:
-    """Around a forward that is recorded."""
-    before, _running.is_recorded = _is_recorded(), True
-    try:
-        yield
-    finally:
-        _running.is_recorded = before
-
-
-def _is_recorded() -> bool:
-    """Whether a forward of this thread is."""
-    return getattr(_running, "is_recorded", False)
-
-
-@contextmanager
-def together(attention: nn.Module) -> Iterator[None]:
+def together(attention: nn.Module) -> AbstractContextManager[None]:
     """Around a call of an attention, whose linears are computed together where the call is recorded."""
-    if not _is_recorded():
-        yield
-        return
-    before = getattr(_running, "siblings", None)
-    layers = (attention._modules.get(name) for name in _NAMES)
-    _running.siblings = _Siblings([layer for layer in layers if layer is not None])
-    try:
-        yield
-    finally:
-        _running.siblings = before
+    layers = [layer for name in _NAMES if (layer := attention._modules.get(name)) is not None]
+    return _running.being(_Siblings(layers) if recording.value else None)
 
 
 def compute(
@@ -128,5 +90,5 @@ def compute(
         linear: what it computes, with an adapter.
         linear_of: what another computes of `x`, if that is of the same kind and it can be computed beside; else None.
     """
-    siblings: _Siblings | None = getattr(_running, "siblings", None)
+    siblings = _running.value
     return lora_linears(x, [linear])[0] if siblings is None else siblings.compute(layer, x, linear, linear_of)

@@ -10,9 +10,10 @@ import triton.language as tl
 from torch import Tensor
 
 from expertune.kernels.launch import launch, next_power_of_2
+from expertune.kernels.rms_norm import scale_of
 from expertune.kernels.rotary import angles, batch_stride, turn
 
-_ELEMENTS = 1024  # pairs of a token that are held at a time
+_ELEMENTS = 2048  # of a token's heads that are held at a time
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -30,6 +31,8 @@ def _norm_and_turn_kernel(
     pair, beside = tl.arange(0, BP)[None, :], 2 * PAIRS + tl.arange(0, BR)[None, :]
     w1 = tl.load(weight_ptr + pair * STEP, mask=pair < PAIRS, other=0.0).to(tl.float32) + offset
     w2 = tl.load(weight_ptr + pair * STEP + GAP, mask=pair < PAIRS, other=0.0).to(tl.float32) + offset
+    if REST > 0:
+        w_rest = tl.load(weight_ptr + beside, mask=beside < D, other=0.0).to(tl.float32) + offset
     for first in range(0, H, BH):
         head = first + tl.arange(0, BH)
         row = (batch * T + token) * H + head
@@ -42,8 +45,7 @@ def _norm_and_turn_kernel(
         if REST > 0:
             rest = tl.load(x_ptr + row[:, None] * D + beside, mask=kept, other=0.0).to(tl.float32)
             total += tl.sum(rest * rest, axis=1)
-        # rounded as torch does it: the approximations are off by more, for all of a head alike
-        scale = tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(total, tl.cast(D, tl.float32)) + eps))
+        scale = scale_of(total, D, eps)
         y1, y2 = x1 * scale[:, None] * w1, x2 * scale[:, None] * w2
         tl.store(y_ptr + places, y1.to(y_ptr.dtype.element_ty), mask=mask)
         tl.store(y_ptr + places + GAP, y2.to(y_ptr.dtype.element_ty), mask=mask)
@@ -51,7 +53,6 @@ def _norm_and_turn_kernel(
         tl.store(turned + pair, t1.to(y_ptr.dtype.element_ty), mask=mask)
         tl.store(turned + pair + PAIRS, t2.to(y_ptr.dtype.element_ty), mask=mask)
         if REST > 0:
-            w_rest = tl.load(weight_ptr + beside, mask=beside < D, other=0.0).to(tl.float32) + offset
             y_rest = (rest * scale[:, None] * w_rest).to(y_ptr.dtype.element_ty)
             tl.store(y_ptr + row[:, None] * D + beside, y_rest, mask=kept)
             tl.store(turned + beside, y_rest, mask=kept)
@@ -74,6 +75,8 @@ def _turn_and_norm_backward_kernel(
     pair, beside = tl.arange(0, BP)[None, :], 2 * PAIRS + tl.arange(0, BR)[None, :]
     w1 = tl.load(weight_ptr + pair * STEP, mask=pair < PAIRS, other=0.0).to(tl.float32) + offset
     w2 = tl.load(weight_ptr + pair * STEP + GAP, mask=pair < PAIRS, other=0.0).to(tl.float32) + offset
+    if REST > 0:
+        w_rest = tl.load(weight_ptr + beside, mask=beside < D, other=0.0).to(tl.float32) + offset
     for first in range(0, H, BH):
         head = first + tl.arange(0, BH)
         row = (batch * T + token) * H + head
@@ -91,7 +94,6 @@ def _turn_and_norm_backward_kernel(
         total = tl.sum(g1 * x1 + g2 * x2, axis=1)
         kept = (head[:, None] < H) & (beside < D)
         if REST > 0:
-            w_rest = tl.load(weight_ptr + beside, mask=beside < D, other=0.0).to(tl.float32) + offset
             x_rest = tl.load(x_ptr + row[:, None] * D + beside, mask=kept, other=0.0).to(tl.float32) * scale
             g_rest = tl.load(d + beside, mask=kept, other=0.0).to(tl.float32) * w_rest
             total += tl.sum(g_rest * x_rest, axis=1)
@@ -184,14 +186,15 @@ def backward(
 def _constants(x_BTHD: Tensor, num_rotated: int, *, is_interleaved: bool, is_shared: bool) -> dict[str, int]:
     num_heads, width = x_BTHD.shape[2:]
     half, rest = num_rotated // 2, width - num_rotated
-    block = next_power_of_2(half)
+    block, beside = next_power_of_2(half), next_power_of_2(max(rest, 1))
+    most_heads = max(1, _ELEMENTS // (2 * block + (beside if rest else 0)))
     return {
         "PAIRS": half,
         "REST": rest,
         "STEP": 2 if is_interleaved else 1,
         "GAP": 1 if is_interleaved else half,
         "COS_GAP": 0 if is_shared else half,
-        "BH": max(1, min(next_power_of_2(num_heads), _ELEMENTS // block)),
+        "BH": min(next_power_of_2(num_heads), 1 << (most_heads.bit_length() - 1)),
         "BP": block,
-        "BR": next_power_of_2(max(rest, 1)),
+        "BR": beside,
     }

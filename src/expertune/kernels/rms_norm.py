@@ -14,6 +14,15 @@ from expertune.kernels.launch import RowBlocks, launch
 _ELEMENTS = 4096  # of the rows that a program holds
 
 
+@triton.jit
+def scale_of(total, D, eps):
+    """`1 / sqrt(mean + eps)` of rows, whose `D` squares make `total`: rounded as torch does it.
+
+    The approximations are off by more, for all of a row alike.
+    """
+    return tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(total, tl.cast(D, tl.float32)) + eps))
+
+
 @triton.jit(do_not_specialize=["num_rows"])
 def _norm_kernel(
     x_ptr, weight_ptr, y_ptr, scale_ptr, num_rows, D, eps, offset, BR: tl.constexpr, BD: tl.constexpr
@@ -25,8 +34,7 @@ def _norm_kernel(
     places = row[:, None] * D + d[None, :]
     x = tl.load(x_ptr + places, mask=mask, other=0.0).to(tl.float32)
     weight = tl.load(weight_ptr + d, mask=d < D, other=0.0).to(tl.float32) + offset
-    # rounded as torch does it: the approximations are off by more, for all of a row alike
-    scale = tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(tl.sum(x * x, axis=1), tl.cast(D, tl.float32)) + eps))
+    scale = scale_of(tl.sum(x * x, axis=1), D, eps)
     y = x * scale[:, None] * weight[None, :]
     tl.store(y_ptr + places, y.to(y_ptr.dtype.element_ty), mask=mask)
     tl.store(scale_ptr + row, scale, mask=row < num_rows)
