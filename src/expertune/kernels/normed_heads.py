@@ -16,6 +16,15 @@ from expertune.kernels.rotary import angles, batch_stride, turn
 _ELEMENTS = 2048  # of a token's heads that are held at a time
 
 
+@triton.jit
+def _weights(weight_ptr, offset, PAIRS: tl.constexpr, STEP: tl.constexpr, GAP: tl.constexpr, BP: tl.constexpr):
+    """Of the first and of the second of each pair, `(1, BP)`."""
+    pair = tl.arange(0, BP)[None, :]
+    w1 = tl.load(weight_ptr + pair * STEP, mask=pair < PAIRS, other=0.0).to(tl.float32)
+    w2 = tl.load(weight_ptr + pair * STEP + GAP, mask=pair < PAIRS, other=0.0).to(tl.float32)
+    return w1 + offset, w2 + offset
+
+
 @triton.jit(do_not_specialize=["T"])
 def _norm_and_turn_kernel(
     x_ptr, weight_ptr, cos_ptr, sin_ptr, y_ptr, turned_ptr, scale_ptr,
@@ -29,8 +38,7 @@ def _norm_and_turn_kernel(
     c1, s1, c2, s2 = angles(cos_ptr + at_angle, sin_ptr + at_angle, PAIRS, COS_GAP, BP)
     D: tl.constexpr = 2 * PAIRS + REST
     pair, beside = tl.arange(0, BP)[None, :], 2 * PAIRS + tl.arange(0, BR)[None, :]
-    w1 = tl.load(weight_ptr + pair * STEP, mask=pair < PAIRS, other=0.0).to(tl.float32) + offset
-    w2 = tl.load(weight_ptr + pair * STEP + GAP, mask=pair < PAIRS, other=0.0).to(tl.float32) + offset
+    w1, w2 = _weights(weight_ptr, offset, PAIRS, STEP, GAP, BP)
     if REST > 0:
         w_rest = tl.load(weight_ptr + beside, mask=beside < D, other=0.0).to(tl.float32) + offset
     for first in range(0, H, BH):
@@ -73,8 +81,7 @@ def _turn_and_norm_backward_kernel(
     c1, s1, c2, s2 = angles(cos_ptr + at_angle, sin_ptr + at_angle, PAIRS, COS_GAP, BP)
     D: tl.constexpr = 2 * PAIRS + REST
     pair, beside = tl.arange(0, BP)[None, :], 2 * PAIRS + tl.arange(0, BR)[None, :]
-    w1 = tl.load(weight_ptr + pair * STEP, mask=pair < PAIRS, other=0.0).to(tl.float32) + offset
-    w2 = tl.load(weight_ptr + pair * STEP + GAP, mask=pair < PAIRS, other=0.0).to(tl.float32) + offset
+    w1, w2 = _weights(weight_ptr, offset, PAIRS, STEP, GAP, BP)
     if REST > 0:
         w_rest = tl.load(weight_ptr + beside, mask=beside < D, other=0.0).to(tl.float32) + offset
     for first in range(0, H, BH):
