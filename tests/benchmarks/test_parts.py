@@ -47,10 +47,12 @@ def test_the_rest_of_ours_is_norms_rotary_embeddings_heads_and_the_loss() -> Non
     assert {name for name in kernels if part_of(name) == THE_REST} == {
         "_assemble_kernel",
         "_log_probs_kernel",
+        "_norm_and_turn_kernel",
         "_norm_backward_kernel",
         "_norm_kernel",
         "_rotary_kernel",
         "_take_apart_kernel",
+        "_turn_and_norm_backward_kernel",
     }
 
 
