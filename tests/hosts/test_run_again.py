@@ -86,6 +86,14 @@ def halved_by_hooks(model: Any) -> dict[str, Tensor]:
     return grads(model)
 
 
+def of_two_passes(model: Any) -> dict[str, Tensor]:
+    """Of two backward passes through one graph."""
+    loss = loss_of(model)
+    loss.backward(retain_graph=True)
+    loss.backward()
+    return grads(model)
+
+
 def frozen_meanwhile(model: Any) -> dict[str, Tensor]:
     """Some are frozen between forward and backward, and keep the gradient that they have; others come too late."""
     late = [p for name, p in trained(model).items() if "layers.1" in name]
@@ -146,6 +154,7 @@ ASKED: dict[str, Asked] = {
         of_others,
         seen_by_hooks,
         halved_by_hooks,
+        of_two_passes,
         frozen_meanwhile,
         without_adapters,
         scaled,

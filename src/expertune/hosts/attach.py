@@ -76,7 +76,6 @@ def attach(
         _bind(model, state, found)
         _hook(model, state)
         if state.memory is not None:
-            recompute.leave_inputs(model, state)
             recompute.take_in(model, state)
         if uses_graphs:
             _make_recorder(model, state)
@@ -189,7 +188,7 @@ def detach(model: PreTrainedModel) -> None:
         else:
             module.config = transformers.plan_of(module).host_config
         del module._expertune
-    recompute.give_back(model, state)
+    recompute.give_back(model)
     for module in model.modules():
         peft.unbind(module)
     del model._expertune

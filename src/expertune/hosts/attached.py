@@ -33,7 +33,6 @@ class Attached:
         routers: those that choose and score by our function.
         mlps: the dense ones that run as one node of autograd.
         memory: what its layers spare memory by; None where nobody has set it.
-        asks_for_input_grads: whether someone has asked meanwhile that embeddings require a gradient.
         recorder: of the parts that are replayed as CUDA graphs; None if none is to be.
     """
 
@@ -52,7 +51,6 @@ class Attached:
     routers: list[nn.Module] = field(default_factory=list)
     mlps: list[nn.Module] = field(default_factory=list)
     memory: Policy | None = None
-    asks_for_input_grads: bool = False
     recorder: Recorder | None = None
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -20,9 +20,6 @@ from expertune.memory.leave_out import LeaveOut
 from expertune.memory.policy import policy_of
 from expertune.memory.replay import LayerMemory, ReplayingCheckpoint
 
-_ENABLE = "enable_input_require_grads"  # of a model, by which embeddings come to require a gradient
-_ASKS = (_ENABLE, "disable_input_require_grads")
-
 
 def set_memory(model: PreTrainedModel, state: Attached, memory: str) -> None:
     """Spare memory in this way from now on, and in no other that was set before.
@@ -35,7 +32,6 @@ def set_memory(model: PreTrainedModel, state: Attached, memory: str) -> None:
         memory: see `expertune.memory.policy.policy_of`.
     """
     state.memory = policy_of(memory)
-    leave_inputs(model, state)
     if state.memory.planner is not None:
         state.memory.planner.whole = model
     for _, module in transformers.named_experts(model):
@@ -96,34 +92,11 @@ class _BesideACache:
         self._layers = []
 
 
-def give_back(model: PreTrainedModel, state: Attached) -> None:
-    """Give layers the host's checkpoint function again, and embeddings their gradient if somebody wants it."""
+def give_back(model: nn.Module) -> None:
+    """Give layers the host's checkpoint function again."""
     layers: list[Any] = [module for module in model.modules() if _is_ours(module)]
     for layer in layers:
         layer._gradient_checkpointing_func = layer._gradient_checkpointing_func.host
-    bound = [vars(model).pop(name, None) for name in _ASKS]
-    if None not in bound and state.asks_for_input_grads:
-        model.enable_input_require_grads()
-
-
-def leave_inputs(model: PreTrainedModel, state: Attached) -> None:
-    """Let embeddings that are frozen require no gradient, while memory is spared our way.
-
-    PEFT and TRL ask Transformers for that wherever gradient checkpointing is on, because torch's reentrant kind loses
-    the gradients of a layer whose input has none. Ours does not, and backward then ends at the first layer that is
-    trained, without the gradient of its input.
-    """
-    for module in model.modules():
-        for number, hook in [*module._forward_hooks.items()]:
-            if f".{_ENABLE}.<locals>." in getattr(hook, "__qualname__", ""):
-                del module._forward_hooks[number]
-                state.asks_for_input_grads = True
-    for name in _ASKS:
-        vars(model)[name] = partial(_note, state, asks=name == _ENABLE)
-
-
-def _note(state: Attached, *, asks: bool) -> None:
-    state.asks_for_input_grads = asks
 
 
 def _spare(layers: Sequence[Any], model: PreTrainedModel, state: Attached) -> None:

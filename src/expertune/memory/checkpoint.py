@@ -73,10 +73,29 @@ class LayerCheckpoint:
             with nullcontext() if held is None else held.again({each: each for each in held.trained}), as_noted():
                 yield
 
-        return checkpoint(bound, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), again()))
+        return checkpoint(bound, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), _EachTime(again)))
 
     def _noted(self, modules: Sequence[nn.Module]) -> As:
         return nullcontext if self._note is None else self._note(modules)
+
+
+class _EachTime(AbstractContextManager[None]):
+    """A context for whoever enters it more than once: a layer runs again in each backward of a graph that is kept.
+
+    Args:
+        make: what is entered each time.
+    """
+
+    def __init__(self, make: Callable[[], AbstractContextManager[None]]) -> None:
+        self._make = make
+        self._entered: list[AbstractContextManager[None]] = []
+
+    def __enter__(self) -> None:
+        self._entered.append(self._make())
+        self._entered[-1].__enter__()
+
+    def __exit__(self, *error: Any) -> bool | None:
+        return self._entered.pop().__exit__(*error)
 
 
 class _Held:
