@@ -78,19 +78,22 @@ def preparation_of(leaves: Sequence[Tensor | None]) -> Preparation | None:
 def cast(factors: Sequence[Tensor | None], dtype: torch.dtype) -> Tensors:
     """Factors in the dtype that they are multiplied in, perhaps made beforehand; None for None."""
     leaves = [factor for factor in factors if factor is not None]
-    preparation = preparation_of(leaves)
-    if preparation is None or all(leaf.dtype == dtype for leaf in leaves):
+    if all(leaf.dtype == dtype for leaf in leaves):
         return _cast(factors, dtype)
-    return preparation.made(leaves, partial(_cast, factors, dtype))
+    return _beforehand(leaves, partial(_cast, factors, dtype))
 
 
 def joined(a: Sequence[Tensor], b: Sequence[Tensor], dtype: torch.dtype) -> Tensors:
     """The factors `(R, I)` of several adapters one below the other, then each of theirs `(O, R)`, all as in `cast`."""
     if len(a) == 1:
         return cast([*a, *b], dtype)
-    preparation = preparation_of([*a, *b])
-    make = partial(_joined, a, b, dtype)
-    return make() if preparation is None else preparation.made([*a, *b], make)
+    return _beforehand([*a, *b], partial(_joined, a, b, dtype))
+
+
+def _beforehand(leaves: Sequence[Tensor], make: Callable[[], Tensors]) -> Tensors:
+    """What `make` yields of these alone, made beforehand where that may be."""
+    preparation = preparation_of(leaves)
+    return make() if preparation is None else preparation.made(leaves, make)
 
 
 def _joined(a: Sequence[Tensor], b: Sequence[Tensor], dtype: torch.dtype) -> Tensors:

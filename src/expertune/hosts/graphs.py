@@ -23,17 +23,7 @@ from transformers.utils import output_capturing
 from expertune.graphs.piece import MOST_TOKENS, Piece
 from expertune.graphs.recorder import Recorder
 from expertune.graphs.rerun import Around
-from expertune.hosts import (
-    attention,
-    blocks,
-    collected,
-    forwards,
-    latent_attention,
-    mlps,
-    peft,
-    rotary,
-    samples,
-)
+from expertune.hosts import attention, blocks, collected, forwards, latent_attention, mlps, peft, rotary, samples
 from expertune.hosts.current import recording
 from expertune.hosts.transformers import is_experts
 from expertune.hosts.twins import twin_around
@@ -119,12 +109,8 @@ class TransformersHost:
     def recording(self, context: tuple[str, tuple[str, ...]]) -> Iterator[dict[str, list[Any]]]:
         """Lists in place of those that the hooks append to; what an attention calls may be computed together."""
         _, names = context
-        self._replay.is_recording_graph = True
-        try:
-            with recording.being(True), collected.catching(names) as caught:
-                yield caught
-        finally:
-            self._replay.is_recording_graph = False
+        with recording.being(True), collected.catching(names) as caught:
+            yield caught
 
     def deliver(self, caught: dict[str, list[Any]]) -> None:
         """Append to those lists."""

@@ -7,7 +7,7 @@ rotation then takes that, if it is asked for the same heads, as the norms gave t
 In recordings alone, as siblings (`siblings.py`) and for the same reasons.
 """
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -83,10 +83,10 @@ def rotated_by(rotation: Rotation | None, attention: nn.Module, angles: Any) -> 
         attention: the module.
         angles: cosines and sines, if it was given these.
     """
+    if not recording.value or rotation is None:
+        return nullcontext()
     are_given = isinstance(angles, tuple) and len(angles) == 2 and all(isinstance(each, Tensor) for each in angles)
-    if rotation is None or not are_given or not recording.value:
-        return _running.being(None)
-    return _running.being(_Heads(attention, angles, rotation))
+    return _running.being(_Heads(attention, angles, rotation)) if are_given else nullcontext()
 
 
 def normed(norm: nn.Module, x_BTHD: Tensor, weight_D: Tensor, eps: float, offset: float) -> Tensor | None:

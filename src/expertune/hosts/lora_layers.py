@@ -16,11 +16,6 @@ from expertune.shapes import LoraFactors
 from expertune.split_linear import Linear
 
 
-def is_ours(forward: Any) -> bool:
-    """Whether a function is one of the forwards below."""
-    return forward in (parameter_forward, lora_linear_forward)
-
-
 def active_factors(wrapper: LoraLayer) -> tuple[LoraFactors, ...]:
     """The factors that count now, as PEFT's own forward decides it."""
     if wrapper.disable_adapters:

@@ -73,8 +73,8 @@ def trained_ranks(module: nn.Module) -> dict[str, int]:
 
 def is_bound(layer: nn.Module) -> bool:
     """Whether `bind` has given this LoRA layer our forward."""
-    given = forwards.given(layer)
-    return isinstance(given, partial) and (given.func is _experts_forward or lora_layers.is_ours(given.func))
+    ours = (_experts_forward, lora_layers.parameter_forward, lora_layers.lora_linear_forward)
+    return any(forwards.runs(layer, forward) for forward in ours)
 
 
 def bind(module: nn.Module) -> None:

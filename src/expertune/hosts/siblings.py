@@ -10,7 +10,7 @@ of another, and what is not used wants no gradient.
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -75,8 +75,9 @@ _running: Current[_Siblings] = Current()
 
 def together(attention: nn.Module) -> AbstractContextManager[None]:
     """Around a call of an attention, whose linears are computed together where the call is recorded."""
-    layers = [layer for name in _NAMES if (layer := attention._modules.get(name)) is not None]
-    return _running.being(_Siblings(layers) if recording.value else None)
+    if not recording.value:
+        return nullcontext()
+    return _running.being(_Siblings([layer for name in _NAMES if (layer := attention._modules.get(name)) is not None]))
 
 
 def compute(

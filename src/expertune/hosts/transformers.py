@@ -22,6 +22,7 @@ from expertune.backends import choose
 from expertune.backends.protocol import Backend
 from expertune.experts import experts
 from expertune.hosts import forwards, llama4
+from expertune.hosts.current import recording
 from expertune.hosts.formulas import Settings
 from expertune.hosts.gates import gate_of
 from expertune.memory import token_tiles
@@ -322,7 +323,7 @@ def _walk(
     else:
         rows = choose_rows() if tape is None else tape.once(choose_rows)
         # of a checkpointed layer no longer than its second run, and a recording is made where there is room
-        is_cheap = tape is not None or plan.replay.is_recording_graph
+        is_cheap = tape is not None or recording.value
         keeps_packed = is_cheap or packed_is_small(pair, rows.shape, step.layout)
         out_TD = experts(x_TD, rows, weight_TK, pair, step, leaves_out=leaves_out, keeps_packed=keeps_packed)
     if is_last and tape is not None:

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from expertune.kernels.launch import launch, next_power_of_2
-from expertune.kernels.rotary import angles, batch_stride, turn
+from expertune.kernels.rotary import angles, batch_stride, pairs, turn
 
 _ELEMENTS = 2048  # of a token that are held at a time
 
@@ -192,15 +192,11 @@ def take_apart(
 def _constants(
     num_heads: int, num_passed: int, num_rotated: int, is_interleaved: bool, is_shared: bool
 ) -> dict[str, int]:
-    half = num_rotated // 2
     block = next_power_of_2(max(num_passed, 1))
     return {
         "PASS": num_passed,
-        "PAIRS": half,
-        "STEP": 2 if is_interleaved else 1,
-        "GAP": 1 if is_interleaved else half,
-        "COS_GAP": 0 if is_shared else half,
+        **pairs(num_rotated, is_interleaved=is_interleaved, is_shared=is_shared),
         "BH": max(1, min(next_power_of_2(num_heads), _ELEMENTS // block)),
         "BW": block,
-        "BP": next_power_of_2(half),
+        "BP": next_power_of_2(num_rotated // 2),
     }

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from expertune.kernels.launch import launch, next_power_of_2
 from expertune.kernels.rms_norm import scale_of
-from expertune.kernels.rotary import angles, batch_stride, turn
+from expertune.kernels.rotary import angles, batch_stride, pairs, turn
 
 _ELEMENTS = 2048  # of a token's heads that are held at a time
 
@@ -29,7 +29,7 @@ def _weights(weight_ptr, offset, PAIRS: tl.constexpr, STEP: tl.constexpr, GAP: t
 def _norm_and_turn_kernel(
     x_ptr, weight_ptr, cos_ptr, sin_ptr, y_ptr, turned_ptr, scale_ptr,
     T, H, cos_batch, cos_token, eps, offset,
-    PAIRS: tl.constexpr, REST: tl.constexpr, STEP: tl.constexpr, GAP: tl.constexpr, COS_GAP: tl.constexpr,
+    PAIRS: tl.constexpr, STEP: tl.constexpr, GAP: tl.constexpr, COS_GAP: tl.constexpr, REST: tl.constexpr,
     BH: tl.constexpr, BP: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """One program a token: `y = x · scale · (weight + offset)` of each head, and `y` turned by the token's angles."""
@@ -71,7 +71,7 @@ def _norm_and_turn_kernel(
 def _turn_and_norm_backward_kernel(
     dturned_ptr, x_ptr, weight_ptr, cos_ptr, sin_ptr, scale_ptr, dx_ptr,
     T, H, cos_batch, cos_token, d_batch, d_token, d_head, offset,
-    PAIRS: tl.constexpr, REST: tl.constexpr, STEP: tl.constexpr, GAP: tl.constexpr, COS_GAP: tl.constexpr,
+    PAIRS: tl.constexpr, STEP: tl.constexpr, GAP: tl.constexpr, COS_GAP: tl.constexpr, REST: tl.constexpr,
     BH: tl.constexpr, BP: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """`dx = scale · (g − x̂ · mean(g · x̂))`, where `g = dy · (weight + offset)`, `x̂ = x · scale`, and `dy` is turned
@@ -192,15 +192,12 @@ def backward(
 
 def _constants(x_BTHD: Tensor, num_rotated: int, *, is_interleaved: bool, is_shared: bool) -> dict[str, int]:
     num_heads, width = x_BTHD.shape[2:]
-    half, rest = num_rotated // 2, width - num_rotated
-    block, beside = next_power_of_2(half), next_power_of_2(max(rest, 1))
+    rest = width - num_rotated
+    block, beside = next_power_of_2(num_rotated // 2), next_power_of_2(max(rest, 1))
     most_heads = max(1, _ELEMENTS // (2 * block + (beside if rest else 0)))
     return {
-        "PAIRS": half,
+        **pairs(num_rotated, is_interleaved=is_interleaved, is_shared=is_shared),
         "REST": rest,
-        "STEP": 2 if is_interleaved else 1,
-        "GAP": 1 if is_interleaved else half,
-        "COS_GAP": 0 if is_shared else half,
         "BH": min(next_power_of_2(num_heads), 1 << (most_heads.bit_length() - 1)),
         "BP": block,
         "BR": beside,

@@ -82,6 +82,17 @@ def _rotary_kernel(
     )  # fmt: skip
 
 
+def pairs(num_rotated: int, *, is_interleaved: bool, is_shared: bool) -> dict[str, int]:
+    """How pairs lie in a head that is read, and their angles: constants of kernels that rotate, in this order."""
+    half = num_rotated // 2
+    return {
+        "PAIRS": half,
+        "STEP": 2 if is_interleaved else 1,
+        "GAP": 1 if is_interleaved else half,
+        "COS_GAP": 0 if is_shared else half,
+    }
+
+
 def batch_stride(x: Tensor) -> int:
     """From one sample to the next; 0 where there is one for all."""
     return x.stride(0) if x.shape[0] > 1 else 0

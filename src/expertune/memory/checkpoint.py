@@ -79,7 +79,7 @@ class LayerCheckpoint:
         return nullcontext if self._note is None else self._note(modules)
 
 
-class _EachTime(AbstractContextManager[None]):
+class _EachTime(ExitStack):
     """A context for whoever enters it more than once: a layer runs again in each backward of a graph that is kept.
 
     Args:
@@ -87,15 +87,12 @@ class _EachTime(AbstractContextManager[None]):
     """
 
     def __init__(self, make: Callable[[], AbstractContextManager[None]]) -> None:
+        super().__init__()
         self._make = make
-        self._entered: list[AbstractContextManager[None]] = []
 
-    def __enter__(self) -> None:
-        self._entered.append(self._make())
-        self._entered[-1].__enter__()
-
-    def __exit__(self, *error: Any) -> bool | None:
-        return self._entered.pop().__exit__(*error)
+    def __enter__(self) -> "_EachTime":
+        self.enter_context(self._make())
+        return self
 
 
 class _Held:

@@ -117,13 +117,9 @@ class _TopKMode(TorchFunctionMode):
 
 
 class RoutingReplay:
-    """Which tape is running, per thread (autograd recomputes in a thread of its own). One object a model.
-
-    `is_recording_graph` says that a layer, or a part of one, is being recorded as a CUDA graph.
-    """
+    """Which tape is running, per thread (autograd recomputes in a thread of its own). One object a model."""
 
     def __init__(self) -> None:
-        self.is_recording_graph = False
         self._tapes: dict[int, Tape] = {}
         self._modes: dict[int, _TopKMode] = {}
 
