@@ -59,7 +59,13 @@ def tokens(seed: int, batch: int = 2, length: int = 12) -> torch.Tensor:
     return torch.randint(3, 64, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
-def run_all_as_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let what is not recorded run the kernels of what is, in every thread: then the bits are the same."""
-    for module in (siblings, heads):
-        monkeypatch.setattr(module, "recording", SimpleNamespace(value=True))
+def run_all_as_recorded(monkeypatch: pytest.MonkeyPatch, *, with_heads: bool = True) -> None:
+    """Let what is not recorded run the kernels of what is, in every thread: then the bits are the same.
+
+    Args:
+        monkeypatch: of the test.
+        with_heads: whether heads are rotated as they are normed. A checkpoint runs its forward without gradients first,
+            where they are not: so they are in nothing, recorded or not, where one is compared.
+    """
+    monkeypatch.setattr(siblings, "recording", SimpleNamespace(value=True))
+    monkeypatch.setattr(heads, "recording", SimpleNamespace(value=with_heads))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import expertune
 from expertune.graphs import recording
-from expertune.hosts import transformers
+from expertune.hosts import heads, transformers
 from expertune.hosts.attached import attached
 from expertune.memory.offload import Offload
 from tests.cases import needs_cuda
@@ -162,7 +162,7 @@ def test_a_layer_that_changed_is_seen(checkpoint: Checkpoint, change: Callable[[
 def test_on_a_gpu(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, family: str, large: int) -> None:
     """Real graphs, with parameters that move, in bfloat16: bit for bit what the same model gives without."""
     monkeypatch.setattr(recording, "_LARGE", large)
-    run_all_as_recorded(monkeypatch)
+    run_all_as_recorded(monkeypatch, with_heads=False)
     ours, stock = (
         make(checkpoint(family), family, graphs=graphs, memory="lean").to("cuda", torch.bfloat16)
         for graphs in (True, False)
@@ -178,3 +178,25 @@ def test_on_a_gpu(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, famil
         for a, b in zip(*results, strict=True):
             assert a is None is b or (a is not None and b is not None and torch.equal(a, b))
     assert "2 of 2 layers, 1 kinds of calls" in str(expertune.explain(ours))
+
+
+@needs_cuda
+def test_on_a_gpu_heads_are_rotated_as_where_layers_keep(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The recordings of both rotate heads as they norm them, and give the same bits."""
+    real, rotated = heads.norm_and_rotate, list[bool]()
+
+    def spy(*args: Any) -> Any:
+        rotated.append(True)
+        return real(*args)
+
+    monkeypatch.setattr(heads, "norm_and_rotate", spy)
+    results = []
+    for memory in ("lean", "fast"):
+        model = make(checkpoint("qwen3_moe"), "qwen3_moe", graphs=True, memory=memory).to("cuda", torch.bfloat16)
+        steps = [step(model, tokens(seed, length=64).cuda()) for seed in range(6)]
+        results.append(steps[3:])
+        assert rotated
+        rotated.clear()
+    torch.testing.assert_close(*results, rtol=0, atol=0)
