@@ -9,7 +9,8 @@ unpacked and packed. The residual of each curve is taken against stock's of the 
 counts as different from zero where a t test says so, two-sided at 95 %: once over all steps of all seeds, and once over
 the means of the seeds, because residuals of one run hang together. Of twenty means that are zero, a right test finds
 one different. Two controls show what rounding in bfloat16 alone does: stock with its eager attention and experts, which
-rounds in other places, and stock in float32, which does not round. Writes `runs/bench/loss_curves.json` with its
+rounds in other places, and stock in float32, which does not round. Stock gpt-oss, whose packed samples would see each
+other, gets masks that keep them apart. Writes `runs/bench/loss_curves.json` with its
 provenance and `loss_curves.png`.
 """
 
@@ -36,6 +37,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 import expertune
+from apart import keep_samples_apart
 from curve_data import read_rows, train_tokenizer
 from provenance import provenance
 from residuals import MeanTest, Residuals, residuals
@@ -88,6 +90,9 @@ def load(variant: str, base: Path, adapter: Path) -> Any:
 def train(run: Run, rows: list[dict[str, Any]], base: Path, adapter: Path, args: argparse.Namespace) -> list[float]:
     """Take some steps; the loss of each."""
     model, is_packed = load(run.variant, base, adapter), run.packing == "packed"
+    is_stock = run.variant.startswith(REFERENCE)
+    if is_packed and is_stock:
+        keep_samples_apart(model.get_base_model().get_decoder())
     with tempfile.TemporaryDirectory() as folder:
         config = SFTConfig(
             output_dir=folder,
@@ -100,7 +105,7 @@ def train(run: Run, rows: list[dict[str, Any]], base: Path, adapter: Path, args:
             optim="adamw_torch",
             bf16=run.variant != FLOAT32,
             use_cpu=not torch.cuda.is_available(),
-            gradient_checkpointing=run.variant.startswith(REFERENCE),  # ours recomputes by its own policy
+            gradient_checkpointing=is_stock,  # ours recomputes by its own policy
             seed=run.seed,
             data_seed=run.seed,
             logging_steps=1,
