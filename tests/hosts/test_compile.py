@@ -126,10 +126,9 @@ def test_a_copy_of_a_model_is_compiled_after_the_model_is_gone(checkpoint: Check
     del model
     _shared_step.cache_clear()
     gc.collect()
-    assert all(
-        torch.equal(a, b)
-        for a, b in zip(_results(copied, torch.compile(copied, backend="aot_eager")), expected, strict=True)
-    )
+    compiled = _results(copied, torch.compile(copied, backend="aot_eager"))
+    # at other addresses a product may be rounded otherwise
+    torch.testing.assert_close(compiled, expected, rtol=1e-12, atol=1e-14)
 
 
 def test_the_operators_are_what_they_say() -> None:
