@@ -21,13 +21,13 @@ def keep_samples_apart(decoder: nn.Module) -> None:
 def _with_masks(decoder: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     positions = kwargs["position_ids"]
     masks = {
-        "full_attention": mask(positions, decoder.dtype),
-        "sliding_attention": mask(positions, decoder.dtype, decoder.config.sliding_window),
+        "full_attention": _mask(positions, decoder.dtype),
+        "sliding_attention": _mask(positions, decoder.dtype, decoder.config.sliding_window),
     }
     return args, kwargs | {"attention_mask": masks}
 
 
-def mask(positions: Tensor, dtype: torch.dtype, window: int | None = None) -> Tensor:
+def _mask(positions: Tensor, dtype: torch.dtype, window: int | None = None) -> Tensor:
     """What is added to scores, `(B, 1, T, T)`: a token sees itself and those before it in its sample.
 
     Args:
