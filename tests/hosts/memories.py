@@ -29,6 +29,9 @@ class Card:
     def peak(self) -> int:
         return 0
 
+    def idle_part(self) -> float:
+        return 0
+
     def free(self) -> int:
         return self.left
 

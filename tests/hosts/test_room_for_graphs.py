@@ -105,3 +105,29 @@ def test_a_layer_that_may_keep_without_room_for_a_recording_runs_again(
     assert capture.replays - before == 2 * 2
     said = "2 of 2 layers, 1 kinds of calls, 1 of the layers run forward again in backward; there was no room for more"
     assert said in str(expertune.explain(ours).graphs)
+
+
+class Idling(memories.Card):
+    """A card whose allocator holds memory for no tensor: such a part of what tensors take."""
+
+    def __init__(self, part: float) -> None:
+        super().__init__(memories.PLENTY)
+        self.part = part
+
+    def idle_part(self) -> float:
+        return self.part
+
+
+@pytest.mark.parametrize(("part", "rooms"), [(0.05, [0]), (0.051, [0, 0, 2])])
+def test_what_layers_leave_idle_before_they_are_recorded_is_given_back(
+    checkpoint: Checkpoint, part: float, rooms: list[int]
+) -> None:
+    """Where it is much; before the first layer in any case."""
+    ours, _, capture = both(checkpoint("qwen3_moe"))
+    recorder = recorder_of(ours)
+    pool = Pool(capture, Idling(part))
+    recorder._pool_of = lambda _: pool
+    for seed in range(4):
+        step(ours, tokens(seed))
+    assert capture.recorded == [True, False] * 2
+    assert capture.rooms == rooms

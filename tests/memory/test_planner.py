@@ -31,6 +31,9 @@ class Device:
     def peak(self) -> int:
         return self.most
 
+    def idle_part(self) -> float:
+        return 0
+
     def free(self) -> int:
         return self.total - self.now
 

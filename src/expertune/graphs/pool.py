@@ -11,6 +11,7 @@ from expertune.graphs.capture import Capture
 from expertune.memory.meter import Meter
 
 _PART = 2  # recordings take at most such a part of the memory that would be free without them
+_IDLE = 1 / 20  # of what tensors take: memory beyond that is not left idle where recorded work wants more
 
 
 class User(Protocol):
@@ -128,6 +129,11 @@ class Pool:
     def begin(self, user: User) -> None:
         """A forward is replayed."""
         self._begun.append(user)
+
+    def make_room(self) -> None:
+        """Give back what a layer's runs have left before it is recorded, if that is much: a recording cannot use it."""
+        if self._meter is not None and self._meter.idle_part() > _IDLE:
+            self.capture.make_room()
 
     def shared(self, x: Tensor, *, is_passing: bool = False) -> Shared:
         """A copy of `x` for recordings to read: the one that holds it already, if there is one.

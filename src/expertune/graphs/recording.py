@@ -82,6 +82,7 @@ class Recording:
         with pool.capture.refusing_waits():
             self._run_both()
         self._forget()
+        pool.make_room()
         self._ahead = pool.capture.record_alone(self._preparation.run) if self._preparation else None
         self._forward, self._backward = self._capture()
         self._large = [pool.capture.lend(grad) for grad in self._large]

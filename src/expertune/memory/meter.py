@@ -18,6 +18,10 @@ class Meter(Protocol):
         """By tensors, at most so far."""
         ...
 
+    def idle_part(self) -> float:
+        """What the allocator holds for no tensor, as a part of what tensors take."""
+        ...
+
     def free(self) -> int:
         """What more tensors could take now, less a reserve."""
         ...
@@ -37,6 +41,11 @@ class CudaMeter:
         """By tensors, at most since someone last reset it."""
         return _of(self._stats(), "allocated_bytes", "peak")
 
+    def idle_part(self) -> float:
+        """What the allocator holds for no tensor, also where only recorded work may take it, as a part of the rest."""
+        stats = self._stats()
+        return _idle(stats) / max(_of(stats, "allocated_bytes", "current"), 1)
+
     def room(self) -> int:
         """What the driver and the allocator have left: more cannot be had while others hold the rest."""
         return self._room_and_total()[0]
@@ -47,14 +56,16 @@ class CudaMeter:
         return room - int(total * _RESERVE)
 
     def _room_and_total(self) -> tuple[int, int]:
-        stats = self._stats()
-        unused = _of(stats, "reserved_bytes", "current") - _of(stats, "allocated_bytes", "current")
         free, total = torch.cuda.mem_get_info(self._device)
-        return free + unused, total
+        return free + _idle(self._stats()), total
 
     def _stats(self) -> dict[str, Any]:
         """As the allocator gives them: `torch.cuda.memory_allocated` sorts all of them first, which takes long."""
         return torch.cuda.memory_stats_as_nested_dict(self._device)
+
+
+def _idle(stats: dict[str, Any]) -> int:
+    return _of(stats, "reserved_bytes", "current") - _of(stats, "allocated_bytes", "current")
 
 
 def _of(stats: dict[str, Any], kind: str, when: str) -> int:
