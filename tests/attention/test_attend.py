@@ -7,10 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from expertune.attention import attend as module
 from expertune.attention.attend import attend
 from expertune.attention.hopper import Hopper
 from expertune.attention.kernels import Pattern
 from expertune.attention.sequences import Sequences
+from expertune.attention.tiles import Tiles
 
 B, H, J, T, D = 2, 4, 2, 23, 8
 
@@ -191,3 +193,31 @@ def test_whole_samples_with_narrow_heads_are_ours_with_sinks_and_on_few_tokens(w
     assert why_not(2048, has_sinks=True) == "needs a CUDA device, these tensors are on meta"
     assert why_not(2049, has_sinks=True).startswith("leaves whole samples of more than 2,048 tokens to others")
     assert why_not(2048, has_sinks=False).startswith(f"leaves whole samples with heads of {width} to others")
+
+
+class _Notes(Tiles):
+    """Whether each backward was told that it may write over what attended."""
+
+    def __init__(self) -> None:
+        self.told: list[bool] = []
+
+    def backward(self, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
+        *_, pattern = given
+        self.told.append(pattern.overwrites)
+        return super().backward(*given)
+
+
+@pytest.mark.parametrize("kind", ["plain", "window", "sinks"])
+@pytest.mark.parametrize("overwrites", [False, True])
+def test_only_the_last_backward_writes_over_what_attended(
+    kind: str, overwrites: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel = _Notes()
+    monkeypatch.setattr(module, "BEYOND_SDPA", (kernel,))
+    monkeypatch.setattr(module, "PREFERRED", (kernel,))
+    q, k, v, sinks = inputs()
+    settings = {"window": {"window": 3}, "sinks": {"sinks_H": sinks}}.get(kind, {})
+    out = attend(q, k, v, scale=0.3, overwrites=overwrites, **settings).sum()  # type: ignore[arg-type]
+    out.backward(retain_graph=True)
+    out.backward()
+    assert kernel.told == [False, overwrites]

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import expertune
-from expertune.hosts import forwards, latent_attention
+from expertune.attention.attend import attend
+from expertune.hosts import attention, forwards, latent_attention
 from tests.conftest import Checkpoint
 from tests.hosts.models import batch, load_tiny
 from tests.hosts.passes import of_tokens
@@ -92,3 +93,21 @@ def test_a_class_that_computes_otherwise_is_left_alone(checkpoint: Checkpoint) -
 
 def test_attention_of_another_kind_is_left_alone(checkpoint: Checkpoint) -> None:
     assert latent_attention.find(load_tiny(checkpoint("qwen3_moe"), torch.float32)) == []
+
+
+@pytest.mark.parametrize(("family", "overwrites"), [("glm4_moe_lite", True), ("qwen3_moe", False)])
+def test_what_it_puts_together_may_be_written_over(
+    checkpoint: Checkpoint, family: str, overwrites: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody else has it; other attentions get what projections gave, which hooks may have kept."""
+    told: list[bool] = []
+
+    def noted(*args: Any, **settings: Any) -> torch.Tensor:
+        told.append(settings["overwrites"])
+        return attend(*args, **settings)
+
+    monkeypatch.setattr(attention, "attend", noted)
+    monkeypatch.setattr(attention, "goes_beyond_sdpa", lambda *_: True)
+    ours = expertune.optimize(load_tiny(checkpoint(family), torch.float64))
+    ours(input_ids=torch.randint(3, 60, (2, 9)), use_cache=False)
+    assert told == [overwrites] * 2

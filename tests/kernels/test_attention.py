@@ -81,18 +81,26 @@ def gradients(tensors: list[Tensor], scale: float, case: Case) -> list[Tensor]:
     return list(torch.autograd.grad(formula(q, k, v, scale, case)[0], (q, k, v), tensors[3]))
 
 
-def ours(tensors: list[Tensor], scale: float, case: Case = WHOLE, *, forms_again: bool = False) -> list[Tensor]:
+def ours(
+    tensors: list[Tensor],
+    scale: float,
+    case: Case = WHOLE,
+    *,
+    forms_again: bool = False,
+    is_whole: bool = False,
+    overwrites: bool = False,
+) -> list[Tensor]:
     from expertune.attention.backward import backward
 
     q, k, v, dout = tensors
     out, lse = formula(q.double(), k.double(), v.double(), scale, case)
     spans = case.spans(q.shape[2])
     given = (dout.transpose(1, 2), q, k, v, out.to(q).transpose(1, 2), lse.float(), scale, spans)
-    return list(backward(*given, forms_again=forms_again))
+    return list(backward(*given, forms_again=forms_again, is_whole=is_whole, overwrites=overwrites))
 
 
-def check(tensors: list[Tensor], scale: float, case: Case = WHOLE, *, forms_again: bool = False) -> list[Tensor]:
-    mine, plain = ours(tensors, scale, case, forms_again=forms_again), gradients(tensors, scale, case)
+def check(tensors: list[Tensor], scale: float, case: Case = WHOLE, **how: bool) -> list[Tensor]:
+    mine, plain = ours(tensors, scale, case, **how), gradients(tensors, scale, case)
     truth = gradients([x.double() for x in tensors], scale, case)
     for name, got, other, exact in zip(NAMES, mine, plain, truth, strict=True):
         assert got.dtype == tensors[0].dtype
@@ -177,12 +185,107 @@ def test_heads_that_share_keys_are_summed_by_one_program(
     monkeypatch.setattr(backward, "is_hopper", lambda _: False)
     monkeypatch.setattr(backward, "num_programs", lambda _: 1)
     monkeypatch.setattr(backward, "_WAVES", 20)  # so many heads at a time as there is room for
+    monkeypatch.setattr(backward, "_FEWEST_WAVES", 20)
     monkeypatch.setattr(backward, "_WAVES_OF_SUMS", 0)
     monkeypatch.setattr(backward, "_WAVES_OF_SUMS_IN_A_BAND", 0)
     band = case.spans(130).band(32)
     cut = backward.cut_into(130, 4, 4, 32, 1, band)
     assert (cut.summed, cut.band > 0) == (summed, case.window is not None)
     check(inputs(1, 130, 4, 1, 16, dtype), 0.25, case)
+
+
+@pytest.fixture
+def halved(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The lengths of samples that were cut in halves, of which none is too short."""
+    from expertune.attention import backward, backward_halves
+
+    lengths: list[int] = []
+    sample = backward_halves.sample
+
+    def counted(kernels: Any, given: Any, *others: Any) -> None:
+        lengths.append(len(given.q_THD))
+        sample(kernels, given, *others)
+
+    monkeypatch.setattr(backward_halves, "sample", counted)
+    monkeypatch.setattr(backward, "_FEWEST_WAVES", 0)
+    return lengths
+
+
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("batch", "length", "num_heads", "num_shared", "width"),
+    [(1, 64, 2, 2, 16), (2, 128, 4, 2, Width(24, 16)), (1, 192, 3, 1, 16)],
+    ids=str,
+)
+def test_by_halves_it_is_no_worse_than_the_formula(
+    batch: int, length: int, num_heads: int, num_shared: int, width: int | Width, dtype: torch.dtype,
+    halved: list[int], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    from expertune.attention import backward
+
+    monkeypatch.setattr(backward, "is_hopper", lambda _: False)
+    check(inputs(batch, length, num_heads, num_shared, width, dtype), 0.25, is_whole=True)
+    assert halved == [length] * batch
+
+
+@pytest.mark.parametrize("length", [96, 130], ids=["odd blocks", "no whole blocks"])
+def test_what_has_no_halves_is_not_cut_so(length: int, halved: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    from expertune.attention import backward
+
+    monkeypatch.setattr(backward, "is_hopper", lambda _: False)
+    check(inputs(1, length, 2, 2, 16, KERNEL_DTYPES[0]), 0.25, is_whole=True)
+    assert halved == []
+
+
+@pytest.mark.parametrize(
+    ("length", "row", "fewest", "reason"),
+    [
+        (2**15, 5120, 1.9, None),
+        (2**14, 5120, 1.9, "one head of it has too few blocks"),
+        (2**15 + 128, 5120, 1.9, "its halves are no whole blocks"),
+        (2**17, 2**15, 1.9, "its halves lie too far apart"),
+    ],
+)
+def test_which_samples_are_cut_in_halves(length: int, row: int, fewest: float, reason: str | None) -> None:
+    from expertune.attention.backward_halves import why_not
+
+    q_THD = torch.empty(1, device="meta").as_strided((length, row // 256, 256), (row, 256, 1))
+    assert why_not(q_THD, keys=128, num_programs=132, fewest=fewest) == reason
+
+
+def test_halves_are_held_in_half_the_memory() -> None:
+    from expertune.attention.backward_halves import num_scores
+    from expertune.kernels.attention import scratch_shape
+
+    rows, pitch = scratch_shape(1, 2**15, 2**15, 128, 0)
+    assert num_scores(2**15, 128) < 0.503 * rows * pitch
+
+
+@pytest.mark.parametrize("is_whole", [False, True], ids=["by heads", "by halves"])
+@pytest.mark.parametrize("num_shared", [4, 2, 1])
+@pytest.mark.parametrize("bound", BOUNDS.values(), ids=list(BOUNDS), indirect=True)
+@pytest.mark.usefixtures("bound", "halved")
+def test_gradients_may_be_written_over_what_attended(
+    num_shared: int, is_whole: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from expertune.attention import backward
+
+    monkeypatch.setattr(backward, "is_hopper", lambda _: False)
+    tensors = inputs(2, 128, 4, num_shared, 16, KERNEL_DTYPES[0])
+    expected = ours(tensors, 0.25, is_whole=is_whole)
+    found = ours(tensors, 0.25, is_whole=is_whole, overwrites=True)
+    assert all(map(torch.equal, found, expected))
+    assert [x.data_ptr() for x in found] == [x.data_ptr() for x in tensors[:3]]
+
+
+def test_scores_that_are_formed_again_are_formed_of_what_attended(monkeypatch: pytest.MonkeyPatch) -> None:
+    from expertune.attention import backward_again
+
+    monkeypatch.setattr(backward_again, "is_hopper", lambda _: False)
+    tensors = inputs(1, 50, 4, 2, 16, KERNEL_DTYPES[0])
+    before = [x.clone() for x in tensors]
+    expected, found = (ours(tensors, 0.25, forms_again=True, overwrites=each) for each in (False, True))
+    assert all(map(torch.equal, (*found, *tensors), (*expected, *before)))
 
 
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
@@ -243,7 +346,8 @@ def test_any_strides_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("length", "num_heads", "group", "most", "cut"),
     [
-        (8192, 20, 1, 8192, (7, 8192, 0, 1)),
+        (4096, 20, 1, 4096, (20, 4096, 0, 1)),
+        (8192, 20, 1, 8192, (4, 8192, 0, 1)),
         (32768, 20, 1, 32768, (1, 32768, 0, 1)),
         (100_000, 20, 1, 100_000, (1, 20224, 0, 1)),
         (4096, 16, 8, 4096, (16, 4096, 0, 1)),
@@ -285,12 +389,12 @@ needs_hopper = pytest.mark.skipif(
 )
 
 
-def check_on_hopper(tensors: list[Tensor], case: Case = WHOLE) -> None:
-    """The kernels for heads of that width; two runs give the same bits."""
+def check_on_hopper(tensors: list[Tensor], case: Case = WHOLE, *, is_whole: bool = False) -> None:
+    """The kernels for heads of that width; two runs give the same bits, the second where the tensors were."""
     width = tensors[0].shape[-1]
     forms_again = width < 192
-    first = check(tensors, width**-0.5, case, forms_again=forms_again)
-    again = ours(tensors, width**-0.5, case, forms_again=forms_again)
+    first = check(tensors, width**-0.5, case, forms_again=forms_again, is_whole=is_whole)
+    again = ours(tensors, width**-0.5, case, forms_again=forms_again, is_whole=is_whole, overwrites=True)
     assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
 
 
@@ -313,6 +417,19 @@ def test_on_hopper(
     batch: int, length: int, num_heads: int, num_shared: int, width: int | Width, dtype: torch.dtype
 ) -> None:
     check_on_hopper(inputs(batch, length, num_heads, num_shared, width, dtype))
+
+
+@needs_hopper
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("width", [256, LATENT], ids=str)
+@pytest.mark.parametrize(
+    ("batch", "length", "num_heads", "num_shared"), [(1, 256, 2, 2), (2, 1536, 4, 2), (1, 2048, 3, 1)], ids=str
+)
+def test_on_hopper_by_halves(
+    batch: int, length: int, num_heads: int, num_shared: int, width: int | Width, dtype: torch.dtype, halved: list[int]
+) -> None:
+    check_on_hopper(inputs(batch, length, num_heads, num_shared, width, dtype), is_whole=True)
+    assert halved == [length] * 2 * batch
 
 
 @needs_hopper

@@ -70,13 +70,18 @@ def test_nothing_is_nothing() -> None:
     assert [x.numel() for x in results("assemble", tensors, HALVES)] == [0] * 6
 
 
-def test_values_are_not_copied_and_heads_lie_side_by_side() -> None:
+@pytest.mark.parametrize("name", ["assemble", "assemble_in_torch"])
+def test_all_that_is_put_together_is_new(name: str) -> None:
+    """So that nothing else is kept with it, and it may be written over."""
+    tensors = [x.to(DEVICE, torch.float32) for x in inputs(HALVES, 4, (8, 4, 8), is_one_batch=True)]
+    storages = {x.untyped_storage().data_ptr() for x in (*tensors, *getattr(latent, name)(*tensors, HALVES))}
+    assert len(storages) == len(tensors) + 3
+
+
+def test_heads_of_a_token_lie_side_by_side() -> None:
     """So that the output of attention comes as the next projection reads it, and no gradient is copied."""
     tensors = [x.to(DEVICE, torch.float32) for x in inputs(HALVES, 4, (8, 4, 8), is_one_batch=True)]
-    q, k, v = latent.assemble(*tensors, HALVES)
-    assert v.untyped_storage().data_ptr() == tensors[1].untyped_storage().data_ptr()
-    assert q.transpose(1, 2).is_contiguous()
-    assert k.transpose(1, 2).is_contiguous()
+    assert all(x.transpose(1, 2).is_contiguous() for x in latent.assemble(*tensors, HALVES))
 
 
 def test_gradients_of_heads_may_lie_far_apart() -> None:

@@ -1,5 +1,6 @@
 """Routing replay: the second run of a checkpointed layer chooses as the first, whatever its numbers say."""
 
+import weakref
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -135,6 +136,38 @@ class TestCheckpointLayer:
 
     def test_an_input_without_gradient_takes_the_other(self) -> None:
         assert self._ran_with_grad(torch.ones(2), bias=torch.ones(2))
+
+
+class _Looks(torch.autograd.Function):
+    """Does nothing, and notes in backward what is left of an output."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, outputs: list[Any], left: list[Any]) -> Tensor:
+        ctx.outputs, ctx.left = outputs, left
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None, None]:
+        ctx.left += [ref() for ref in ctx.outputs]
+        return dout, None, None
+
+
+@pytest.mark.parametrize("asks", [False, True], ids=["backward", "grad"])
+def test_what_comes_out_of_the_second_run_is_not_held_while_it_is_differentiated(asks: bool) -> None:
+    outputs: list[Any] = []
+    left: list[Any] = []
+
+    def layer(x: Tensor) -> Tensor:
+        out = _Looks.apply(x, outputs, left) + x  # type: ignore[no-untyped-call]
+        outputs.append(weakref.ref(out))
+        return out  # type: ignore[no-any-return]
+
+    x = torch.ones(2, requires_grad=True)
+    out = CHECKPOINTS["ours"](layer, x).sum()
+    (grad,) = torch.autograd.grad(out, x) if asks else (out.backward(), x.grad)[1:]
+    torch.testing.assert_close(grad, torch.full((2,), 2.0))
+    assert len(left) == 2
+    assert left[1] is None
 
 
 def test_what_was_made_of_the_choice_is_kept_for_the_second_run() -> None:

@@ -1,5 +1,6 @@
 """Attention as one node of autograd over any kernel, with sinks or without."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ def attend(
     sinks_H: Tensor | None = None,
     sequences: Sequences | None = None,
     mask: Tensor | None = None,
+    overwrites: bool = False,
 ) -> Tensor:
     """Causal attention, `(B, T, H, V)`.
 
@@ -42,6 +44,7 @@ def attend(
         sinks_H: a score of each head that takes a share of the softmax and gives nothing.
         sequences: which rows of the batch belong together; None for one sequence a sample, without padding.
         mask: `(B, 1 or H, T, S)`, bool or added to the scores, in place of causality, window and sequences.
+        overwrites: whether backward may write over queries, keys and values, since nobody else has them.
 
     Raises:
         ValueError: there are more or fewer keys than queries, and no mask says which attend to which.
@@ -57,8 +60,8 @@ def attend(
     if window is not None and window >= q_BHTD.shape[2]:
         window = None
     if sequences is None and window is None and not has_sinks:
-        return _plain(q_BHTD, k_BJSD, v_BJSV, scale)
-    pattern = Pattern(scale=scale, window=window, sequences=sequences, has_sinks=has_sinks)
+        return _plain(q_BHTD, k_BJSD, v_BJSV, Pattern(scale=scale, overwrites=overwrites))
+    pattern = Pattern(scale=scale, window=window, sequences=sequences, has_sinks=has_sinks, overwrites=overwrites)
     if sequences is None:
         return _attend(q_BHTD, k_BJSD, v_BJSV, sinks_H, pattern)
     batch, _, length, _ = q_BHTD.shape
@@ -74,15 +77,16 @@ def goes_beyond_sdpa(q_BHTD: Tensor, v_BJSV: Tensor) -> bool:
     return any(kernel.why_not(q_BHTD, v_BJSV, pattern) is None for kernel in BEYOND_SDPA)
 
 
-def _plain(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def _plain(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
     """Torch's own choice, which no mask keeps from its fastest kernel, unless there is a faster one."""
     if goes_beyond_sdpa(q, v):
-        return _attend(q, k, v, None, Pattern(scale=scale))
+        return _attend(q, k, v, None, pattern)
     shares_heads = k.shape[1] != q.shape[1]
     if shares_heads and q.shape[-1] > _WIDEST_SHARED:
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
         shares_heads = False
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=shares_heads).transpose(1, 2)
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=pattern.scale, enable_gqa=shares_heads)
+    return out.transpose(1, 2)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, sinks_H: Tensor | None, pattern: Pattern) -> Tensor:
@@ -105,6 +109,9 @@ class _Attend(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, sinks_H, out, lse, *state = ctx.saved_tensors
         attended = Attended(out, lse, tuple(state))
-        dq, dk, dv = ctx.kernel.backward(dout, q, k, v, attended, ctx.pattern)
+        pattern: Pattern = ctx.pattern
+        if pattern.overwrites and torch._C._autograd._get_current_graph_task_keep_graph():  # another backward may come
+            pattern = replace(pattern, overwrites=False)
         dsinks = sinks.gradient(dout, attended, sinks_H) if ctx.needs_input_grad[3] else None
+        dq, dk, dv = ctx.kernel.backward(dout, q, k, v, attended, pattern)
         return dq, dk, dv, dsinks, None, None

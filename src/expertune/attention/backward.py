@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from expertune.attention import backward_again
+from expertune.attention import backward_again, backward_halves
 from expertune.kernels import attention as plain
 from expertune.kernels import attention_hopper, attention_products, attention_products_hopper
 from expertune.kernels.attention import Grads, Heads, Part, row_sums, scratch_shape
@@ -27,6 +27,7 @@ _A_TOKEN = 40 * 2**10
 _LEAST = 2**29  # and in any case
 # blocks of keys a multiprocessor, so that all end at about the same time: uneven ones, and those that fill a band
 _WAVES, _WAVES_OF_A_BAND = 5, 16
+_FEWEST_WAVES = 1.9  # where there is no room for so many: more gain nothing then (measured: heads of 256 on an H200)
 # at least, where several heads that share keys are summed by one program
 _WAVES_OF_SUMS, _WAVES_OF_SUMS_IN_A_BAND = 5, 2.5
 
@@ -66,6 +67,8 @@ def backward(
     spans: Spans,
     *,
     forms_again: bool = False,
+    is_whole: bool = False,
+    overwrites: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of queries, keys and values of causal attention, in their shapes and dtype.
 
@@ -79,12 +82,16 @@ def backward(
         spans: of the rows of each; packed samples are one row of a batch.
         forms_again: whether scores are formed again for queries (`backward_again.py`), instead of their gradient held;
             values are as wide as keys there.
+        is_whole: whether all rows are one sample, without a window.
+        overwrites: whether gradients may be written over queries, keys and values. Scores that are formed again are
+            formed of these to the end: there it is not done.
     """
     q, k, v = (x.transpose(1, 2) for x in (q_BHTD, k_BJTD, v_BJTV))
-    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    overwrites = overwrites and not forms_again
+    dq, dk, dv = (x if overwrites else torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     tensors = [readable(x) for x in (q, k, v, dout_BTHV, out_BTHV)]
     lse_BHT = F.pad(lse_BHT, (0, -lse_BHT.shape[-1] % 4))[..., : lse_BHT.shape[-1]]  # rows of whole 16 bytes
-    run = backward_again.sample if forms_again else _sample
+    run = backward_again.sample if forms_again else _by_halves if is_whole else _by_heads
     for each in range(len(q)):
         q_THD, k_TJD, v_TJV, dout_THV, out_THV = (x[each] for x in tensors)
         heads = Heads(q_THD, k_TJD, v_TJV, dout_THV, lse_BHT[each], row_sums(dout_THV, out_THV))
@@ -92,9 +99,19 @@ def backward(
     return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
 
-def _sample(given: Heads, dq: Tensor, grads: Grads, scale: float, spans: Spans) -> None:
+def _by_halves(given: Heads, dq: Tensor, grads: Grads, scale: float, spans: Spans) -> None:
+    """Of one row of the batch, which is whole: by halves, if it is long and these are not too large."""
+    kernels, length = _kernels(given.q_THD.device), len(given.q_THD)
+    is_long = backward_halves.why_not(given.q_THD, kernels.keys, num_programs(dq.device), _FEWEST_WAVES) is None
+    if is_long and backward_halves.num_scores(length, kernels.keys) <= _most_scores(length):
+        backward_halves.sample(kernels, given, dq, grads, scale, spans)
+    else:
+        _by_heads(given, dq, grads, scale, spans)
+
+
+def _by_heads(given: Heads, dq: Tensor, grads: Grads, scale: float, spans: Spans) -> None:
     """Of one row of the batch, `(T, heads, D)`, in two rounds."""
-    q, k, v, dout, lse_HT, delta_HT = given
+    q, k = given.q_THD, given.k_TJD
     dk, dv = grads
     (length, num_heads, _), group = q.shape, q.shape[1] // k.shape[1]
     kernels = _kernels(q.device)
@@ -105,16 +122,20 @@ def _sample(given: Heads, dq: Tensor, grads: Grads, scale: float, spans: Spans) 
     for first in range(0, num_heads, cut.heads):
         own = slice(first, min(first + cut.heads, num_heads))
         shared = slice(first // group, ceil_div(own.stop, group))
-        heads = Heads(q[:, own], k[:, shared], v[:, shared], dout[:, own], lse_HT[own], delta_HT[own])
+        heads = given.of(own, shared)
         to_sum = None if sums is None else Grads(*[x[:, : (own.stop - first) // cut.summed] for x in sums])
         scratch = ds[: len(ds) // cut.heads * (own.stop - first)]
         is_last = own.stop % group == 0
         written = Grads(dk[:, shared], dv[:, shared])
         last = written if is_last and cut.summed == min(group, cut.heads) else None
+        if last is not None and dk.data_ptr() == k.data_ptr():  # keys are read after their gradient is made
+            last = last._replace(dk=torch.empty_like(last.dk))
         for part in _parts(scratch, length, cut, kernels.keys, adds=first % group > 0):
             _part(kernels, part, heads, spans, to_sum, last, dq[:, own], scale)
         if to_sum is not None and last is None and is_last:
             backward_again.add_up(to_sum, written)
+        if last is not None and last.dk is not written.dk:
+            written.dk.copy_(last.dk)
 
 
 def _part(
@@ -147,6 +168,11 @@ def _parts(ds: Tensor, length: int, cut: Cut, keys: int, *, adds: bool) -> Itera
         yield Part(ds, first, min(first + cut.queries, length), keys, cut.band > 0, adds)
 
 
+def _most_scores(length: int) -> int:
+    """Of which the gradient is held at a time, in 16 bits."""
+    return max(_A_TOKEN * length, _LEAST) // 2
+
+
 def cut_into(length: int, num_heads: int, group: int, keys: int, num_programs: int, band: int) -> Cut:
     """How a sample is cut: into whole groups of heads that share keys, or a group into equal parts.
 
@@ -158,7 +184,7 @@ def cut_into(length: int, num_heads: int, group: int, keys: int, num_programs: i
         num_programs: that run at the same time.
         band: columns of one; it is taken where it is smaller than a folded square.
     """
-    most = max(_A_TOKEN * length, _LEAST) // 2  # numbers in 16 bits
+    most = _most_scores(length)
     whole = ceil_div(length, keys) * keys
     folded, in_a_band = (prod(scratch_shape(1, length, whole, keys, columns)) for columns in (0, band))
     band = band if in_a_band < folded else 0
@@ -171,6 +197,9 @@ def cut_into(length: int, num_heads: int, group: int, keys: int, num_programs: i
     sizes = [n for n in range(1, group) if group % n == 0] + list(range(group, num_heads + 1, group))
     fitting = [n for n in sizes if n * numbers <= most]
     heads = next((n for n in fitting if n >= wanted), fitting[-1])
+    if heads < min(wanted, num_heads) and not band:
+        enough = _FEWEST_WAVES * num_programs / (whole // keys)
+        heads = next((n for n in fitting if n >= enough), heads)
     if heads >= group:  # as many at each time
         heads = ceil_div(num_heads // group, ceil_div(num_heads, heads)) * group
     fewest = (_WAVES_OF_SUMS_IN_A_BAND if band else _WAVES_OF_SUMS) * num_programs

@@ -71,7 +71,14 @@ class Hopper:
         out_BTHV, lse_BHT, found = attended
         of_rows = Spans(_most(q_BHTD, pattern), *found)
         given = (dout_BTHV, q_BHTD, k_BJSD, v_BJSV, out_BTHV, lse_BHT)
-        return backward(*given, pattern.scale, of_rows, forms_again=_widths(q_BHTD, v_BJSV) in _NARROW)
+        return backward(
+            *given,
+            pattern.scale,
+            of_rows,
+            forms_again=_widths(q_BHTD, v_BJSV) in _NARROW,
+            is_whole=pattern.sequences is None and pattern.window is None,
+            overwrites=pattern.overwrites,
+        )
 
 
 def _widths(q_BHTD: Tensor, v_BJSV: Tensor) -> tuple[int, int]:

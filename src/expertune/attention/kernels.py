@@ -21,6 +21,7 @@ class Pattern:
         sequences: of the rows of a batch of one; None for one sequence a sample.
         mask: `(B, 1 or H, T, S)`; bool, true where a query attends, or added to the scores. The rest counts no more.
         has_sinks: whether a score of each head takes a share of the softmax and gives nothing.
+        overwrites: whether backward may write over queries, keys and values: nobody else has them.
     """
 
     scale: float
@@ -28,6 +29,7 @@ class Pattern:
     sequences: Sequences | None = None
     mask: Tensor | None = None
     has_sinks: bool = False
+    overwrites: bool = False
 
 
 class Attended(NamedTuple):

@@ -18,8 +18,9 @@ def assemble(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries and keys `(B, H, T, D)`, and values `(B, H, T, C - D + R)`, as an attention takes them.
 
-    In one kernel each way where there is one for these tensors, computed in float32 and rounded once; otherwise by
-    torch's own operations.
+    All are new, values too: kept as a part of `kv_BTHC`, they would keep the keys' parts beside the keys. In one kernel
+    each way where there is one for these tensors, computed in float32 and rounded once; otherwise by torch's own
+    operations.
 
     Args:
         q_BTHD: a head's own part and, behind it, the one to be rotated.
@@ -60,7 +61,7 @@ def assemble_in_torch(
     k_rot = formula(rot_BTR.unsqueeze(1), cos_BTR, sin_BTR, rotation).expand(*kv_BHTC.shape[:-1], -1)
     q = torch.cat((q_BHTD[..., :num_passed], q_rot.to(q_BHTD.dtype)), dim=-1)
     k = torch.cat((kv_BHTC[..., :num_passed], k_rot.to(kv_BHTC.dtype)), dim=-1)
-    return q, k, kv_BHTC[..., num_passed:]
+    return q, k, kv_BHTC[..., num_passed:].clone()
 
 
 class _Assemble(torch.autograd.Function):
@@ -73,9 +74,8 @@ class _Assemble(torch.autograd.Function):
         cos_BTR, sin_BTR = cos_BTR.contiguous(), sin_BTR.contiguous()
         ctx.save_for_backward(cos_BTR, sin_BTR)
         ctx.rotation, ctx.num_rotated = rotation, rot_BTR.shape[-1]
-        q, k = latent.assemble(q_BTHD, kv_BTHC, rot_BTR, cos_BTR, sin_BTR, **_kind(rotation))
-        v_BTHV = kv_BTHC[..., q_BTHD.shape[-1] - rot_BTR.shape[-1] :]
-        return q.transpose(1, 2), k.transpose(1, 2), v_BTHV.transpose(1, 2)
+        q, k, v = latent.assemble(q_BTHD, kv_BTHC, rot_BTR, cos_BTR, sin_BTR, **_kind(rotation))
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     @staticmethod
     @once_differentiable

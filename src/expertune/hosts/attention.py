@@ -24,7 +24,7 @@ from expertune.hosts import windows
 
 IMPLEMENTATION = "expertune"
 BESIDE_SDPA = "expertune_beside_sdpa"
-_OURS = (IMPLEMENTATION, BESIDE_SDPA)
+ALL = (IMPLEMENTATION, BESIDE_SDPA)
 _HOSTS_OWN = ("eager", "sdpa")
 _SEQUENCES = WeakTensorKeyDictionary()  # found once a step, by the mask or the positions that every layer gets
 _START_NO_SAMPLES = WeakTensorKeyDictionary()  # positions
@@ -48,7 +48,7 @@ def why_not(decoder: PreTrainedModel, model: nn.Module) -> str | None:
     """
     config = decoder.config
     implementation = config._attn_implementation
-    if implementation not in (*_HOSTS_OWN, *_OURS):
+    if implementation not in (*_HOSTS_OWN, *ALL):
         return f"{implementation} was asked for"
     if not decoder._supports_flash_attn:
         return f"{type(decoder).__name__} does not keep the contract of FlashAttention"
@@ -116,13 +116,13 @@ def forms_scores(decoder: PreTrainedModel) -> bool:
 def give_back(configs: list[tuple[Any, str]]) -> None:
     """Undo `take_over`, but where someone has chosen another attention since."""
     for config, had in configs:
-        if config._attn_implementation in _OURS:
+        if config._attn_implementation in ALL:
             config._attn_implementation = had
 
 
 def is_ours(decoder: PreTrainedModel) -> bool:
     """Whether a decoder attends through ours."""
-    return decoder.config._attn_implementation in _OURS
+    return decoder.config._attn_implementation in ALL
 
 
 def gives_nothing_of_padding(decoder: PreTrainedModel) -> bool:
@@ -282,9 +282,10 @@ def _attention(
     position_ids: Tensor | None = None,
     softcap: float | None = None,
     is_causal: bool | None = None,
+    overwrites: bool = False,
     **keywords: Any,
 ) -> tuple[Tensor, None]:
-    """The host's attention function, `(B, T, H, V)`."""
+    """The host's attention function, `(B, T, H, V)`; `overwrites` is ours, see `attend`."""
     is_whole = attention_mask is not None and attention_mask.dim() == 4
     if is_causal is None:  # as the host's for SDPA asks
         is_causal = getattr(module, "is_causal", None)
@@ -308,6 +309,7 @@ def _attention(
         sinks_H=s_aux,
         sequences=sequences,
         mask=attention_mask if is_whole else None,
+        overwrites=overwrites,
     )
     return out_BTHV, None
 
@@ -323,7 +325,8 @@ def _attention_beside_sdpa(
         return _attention(module, query, key, value, attention_mask, **kwargs)
     is_whole = attention_mask is None and query.shape[2] == key.shape[2] and kwargs.get("is_causal") is not False
     if is_whole and not kwargs.get("dropout") and goes_beyond_sdpa(query, value):
-        return _attention(module, query, key, value, None, scaling=kwargs.get("scaling"))
+        overwrites = kwargs.get("overwrites", False)
+        return _attention(module, query, key, value, None, scaling=kwargs.get("scaling"), overwrites=overwrites)
     out: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     return out
 

@@ -34,7 +34,7 @@ _SMALL = {
     "_attn_implementation": "eager",
 }
 _PARTS = ("kv_a_proj_with_mqa", "kv_a_layernorm", "kv_b_proj", "o_proj", "config", "scaling", "qk_nope_head_dim")
-_TAKES_ANY_WIDTHS = ("eager", "sdpa", ours.IMPLEMENTATION, ours.BESIDE_SDPA)
+_TAKES_ANY_WIDTHS = ("eager", "sdpa", *ours.ALL)
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 _ROTATES, _ROTATES_COMPLEX = "apply_rotary_pos_emb", "apply_rotary_emb"  # the second is DeepSeek-V2's
 
@@ -108,8 +108,11 @@ def _forward(
     if isinstance(position_embeddings, Tensor):
         position_embeddings = (position_embeddings.real, position_embeddings.imag)
     q_BHTD, k_BHTD, v_BHTV = assemble(q, kv, rot_BTR, *position_embeddings, rotation)
-    names = _globals(type(attention).forward)
-    attend = names[_INTERFACE].get_interface(attention.config._attn_implementation, names["eager_attention_forward"])
+    del q, kv
+    names, implementation = _globals(type(attention).forward), attention.config._attn_implementation
+    attend = names[_INTERFACE].get_interface(implementation, names["eager_attention_forward"])
+    if implementation in ours.ALL:  # what was put together is new, and nobody else has it
+        kwargs["overwrites"] = True
     out_BTHV, weights = attend(
         attention,
         q_BHTD,

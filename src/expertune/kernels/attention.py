@@ -43,6 +43,8 @@ class Part(NamedTuple):
         keys: of a block.
         is_band: whether `ds` has a row a key, and columns for the queries that reach it; else it is folded.
         adds: whether what these queries give is added to every key's sum, and not just to those of keys before them.
+        keys_end: keys from there on are left out, a multiple of `keys`; None for none. What is formed of the others is
+            added to the sums of queries that come behind it.
     """
 
     ds: Tensor
@@ -51,6 +53,7 @@ class Part(NamedTuple):
     keys: int
     is_band: bool
     adds: bool
+    keys_end: int | None = None
 
     @classmethod
     def whole(cls, heads: "Heads", keys: int) -> "Part":
@@ -58,18 +61,19 @@ class Part(NamedTuple):
         return cls(heads.q_THD, 0, len(heads.q_THD), keys, is_band=False, adds=False)
 
     @property
-    def num_blocks(self) -> int:
-        """Of keys that these queries attend to."""
-        return ceil_div(self.end, self.keys)
+    def key_blocks(self) -> int:
+        """Blocks of keys that these queries attend to, and that are not left out."""
+        return ceil_div(self.end if self.keys_end is None else self.keys_end, self.keys)
 
     def num_programs(self, num_sums: int, *, of_queries: bool) -> int:
-        """Of a second round's product for so many sums: blocks of these queries, or of keys."""
-        return (self.num_blocks - (self.first // self.keys if of_queries else 0)) * num_sums
+        """For so many sums: blocks of these queries, or of keys."""
+        query_blocks = ceil_div(self.end, self.keys) - self.first // self.keys
+        return (query_blocks if of_queries else self.key_blocks) * num_sums
 
     def sizes(self, num_heads: int, length: int) -> tuple[int, ...]:
         """What kernels are told; the pitch of `ds` and its rows of a head are in blocks."""
         pitch, rows = self.ds.shape[1] // self.keys, len(self.ds) // num_heads // self.keys
-        return self.first // self.keys, self.end, num_heads, length, pitch, rows, int(self.adds)
+        return self.first // self.keys, self.end, self.key_blocks, num_heads, length, pitch, rows, int(self.adds)
 
 
 class Heads(NamedTuple):
@@ -88,6 +92,11 @@ class Heads(NamedTuple):
     dout_THV: Tensor
     lse_HT: Tensor
     delta_HT: Tensor
+
+    def of(self, own: slice, shared: slice) -> "Heads":
+        """Some of them, with these of keys and values."""
+        q, k, v, dout, lse, delta = self
+        return Heads(q[:, own], k[:, shared], v[:, shared], dout[:, own], lse[own], delta[own])
 
 
 class Grads(NamedTuple):
@@ -185,10 +194,12 @@ def write(
     tl.store(at, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["first_block", "end", "num_heads", "T", "pitch_blocks", "rows_blocks", "adds"])
+@triton.jit(
+    do_not_specialize=["first_block", "end", "_key_blocks", "num_heads", "T", "pitch_blocks", "rows_blocks", "adds"]
+)
 def _attention_keys_kernel(
     ds_ptr, q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, reach_ptr, sum_ptr, dv_ptr, dk_ptr,
-    first_block, end, num_heads, T, pitch_blocks, rows_blocks, adds,
+    first_block, end, _key_blocks, num_heads, T, pitch_blocks, rows_blocks, adds,
     q_row, q_head, k_row, k_head, v_row, v_head, dout_row, dout_head, lse_head, delta_head, sum_row, sum_head, out_row,
     out_head, scale,
     D: tl.constexpr, BD: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr,
@@ -288,7 +299,7 @@ def _walk(
     num_sums = grads.dv.shape[1]
     launch(
         _attention_keys_kernel,
-        (part.num_blocks * num_sums, 1, 1),
+        (part.num_programs(num_sums, of_queries=False), 1, 1),
         (part.ds, *heads, spans.reach_T, dv_sum, grads.dv, grads.dk),
         part.sizes(num_heads, length),
         (*strides, scale),

@@ -249,11 +249,13 @@ def _multiply(
         write(dk, key, head // HEADS, T, has_before, (dk_ptr, dk_ptr), strides)
 
 
-@gluon.jit(do_not_specialize=["first_block", "end", "num_heads", "T", "pitch_blocks", "rows_blocks", "adds"])
+@gluon.jit(
+    do_not_specialize=["first_block", "end", "_key_blocks", "num_heads", "T", "pitch_blocks", "rows_blocks", "adds"]
+)
 def _attention_keys_kernel(
     q_desc, k_desc, v_desc, dout_desc, q_rest_desc, k_rest_desc, lse_desc, delta_desc, reach_desc,
     reach_ptr, ds_ptr, sum_ptr, dv_ptr, dk_ptr,
-    first_block, end, num_heads, T, pitch_blocks, rows_blocks, adds,
+    first_block, end, _key_blocks, num_heads, T, pitch_blocks, rows_blocks, adds,
     q_head, k_head, v_head, dout_head, sum_row, sum_head, out_row, out_head, scale,
     GROUP: gl.constexpr, HEADS: gl.constexpr, IS_BAND: gl.constexpr, SUMS_KEYS: gl.constexpr, HAS_REST: gl.constexpr,
     SLOTS: gl.constexpr,
@@ -357,7 +359,7 @@ def _walk(part: Part, heads: Heads, spans: Spans, dv_sum: Tensor, grads: Grads, 
     num_sums = grads.dv.shape[1]
     launch(
         _attention_keys_kernel,
-        (part.num_blocks * num_sums, 1, 1),
+        (part.num_programs(num_sums, of_queries=False), 1, 1),
         (reach, part.ds, dv_sum, grads.dv, grads.dk),
         part.sizes(num_heads, length),
         (*[x.stride(1) for x in operands], *dv_sum.stride()[:2], *grads.dv.stride()[:2], scale),

@@ -13,10 +13,12 @@ from expertune.kernels.attention_spans import Spans
 from expertune.kernels.launch import launch
 
 
-@triton.jit(do_not_specialize=["first_block", "end", "num_heads", "T", "pitch_blocks", "rows_blocks", "adds"])
+@triton.jit(
+    do_not_specialize=["first_block", "end", "key_blocks", "num_heads", "T", "pitch_blocks", "rows_blocks", "adds"]
+)
 def _attention_products_kernel(
     ds_ptr, x_ptr, row_ptr, sum_ptr, out_ptr,
-    first_block, end, num_heads, T, pitch_blocks, rows_blocks, adds,
+    first_block, end, key_blocks, num_heads, T, pitch_blocks, rows_blocks, adds,
     x_row, x_head, sum_row, sum_head, out_row, out_head, scale,
     D: tl.constexpr, BD: tl.constexpr, OF_QUERIES: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr,
     IS_BAND: tl.constexpr, KEYS: tl.constexpr, DEPTH: tl.constexpr,
@@ -27,8 +29,8 @@ def _attention_products_kernel(
     block, own = tl.program_id(0) // num_sums, tl.program_id(0) % num_sums
     if OF_QUERIES:
         block = num_blocks - 1 - block
-        first, last = first_key(row_ptr, block, KEYS, KEYS), (block + 1) * KEYS
-        has_before = False
+        first, last = first_key(row_ptr, block, KEYS, KEYS), tl.minimum(block + 1, key_blocks) * KEYS
+        has_before = key_blocks <= block
     else:
         first, last = tl.maximum(block, first_block) * KEYS, last_query(row_ptr, block, end, T, KEYS)
         has_before = (block < first_block) | (adds > 0)
@@ -64,7 +66,7 @@ def products(
         part: with the gradient of the scores written.
         x_TXD: keys for queries and queries for keys, in any strides but the last.
         spans: as in the round before.
-        sum_TSD: what has been summed before, in float32; None if nothing has, as for queries. `out` may lie there.
+        sum_TSD: what has been summed before, in float32; None if nothing has. `out` may lie there.
         out_TSD: of queries of the part, or of keys before its end; other rows stay.
         scale: of scores.
         of_queries: whether `out` is of queries.

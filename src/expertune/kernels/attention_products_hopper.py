@@ -109,11 +109,13 @@ def _multiply(
         write(rest, row, own, T, has_before, (sum_ptr + WIDTH, out_ptr + WIDTH), strides)
 
 
-@gluon.jit(do_not_specialize=["first_block", "end", "num_heads", "T", "_pitch_blocks", "rows_blocks", "adds"])
+@gluon.jit(
+    do_not_specialize=["first_block", "end", "key_blocks", "num_heads", "T", "_pitch_blocks", "rows_blocks", "adds"]
+)
 def _attention_products_kernel(
     ds_desc, x_desc, rest_desc,
     row_ptr, sum_ptr, out_ptr,
-    first_block, end, num_heads, T, _pitch_blocks, rows_blocks, adds,
+    first_block, end, key_blocks, num_heads, T, _pitch_blocks, rows_blocks, adds,
     x_head, sum_row, sum_head, out_row, out_head, scale,
     OF_QUERIES: gl.constexpr, GROUP: gl.constexpr, HEADS: gl.constexpr, IS_BAND: gl.constexpr, HAS_REST: gl.constexpr,
     STAGES: gl.constexpr,
@@ -127,8 +129,8 @@ def _attention_products_kernel(
     if OF_QUERIES:
         block = num_blocks - 1 - block
         first = first_key(row_ptr, block, KEYS, KEYS)
-        num_steps = ((block + 1) * KEYS - first) // DEPTH
-        has_before = block < 0  # never; Triton 3.6 fails on what is handed to other warps and not used there
+        num_steps = (gl.minimum(block + 1, key_blocks) * KEYS - first) // DEPTH
+        has_before = key_blocks <= block
     else:
         first = gl.maximum(block, first_block) * KEYS
         num_steps = gl.cdiv(last_query(row_ptr, block, end, T, KEYS) - first, DEPTH)

@@ -28,11 +28,11 @@ def _copy(x_ptr, y_ptr, head, x_head, y_head, H, WIDTH: tl.constexpr, BW: tl.con
 
 @triton.jit
 def _assemble_kernel(
-    q_ptr, kv_ptr, rot_ptr, cos_ptr, sin_ptr, q_out_ptr, k_out_ptr,
-    q_batch, kv_batch, rot_batch, cos_batch, out_batch,
-    q_token, kv_token, rot_token, cos_token, out_token, q_head, kv_head, out_head, H,
+    q_ptr, kv_ptr, rot_ptr, cos_ptr, sin_ptr, q_out_ptr, k_out_ptr, v_out_ptr,
+    q_batch, kv_batch, rot_batch, cos_batch, out_batch, v_batch,
+    q_token, kv_token, rot_token, cos_token, out_token, v_token, q_head, kv_head, out_head, v_head, H,
     PASS: tl.constexpr, PAIRS: tl.constexpr, STEP: tl.constexpr, GAP: tl.constexpr, COS_GAP: tl.constexpr,
-    BH: tl.constexpr, BW: tl.constexpr, BP: tl.constexpr,
+    BH: tl.constexpr, BW: tl.constexpr, BP: tl.constexpr, VALUE: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """One program a token."""
     token, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
@@ -42,6 +42,7 @@ def _assemble_kernel(
     kv_ptr += batch * kv_batch + token * kv_token
     q_out_ptr += batch * out_batch + token * out_token
     k_out_ptr += batch * out_batch + token * out_token
+    v_out_ptr += batch * v_batch + token * v_token
     pair = tl.arange(0, BP)[None, :]
     rot = rot_ptr + batch * rot_batch + token * rot_token + pair * STEP
     x1 = tl.load(rot, mask=pair < PAIRS, other=0.0).to(tl.float32)
@@ -52,6 +53,7 @@ def _assemble_kernel(
         head = first + tl.arange(0, BH)[:, None].to(tl.int64)  # heads of all tokens may lie 2³¹ elements apart
         _copy(q_ptr, q_out_ptr, head, q_head, out_head, H, PASS, BW)
         _copy(kv_ptr, k_out_ptr, head, kv_head, out_head, H, PASS, BW)
+        _copy(kv_ptr + PASS, v_out_ptr, head, kv_head, v_head, H, VALUE, BV)
         mask = (head < H) & (pair < PAIRS)
         q = q_ptr + head * q_head + PASS + pair * STEP
         q1 = tl.load(q, mask=mask, other=0.0).to(tl.float32)
@@ -117,12 +119,12 @@ def assemble(
     *,
     is_interleaved: bool,
     is_shared: bool,
-) -> tuple[Tensor, Tensor]:
-    """Queries and keys, `(B, T, H, D)`.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries and keys, `(B, T, H, D)`, and values, `(B, T, H, V)`, contiguous.
 
     Args:
         q_BTHD: of which the last `R` elements of a head are rotated; any strides but in the last dimension, as all.
-        kv_BTHC: of which the first `D - R` elements of a head are its key's.
+        kv_BTHC: of which the first `D - R` elements of a head are its key's, and the others its value.
         rot_BTR: the part of keys that is rotated.
         cos_BTR: of the angles, contiguous; `B` may be 1, and `R` half as wide if angles are shared.
         sin_BTR: the same.
@@ -130,22 +132,24 @@ def assemble(
         is_shared: both of a pair take the angle of the first; otherwise each its own.
     """
     batch, num_tokens, num_heads, width = q_BTHD.shape
-    num_rotated = rot_BTR.shape[-1]
+    num_passed, num_rotated = width - rot_BTR.shape[-1], rot_BTR.shape[-1]
+    num_values = kv_BTHC.shape[-1] - num_passed
     q, k = (torch.empty_like(q_BTHD, memory_format=torch.contiguous_format) for _ in range(2))
+    v = kv_BTHC.new_empty(batch, num_tokens, num_heads, num_values)
     if q.numel():
         tensors = (q_BTHD, kv_BTHC, rot_BTR, cos_BTR)
-        constants = _constants(num_heads, width - num_rotated, num_rotated, is_interleaved, is_shared)
+        constants = _constants(num_heads, num_passed, num_rotated, is_interleaved, is_shared)
         launch(
             _assemble_kernel,
             (num_tokens, batch, 1),
-            (q_BTHD, kv_BTHC, rot_BTR, cos_BTR, sin_BTR, q, k),
+            (q_BTHD, kv_BTHC, rot_BTR, cos_BTR, sin_BTR, q, k, v),
             (),
-            (*map(batch_stride, tensors), q.stride(0), *[x.stride(1) for x in (*tensors, q)])
-            + (*[x.stride(2) for x in (q_BTHD, kv_BTHC, q)], num_heads),
-            constants,
+            (*map(batch_stride, tensors), q.stride(0), v.stride(0), *[x.stride(1) for x in (*tensors, q, v)])
+            + (*[x.stride(2) for x in (q_BTHD, kv_BTHC, q, v)], num_heads),
+            constants | {"VALUE": num_values, "BV": next_power_of_2(num_values)},
             num_warps=4,
         )
-    return q, k
+    return q, k, v
 
 
 def take_apart(

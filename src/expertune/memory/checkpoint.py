@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, distributed, nn
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import get_gradient_edge
 from torch.utils.checkpoint import checkpoint
 
 from expertune.memory.random_states import RandomStates
@@ -200,12 +201,15 @@ class _Checkpointed(torch.autograd.Function):
         if not ends:
             return (None, *[None] * len(wants))
         reached, of_reached = zip(*ends, strict=True)
+        edges = [get_gradient_edge(o) for o in reached]
+        wanted = [] if is_whole else [*(x for x in tensors if x.requires_grad), *trained]
+        if not is_whole:
+            _refuse_others(reached, wanted)
+        del out, outs, ends, reached  # nobody reads what came out a second time
         if is_whole:
-            torch.autograd.backward(reached, of_reached)
+            torch.autograd.backward(edges, of_reached)
             return (None, *[x.grad for x in tensors], *[None if adds_itself else each.grad for each in trained])
-        wanted = [*(x for x in tensors if x.requires_grad), *trained]
-        _refuse_others(reached, wanted)
-        grads = iter(torch.autograd.grad(reached, wanted, of_reached, allow_unused=True))
+        grads = iter(torch.autograd.grad(edges, wanted, of_reached, allow_unused=True))
         return (None, *[next(grads) if x.requires_grad else None for x in tensors], *grads)
 
 
