@@ -196,20 +196,20 @@ def test_whole_samples_with_narrow_heads_are_ours_with_sinks_and_on_few_tokens(w
 
 
 class _Notes(Tiles):
-    """Whether each backward was told that it may write over what attended."""
+    """Whether each backward was told that it may write over what attended, and over the gradient."""
 
     def __init__(self) -> None:
-        self.told: list[bool] = []
+        self.told: list[tuple[bool, bool]] = []
 
     def backward(self, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
         *_, pattern = given
-        self.told.append(pattern.overwrites)
+        self.told.append((pattern.overwrites, pattern.overwrites_gradient))
         return super().backward(*given)
 
 
 @pytest.mark.parametrize("kind", ["plain", "window", "sinks"])
 @pytest.mark.parametrize("overwrites", [False, True])
-def test_only_the_last_backward_writes_over_what_attended(
+def test_only_the_last_backward_writes_over_what_attended_and_only_a_recorded_one_over_the_gradient(
     kind: str, overwrites: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kernel = _Notes()
@@ -219,5 +219,8 @@ def test_only_the_last_backward_writes_over_what_attended(
     settings = {"window": {"window": 3}, "sinks": {"sinks_H": sinks}}.get(kind, {})
     out = attend(q, k, v, scale=0.3, overwrites=overwrites, **settings).sum()  # type: ignore[arg-type]
     out.backward(retain_graph=True)
+    with monkeypatch.context() as recorded:
+        recorded.setattr(module, "_is_recorded", lambda _: True)
+        out.backward(retain_graph=True)
     out.backward()
-    assert kernel.told == [False, overwrites]
+    assert kernel.told == [(False, False), (False, overwrites), (overwrites, False)]

@@ -87,8 +87,7 @@ def ours(
     case: Case = WHOLE,
     *,
     forms_again: bool = False,
-    is_whole: bool = False,
-    overwrites: bool = False,
+    **more: bool,
 ) -> list[Tensor]:
     from expertune.attention.backward import backward
 
@@ -96,7 +95,7 @@ def ours(
     out, lse = formula(q.double(), k.double(), v.double(), scale, case)
     spans = case.spans(q.shape[2])
     given = (dout.transpose(1, 2), q, k, v, out.to(q).transpose(1, 2), lse.float(), scale, spans)
-    return list(backward(*given, forms_again=forms_again, is_whole=is_whole, overwrites=overwrites))
+    return list(backward(*given, forms_again=forms_again, **more))
 
 
 def check(tensors: list[Tensor], scale: float, case: Case = WHOLE, **how: bool) -> list[Tensor]:
@@ -276,6 +275,25 @@ def test_gradients_may_be_written_over_what_attended(
     found = ours(tensors, 0.25, is_whole=is_whole, overwrites=True)
     assert all(map(torch.equal, found, expected))
     assert [x.data_ptr() for x in found] == [x.data_ptr() for x in tensors[:3]]
+
+
+@pytest.mark.parametrize("width", [16, Width(24, 16)], ids=str)
+@pytest.mark.parametrize("is_whole", [False, True], ids=["by heads", "by halves"])
+@pytest.mark.parametrize("bound", BOUNDS.values(), ids=list(BOUNDS), indirect=True)
+@pytest.mark.usefixtures("bound", "halved")
+def test_that_of_queries_may_be_written_over_the_gradient_that_comes_in(
+    is_whole: bool, width: int | Width, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from expertune.attention import backward
+
+    monkeypatch.setattr(backward, "is_hopper", lambda _: False)
+    tensors = inputs(1, 128, 4, 2, width, KERNEL_DTYPES[0])
+    tensors[3] = tensors[3].transpose(1, 2).contiguous().transpose(1, 2)
+    before = [x.clone() for x in tensors[:3]]
+    expected = ours(tensors, 0.25, is_whole=is_whole)
+    found = ours(tensors, 0.25, is_whole=is_whole, overwrites_gradient=True)
+    assert all(map(torch.equal, (*found, *tensors), (*expected, *before)))
+    assert (found[0].data_ptr() == tensors[3].data_ptr()) == (width == 16)
 
 
 def test_scores_that_are_formed_again_are_formed_of_what_attended(monkeypatch: pytest.MonkeyPatch) -> None:

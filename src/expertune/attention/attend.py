@@ -110,8 +110,14 @@ class _Attend(torch.autograd.Function):
         q, k, v, sinks_H, out, lse, *state = ctx.saved_tensors
         attended = Attended(out, lse, tuple(state))
         pattern: Pattern = ctx.pattern
-        if pattern.overwrites and torch._C._autograd._get_current_graph_task_keep_graph():  # another backward may come
-            pattern = replace(pattern, overwrites=False)
+        if pattern.overwrites:
+            another_may_come = torch._C._autograd._get_current_graph_task_keep_graph()
+            pattern = replace(pattern, overwrites=not another_may_come, overwrites_gradient=_is_recorded(dout))
         dsinks = sinks.gradient(dout, attended, sinks_H) if ctx.needs_input_grad[3] else None
         dq, dk, dv = ctx.kernel.backward(dout, q, k, v, attended, pattern)
         return dq, dk, dv, dsinks, None, None
+
+
+def _is_recorded(dout: Tensor) -> bool:
+    """Whether a CUDA graph is made of this backward: then no hook has been given the gradient."""
+    return dout.is_cuda and torch.cuda.is_current_stream_capturing()

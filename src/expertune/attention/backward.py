@@ -69,6 +69,7 @@ def backward(
     forms_again: bool = False,
     is_whole: bool = False,
     overwrites: bool = False,
+    overwrites_gradient: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of queries, keys and values of causal attention, in their shapes and dtype.
 
@@ -85,10 +86,14 @@ def backward(
         is_whole: whether all rows are one sample, without a window.
         overwrites: whether gradients may be written over queries, keys and values. Scores that are formed again are
             formed of these to the end: there it is not done.
+        overwrites_gradient: whether that of queries may be written over `dout`; not done there either, nor where values
+            have another width.
     """
     q, k, v = (x.transpose(1, 2) for x in (q_BHTD, k_BJTD, v_BJTV))
     overwrites = overwrites and not forms_again
-    dq, dk, dv = (x if overwrites else torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    in_dout = overwrites_gradient and not forms_again and dout_BTHV.shape == q.shape and dout_BTHV.is_contiguous()
+    dk, dv = (x if overwrites else torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k, v))
+    dq = q if overwrites else dout_BTHV if in_dout else torch.empty_like(q, memory_format=torch.contiguous_format)
     tensors = [readable(x) for x in (q, k, v, dout_BTHV, out_BTHV)]
     lse_BHT = F.pad(lse_BHT, (0, -lse_BHT.shape[-1] % 4))[..., : lse_BHT.shape[-1]]  # rows of whole 16 bytes
     run = backward_again.sample if forms_again else _by_halves if is_whole else _by_heads

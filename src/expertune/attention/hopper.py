@@ -78,6 +78,7 @@ class Hopper:
             forms_again=_widths(q_BHTD, v_BJSV) in _NARROW,
             is_whole=pattern.sequences is None and pattern.window is None,
             overwrites=pattern.overwrites,
+            overwrites_gradient=pattern.overwrites_gradient,
         )
 
 

@@ -22,6 +22,7 @@ class Pattern:
         mask: `(B, 1 or H, T, S)`; bool, true where a query attends, or added to the scores. The rest counts no more.
         has_sinks: whether a score of each head takes a share of the softmax and gives nothing.
         overwrites: whether backward may write over queries, keys and values: nobody else has them.
+        overwrites_gradient: whether it may write over the gradient that comes in.
     """
 
     scale: float
@@ -30,6 +31,7 @@ class Pattern:
     mask: Tensor | None = None
     has_sinks: bool = False
     overwrites: bool = False
+    overwrites_gradient: bool = False
 
 
 class Attended(NamedTuple):
