@@ -247,9 +247,12 @@ def test_what_has_no_halves_is_not_cut_so(length: int, halved: list[int], monkey
 )
 def test_which_samples_are_cut_in_halves(length: int, row: int, fewest: float, reason: str | None) -> None:
     from expertune.attention.backward_halves import why_not
+    from expertune.kernels.attention import Heads
 
-    q_THD = torch.empty(1, device="meta").as_strided((length, row // 256, 256), (row, 256, 1))
-    assert why_not(q_THD, keys=128, num_programs=132, fewest=fewest) == reason
+    near, far = (torch.empty((length, n // 256, 256), device="meta") for n in (256, row))
+    rows = torch.empty((1, length), device="meta")
+    given = Heads(near, near, far[:, :1], near, rows, rows)
+    assert why_not(given, keys=128, num_programs=132, fewest=fewest) == reason
 
 
 def test_halves_are_held_in_half_the_memory() -> None:

@@ -107,7 +107,7 @@ def backward(
 def _by_halves(given: Heads, dq: Tensor, grads: Grads, scale: float, spans: Spans) -> None:
     """Of one row of the batch, which is whole: by halves, if it is long and these are not too large."""
     kernels, length = _kernels(given.q_THD.device), len(given.q_THD)
-    is_long = backward_halves.why_not(given.q_THD, kernels.keys, num_programs(dq.device), _FEWEST_WAVES) is None
+    is_long = backward_halves.why_not(given, kernels.keys, num_programs(dq.device), _FEWEST_WAVES) is None
     if is_long and backward_halves.num_scores(length, kernels.keys) <= _most_scores(length):
         backward_halves.sample(kernels, given, dq, grads, scale, spans)
     else:

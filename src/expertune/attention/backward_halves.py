@@ -23,21 +23,21 @@ def num_scores(length: int, keys: int) -> int:
     return rows * pitch
 
 
-def why_not(q_THD: Tensor, keys: int, num_programs: int, fewest: float) -> str | None:
+def why_not(given: Heads, keys: int, num_programs: int, fewest: float) -> str | None:
     """Why a sample is not cut so, in words; None if it is.
 
     Args:
-        q_THD: queries; keys and values lie no further apart.
+        given: all heads.
         keys: of a block.
         num_programs: that run at the same time.
         fewest: blocks of keys for each.
     """
-    length = len(q_THD)
+    length = len(given.q_THD)
     if length % (2 * keys):
         return "its halves are no whole blocks"
     if length // keys < fewest * num_programs:
         return "one head of it has too few blocks"
-    if length // 2 * q_THD.stride(0) >= _MOST_APART:
+    if length // 2 * max(x_THD.stride(0) for x_THD in given[:4]) >= _MOST_APART:
         return "its halves lie too far apart"
     return None
 
