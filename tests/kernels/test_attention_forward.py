@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from tests.cases import DEVICE, KERNEL_DTYPES, needs_kernels
-from tests.kernels.test_attention import LATENT, WHOLE, Case, Width, formula, inputs, needs_hopper
+from tests.kernels.attention_cases import LATENT, WHOLE, Case, Width, formula, inputs, needs_hopper
 from tests.numerics import assert_no_worse
 
 pytestmark = needs_kernels
